@@ -1,0 +1,58 @@
+PYTHON ?= python3
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check
+# What `make lock` must not raise by itself: results are compared across runs of one torch.
+HELD := torch==2.13.0 torchvision==0.28.0
+
+# One line instead of a resolver's page of "no matching distribution"; old Pythons run it too, to say what they are.
+define CHECK_PYTHON
+@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("hmn needs Python >= 3.11, found " \
+	+ sys.version.split()[0] + " as $(PYTHON): name a newer one with PYTHON=, as in make setup PYTHON=python3.12")'
+endef
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: .venv/.installed ## make .venv with the locked packages (PYTHON=python3 chooses the interpreter)
+
+.venv/.installed: requirements.lock pyproject.toml
+	$(CHECK_PYTHON)
+	$(PYTHON) -m venv .venv
+	@echo "Installing requirements.lock into .venv: minutes the first time"
+	.venv/bin/python $(PIP_INSTALL) -r requirements.lock
+	.venv/bin/python $(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: setup ## condense, prune and evaluate the embedded digits
+	.venv/bin/python run.py experiment=demo
+
+# Hiding the devices gives every machine the same run; `.venv/bin/python -m pytest -m gpu` runs what needs one.
+test: setup ## run the test suite on the CPU
+	CUDA_VISIBLE_DEVICES= .venv/bin/python -m pytest
+
+lint: setup ## check style and formatting
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+
+# On the oldest supported Python, since newer ones get releases that it cannot install. Left out: torch's build suffix
+# (+cpu, +cu...) and the CUDA packages that torch's own metadata pins.
+lock: ## rewrite requirements.lock from a fresh environment (with Python 3.11)
+	$(CHECK_PYTHON)
+	rm -rf build/lock
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python $(PIP_INSTALL) $(HELD) -e '.[dev,figures]'
+	build/lock/bin/python -m pip freeze --all --exclude pip --exclude-editable > build/lock/frozen.txt
+	@{ echo "# Made by \`make lock\` with $$(build/lock/bin/python --version), not by hand."; \
+	echo "# Every package of hmn[dev,figures] and what they need, for Python >= 3.11. Neither the build of torch"; \
+	echo "# nor an index is named: pip takes the CPU build where that is offered, else the CUDA build with the CUDA"; \
+	echo "# packages that torch pins itself. No hashes, as wheels differ by platform."; \
+	sed -E -e 's/\+[A-Za-z0-9.]+$$//' -e '/^(nvidia-|cuda-|triton)/d' build/lock/frozen.txt; \
+	} > build/lock/requirements.lock
+	mv build/lock/requirements.lock requirements.lock
+	rm -rf build/lock
+
+clean: ## remove what the other targets made; runs/, data/, outputs/ and wandb/ stay
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

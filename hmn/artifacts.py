@@ -1,0 +1,131 @@
+"""Kept condensed sets: tensors in ``condensed.safetensors``, everything else in ``card.json`` beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from hmn.checkpoint import atomic_write, write_text
+from hmn.containers import rebuild
+from hmn.containers.base import storage_floats
+from hmn.errors import ArtifactError
+
+SCHEMA_VERSION = 1
+TENSORS, CARD = "condensed.safetensors", "card.json"
+
+
+class CondensedSet(Dataset):
+    """The decoded images of a kept container, as a map-style data set of (image, label).
+
+    Images are float32 (channels, H, W) in [0, 1]; a network trained on them expects them normalised by the card's
+    ``data.mean`` and ``data.std``. ``card`` tells budget, shapes, preprocessing, measured accuracy and provenance.
+    """
+
+    def __init__(self, container: nn.Module, card: dict[str, Any]) -> None:
+        self.container = container
+        self.card = card
+        self._images, self._labels = decode_all(container)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._images[index], int(self._labels[index])
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """All images (N, channels, H, W) float32 in [0, 1], ordered by class, and their labels (N,) int64."""
+        return self._images, self._labels
+
+
+@torch.no_grad()
+def decode_all(container: nn.Module, chunk: int = 1024) -> tuple[Tensor, Tensor]:
+    """All images (N, channels, H, W) in [0, 1] and labels (N,) of a container, on its device."""
+    device = next(container.parameters()).device
+    index = torch.arange(container.classes * container.images_per_class, device=device)
+    images = torch.cat([container.decode(part) for part in index.split(chunk)])
+    return images, index // container.images_per_class
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save(folder: Path, container: nn.Module, card: dict[str, Any]) -> dict[str, Any]:
+    """Write tensors, then the card with their checksum, the container's shape and floats; returns the full card."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in container.state_dict().items()}
+    with atomic_write(folder / TENSORS) as temporary:
+        save_file(tensors, temporary)
+    card = {
+        "schema_version": SCHEMA_VERSION,
+        "sha256": sha256(folder / TENSORS),
+        "container": container.specification(),
+        "stored_floats": storage_floats(container),
+        **card,
+    }
+    write_text(folder / CARD, json.dumps(card, indent=2) + "\n")
+    return card
+
+
+def load_condensed(path: str | Path) -> CondensedSet:
+    """The condensed set kept at ``path``, a run folder or a ``condensed.safetensors`` with its card beside it.
+
+    Raises ``ArtifactError`` for a missing file, another schema version, a checksum that differs, anything but plain
+    tensors of the card's shapes, or more floats than the card's budget.
+    """
+    tensors_path = tensors_file(path)
+    card = read_card(tensors_path)
+    if sha256(tensors_path) != card["sha256"]:
+        raise ArtifactError(
+            f"{tensors_path}: its SHA-256 is not the card's: the file was changed or cut; fetch it again"
+        )
+    try:
+        tensors = load_file(tensors_path)
+    except safetensors.SafetensorError as error:
+        raise ArtifactError(
+            f"{tensors_path}: not a safetensors file ({error}); pickled tensors are never loaded"
+        ) from None
+    try:
+        with torch.device("meta"):
+            container = rebuild(card["container"])
+        container.load_state_dict(tensors, assign=True)
+    except (KeyError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ArtifactError(f"{tensors_path}: its tensors are not the container its card describes: {reason}") from None
+    if storage_floats(container) > card["budget"]["floats"]:
+        raise ArtifactError(
+            f"{tensors_path}: stores {storage_floats(container)} floats, over the budget of {card['budget']['floats']}"
+        )
+    return CondensedSet(container, card)
+
+
+def tensors_file(path: str | Path) -> Path:
+    """``path`` itself, or the tensors file in the folder ``path``. Raises ``ArtifactError`` if there is none."""
+    path = Path(path)
+    found = path / TENSORS if path.is_dir() else path
+    if not found.exists():
+        raise ArtifactError(f"artifact={path}: no {TENSORS} there; give a finished run's folder")
+    return found
+
+
+def read_card(tensors_path: Path) -> dict[str, Any]:
+    """The card beside ``tensors_path``. Raises ``ArtifactError`` if it is missing or of another schema version."""
+    path = tensors_path.with_name(CARD)
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: missing; {TENSORS} and its card are kept together") from None
+    except ValueError:
+        raise ArtifactError(f"{path}: not JSON; fetch it again") from None
+    version = card.get("schema_version") if isinstance(card, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ArtifactError(f"{path}: schema version {version}, this program reads {SCHEMA_VERSION}")
+    return card

@@ -1,0 +1,152 @@
+"""Atomic files, resumable state in one slot per stage, and stopping on a signal."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hmn.errors import ArtifactError, HmnError, Interrupted
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside ``path``, which replaces it once the block succeeds: never a half-written file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o644)  # mkstemp's 0600 would keep results from the people they are for
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for this process. Raises ``HmnError`` if another one is working in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise HmnError(f"{folder}: another process is working on this run; wait for it or stop it") from None
+        yield
+
+
+class Stop:
+    """Remembers that a signal asked the run to stop; the run itself stops at its next step boundary."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[Stop]:
+        """Within the block SIGTERM, SIGUSR1 and Ctrl-C only ask; a second Ctrl-C ends the process at once."""
+
+        def ask(signum: int, _frame: object) -> None:
+            if signum == signal.SIGINT and self.signum == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.signum = signum
+
+        previous = {signum: signal.signal(signum, ask) for signum in STOP_SIGNALS}
+        try:
+            yield self
+        finally:
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+
+
+class Checkpoints:
+    """A run's resumable state: one file per stage in ``folder``, written at most every ``every_seconds``."""
+
+    def __init__(self, folder: Path, every_seconds: float, stop: Stop | None = None) -> None:
+        self.folder = folder
+        self.every_seconds = every_seconds
+        self.stop = stop or Stop()
+        self.saved_at = time.monotonic()
+        clock = self.load("clock")
+        self.seconds: dict[str, float] = clock["seconds"] if clock else {}  # by stage, over all sittings
+        self._stage: tuple[str, float] | None = None  # the running one, and since when it is not yet counted
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Count the block's wall seconds as ``stage``; of an interrupted block, up to its last checkpoint."""
+        self._stage = (stage, time.monotonic())
+        try:
+            yield
+        finally:
+            self._count()
+            self._stage = None
+
+    def _count(self) -> None:
+        if self._stage is not None:
+            (stage, since), now = self._stage, time.monotonic()
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + now - since
+            self._stage = (stage, now)
+
+    def load(self, slot: str) -> dict[str, Any] | None:
+        """The slot's state with tensors on the CPU, or ``None`` if there is none. Tensors and plain values only."""
+        path = self._path(slot)
+        if not path.exists():
+            return None
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ArtifactError(
+                f"{path}: not a checkpoint of this program ({type(error).__name__}): remove it"
+            ) from error
+
+    def save(self, slot: str, state: dict[str, Any]) -> None:
+        self._count()
+        for name, value in ((slot, state), ("clock", {"seconds": self.seconds})):
+            with atomic_write(self._path(name)) as temporary:
+                torch.save(value, temporary)
+        self.saved_at = time.monotonic()
+
+    def tick(self, slot: str, state: Callable[[], dict[str, Any]]) -> None:
+        """At a step boundary: save if it is time. Once a signal has asked: save, then raise ``Interrupted``."""
+        if self.stop.signum is not None:
+            self.save(slot, state())
+            name = signal.Signals(self.stop.signum).name
+            raise Interrupted(f"stopped by {name}; the same command goes on from here", self.stop.signum)
+        if time.monotonic() - self.saved_at >= self.every_seconds:
+            self.save(slot, state())
+
+    def clear(self) -> None:
+        """Remove the state of a finished run."""
+        for path in self.folder.glob("*.pt"):
+            path.unlink()
+        if self.folder.exists():
+            self.folder.rmdir()
+
+    def _path(self, slot: str) -> Path:
+        return self.folder / f"{slot}.pt"

@@ -1,0 +1,110 @@
+"""The command line: Hydra composes, the plan is checked, one mode runs; what a person can mend is said in one line."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hmn import config, experiment
+from hmn.errors import ConfigError, HmnError
+from hmn.plan import make_plan
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def _task(raw: DictConfig) -> float | None:
+    """Accuracy in [0, 1] of this run, for a sweeper; ``None`` for a plan."""
+    state = HydraConfig.get()
+    plan = make_plan(config.from_hydra(raw), typed=tuple(state.overrides.task))
+    if raw.mode == "plan":
+        print(plan.text(raw.plan.format))
+        return None
+    group = None
+    if state.mode == RunMode.MULTIRUN:
+        group = f"sweep-{config.digest({'arguments': sorted(sys.argv[1:])})}"
+    result = experiment.run(plan, command=experiment.typed_command(), group=group)
+    return result["accuracy"]["mean"]
+
+
+def _register_resolvers() -> None:
+    def planned(root: DictConfig) -> tuple[str, Path]:
+        """Run id and folder; a plan has no folder of its own."""
+        if root.mode == "plan":
+            return ".", Path(".")
+        plan = make_plan(config.from_hydra(root), typed=tuple(root.hydra.overrides.task))
+        return plan.run_id, plan.folder
+
+    OmegaConf.register_new_resolver("run_name", lambda _root_: planned(_root_)[0], replace=True)
+    OmegaConf.register_new_resolver("run_dir", lambda _root_: str(planned(_root_)[1]), replace=True)
+
+
+def main() -> None:
+    config.register()
+    _register_resolvers()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on, instead of printing them and exiting with 1
+    try:
+        _task()
+    except Exception as error:
+        line, code = explain(error)
+        if line is None:
+            raise
+        print(line, file=sys.stderr)
+        sys.exit(code)
+
+
+def explain(error: BaseException) -> tuple[str | None, int]:
+    """The line to print for an error that a person can mend, and the exit code; ``(None, 1)`` for any other."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, HmnError):
+            return str(cause), cause.exit_code
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _one_line(error), ConfigError.exit_code
+    return None, 1
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error)
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return _unknown_key(match[1])
+    if match := re.search(r"Could not find '([^']+)'", text):
+        group, _, option = match[1].rpartition("/")
+        known = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        return f"{group}={option}: must be one of {', '.join(known)}"
+    if "override_grammar" in text:
+        return f"an override cannot be read: {text.splitlines()[0]}"
+    # The reason is the first line of Hydra's message, or of the one it stands for.
+    first, *_ = [*text.splitlines(), ""]
+    reason = str(error.__cause__).splitlines()[0] if error.__cause__ else ""
+    return ": ".join(filter(None, (first, reason)))
+
+
+def _unknown_key(key: str) -> str:
+    """Names the valid keys beside an unknown dotted one, and the nearest of them."""
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        node = hydra.compose("config")
+    *parents, last = key.split("@")[0].split(".")
+    path = []
+    for parent in parents:
+        if not isinstance(node, DictConfig) or parent not in node:
+            last = parent
+            break
+        node = node[parent]
+        path.append(parent)
+    known = [str(name) for name in node] if isinstance(node, DictConfig) else []
+    known += ["experiment", "debug"] if not path else []
+    near = difflib.get_close_matches(last, known, n=1)
+    hint = f"; did you mean {'.'.join([*path, near[0]])}?" if near else ""
+    return f"{key}: unknown key; {'.'.join(path) or 'the top level'} has {', '.join(known)}{hint}"

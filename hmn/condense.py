@@ -1,0 +1,341 @@
+"""The bi-level loop: match a container's images to real ones on fresh networks that train on real images meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hmn.checkpoint import Checkpoints
+from hmn.compute import Compute
+from hmn.config import GradientMatchingConfig
+from hmn.containers.base import Container
+from hmn.data import augment
+from hmn.data.datasets import RealData
+from hmn.data.preprocess import Normalise
+from hmn.data.sampling import GroupSampler, per_class
+from hmn.errors import Diverged
+from hmn.networks import Builder, initialise
+from hmn.objectives.gradient import MatchingStep
+from hmn.seeding import generator
+from hmn.training import NetworkUpdate, TrainingStep
+
+SLOT = "condense"
+
+
+class ContainerOptimizer:
+    """Adam over a container: ``memory_lr`` for its memories, ``weights_lr`` for its networks, cosine decay over the run.
+
+    With ``by_class`` every class's rows are parameters of their own that share the stacked tensors' storage, so a step
+    for some classes leaves the others' rows and moments alone; Adam on the stack would keep moving them.
+    """
+
+    def __init__(
+        self, container: Container, config: GradientMatchingConfig, total_steps: int, *, by_class: bool
+    ) -> None:
+        self.total_steps = total_steps
+        self.final = config.final_lr_fraction
+        owned = {id(parameter) for parameter in container.class_parameters()} if by_class else set()
+        self.rows: list[tuple[nn.Parameter, list[Tensor]]] = []
+        groups = []
+        for tier, parameters in container.tiers().items():
+            lr = config.memory_lr if tier in container.memory_tiers() else config.weights_lr
+            members: list[Tensor] = []
+            for parameter in parameters:
+                if id(parameter) in owned:
+                    rows = [row.requires_grad_() for row in parameter.detach().unbind(0)]
+                    self.rows.append((parameter, rows))
+                    members += rows
+                else:
+                    members.append(parameter)
+            groups.append({"params": members, "lr": lr, "initial_lr": lr})
+        self.parameters = [parameter for tier in container.tiers().values() for parameter in tier]
+        self.adam = torch.optim.Adam(groups, betas=(config.beta1, config.beta2), eps=1e-8)
+
+    def step(self, done: int, classes: Tensor) -> None:
+        """Apply the gradients of ``classes`` (k,), ``done`` steps into the run, then clear them."""
+        decay = self.final + (1 - self.final) * (1 + math.cos(math.pi * done / self.total_steps)) / 2
+        for group in self.adam.param_groups:
+            group["lr"] = group["initial_lr"] * decay
+        taking_part = set(classes.tolist()) if self.rows else set()
+        for parameter, rows in self.rows:
+            for index, row in enumerate(rows):
+                row.grad = parameter.grad[index] if index in taking_part else None
+        self.adam.step()
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a logged step measured: ``losses`` per matched layer, summed over classes; norms of gradients per tier."""
+
+    step: int
+    losses: list[float]
+    gradient_norms: dict[str, float]
+    steps_per_second: float
+    images_per_second: float
+    peak_bytes: int
+    learning_rate: float
+
+
+class Condensation:
+    """One condensation run: its state, its step, and what a checkpoint holds. ``step`` counts matching steps."""
+
+    def __init__(
+        self,
+        container: Container,
+        real: RealData,
+        config: GradientMatchingConfig,
+        *,
+        build: Builder,
+        match: MatchingStep,
+        train: TrainingStep,
+        compute: Compute,
+        seed: int,
+        flip: bool,
+    ) -> None:
+        self.container, self.real, self.config = container, real, config
+        self.build, self.match, self.train, self.compute, self.seed = build, match, train, compute, seed
+        device = compute.device
+        self.normalise = Normalise(real.mean, real.std, device)
+        self.strategy, self.network_strategy = (
+            strategy if flip else augment.without_flip(strategy)
+            for strategy in (config.strategy, config.network_strategy)
+        )
+        self.total_steps = config.outer_steps * config.inner_steps
+        self.group = min(config.classes_per_step or container.classes, container.classes)
+        by_class = config.step_policy == "per_class" or self.group < container.classes
+        self.optimizer = ContainerOptimizer(container, config, self.total_steps, by_class=by_class)
+        streams = {name: generator(seed, SLOT, name, device=device) for name in ("real", "network", "augment", "rows")}
+        self.generators = {name: streams[name] for name in ("augment", "rows")}
+        self.generators["classes"] = generator(seed, SLOT, "classes")  # on the host: it steers which calls are made
+        self.real_batches = per_class(real.train.labels, real.class_names, config.real_batch, streams["real"])
+        whole = torch.tensor([len(real.train.labels)])
+        self.network_batches = GroupSampler(whole, min(config.network_batch, int(whole)), streams["network"])
+        self.step = 0
+        self.seconds = 0.0
+        self.curve: dict[int, float] = {}  # accuracy by step
+        self._renew_network()
+
+    def _renew_network(self) -> None:
+        network = self.build().to(self.compute.device, memory_format=torch.channels_last)
+        outer = self.step // self.config.inner_steps
+        stream = generator(self.seed, SLOT, "matched_network", outer, device=self.compute.device)
+        self.network = initialise(network, stream)
+        self.update = NetworkUpdate(
+            network,
+            self.train,
+            self.normalise,
+            stream,
+            batch=self.network_batches.batch,
+            lr=self.config.network_lr,
+            momentum=self.config.network_momentum,
+            weight_decay=self.config.network_weight_decay,
+            strategy=self.network_strategy,
+            cutmix=self.config.network_cutmix,
+        )
+
+    def run_step(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """One matching step of every class, or of a random group, then the network's update on real images.
+
+        Returns the distance per layer summed over those classes, and the gradient's norm per tier; neither is read.
+        """
+        if self.step and self.step % self.config.inner_steps == 0:
+            self._renew_network()
+        classes = torch.arange(self.container.classes)
+        if self.group < len(classes):
+            classes = torch.randperm(len(classes), generator=self.generators["classes"])[: self.group].sort().values
+        together = self.config.step_policy == "accumulate"
+        losses, norms = [], {}
+        for group in [classes] if together else classes.split(1):
+            losses.append(self._match(group))
+            norms = self._gradient_norms()
+            self.optimizer.step(self.step, group)
+        batches = math.ceil(self.config.network_samples / self.update.batch)
+        for _ in range(batches):
+            index = self.network_batches.draw(torch.zeros(1, dtype=torch.int64))[0]
+            self.update(self.real.train.images[index], self.real.train.labels[index])
+        self.step += 1
+        return torch.stack(losses).sum(0), norms
+
+    def _match(self, classes: Tensor) -> Tensor:
+        """Add to the container the mean gradient over ``classes`` (k,); returns the distances per layer, summed."""
+        k, total = len(classes), self.container.images_per_class
+        n, batch = min(self.config.synthetic_batch, total), self.config.real_batch
+        device, stream = self.compute.device, self.generators["augment"]
+        on_device = classes.to(device)
+        drawn = augment.draw(self.strategy, k, self.real.train.images.shape[-1], stream, one_choice=False)
+        real = self.real.train.images[self.real_batches.draw(classes)].flatten(0, 1)
+        real = augment.apply(self.normalise(real), drawn.repeat(batch)).unflatten(0, (k, batch))
+        decoded = self.container.decode(self._rows(on_device, n, total).flatten())
+        synthetic = augment.apply(self.normalise(decoded), drawn.repeat(n)).unflatten(0, (k, n))
+
+        parameters = {name: value.detach() for name, value in self.network.named_parameters()}
+        pixels = synthetic.detach()
+        pixel_gradients, distances = torch.empty_like(pixels), []
+        for position in range(k):
+            label = on_device[position]
+            layers, pixel_gradients[position] = self.match(
+                parameters,
+                real[position].contiguous(memory_format=torch.channels_last),
+                label.expand(batch),
+                pixels[position].contiguous(memory_format=torch.channels_last),
+                label.expand(n),
+            )
+            distances.append(layers)
+        synthetic.backward(pixel_gradients / k)
+        return torch.stack(distances).sum(0)
+
+    def _rows(self, classes: Tensor, n: int, total: int) -> Tensor:
+        """Container indices (k, n): all images of each class, or a random ``n`` of them."""
+        if n == total:
+            rows = torch.arange(n, device=classes.device).expand(len(classes), n)
+        else:
+            keys = torch.rand(len(classes), total, generator=self.generators["rows"], device=classes.device)
+            rows = keys.argsort(1)[:, :n]
+        return classes[:, None] * total + rows
+
+    def _gradient_norms(self) -> dict[str, Tensor]:
+        tiers = self.container.tiers().items()
+        return {name: torch.stack([p.grad.norm() for p in parameters]).norm() for name, parameters in tiers}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "curve": self.curve,
+            "data": self.real.fingerprint,
+            "container": self.container.state_dict(),
+            "adam": self.optimizer.adam.state_dict(),
+            "update": self.update.state_dict(),
+            "update_generator": self.update.generator.get_state(),
+            "real_batches": self.real_batches.state_dict(),
+            "network_batches": self.network_batches.state_dict(),
+            "generators": {name: stream.get_state() for name, stream in self.generators.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
+        self.container.load_state_dict(state["container"])
+        self.optimizer.adam.load_state_dict(state["adam"])
+        self.update.load_state_dict(state["update"])
+        self.update.generator.set_state(state["update_generator"])
+        self.real_batches.load_state_dict(state["real_batches"])
+        self.network_batches.load_state_dict(state["network_batches"])
+        for name, value in state["generators"].items():
+            self.generators[name].set_state(value)
+
+
+def curve_steps(total: int, points: int) -> list[int]:
+    """``points`` evenly spaced steps from 0 to ``total``, both included; none for 0 points."""
+    return sorted({round(total * point / (points - 1)) for point in range(points)}) if points else []
+
+
+def condense(
+    run: Condensation,
+    checkpoints: Checkpoints,
+    *,
+    log_every_steps: int,
+    on_report: Callable[[Report], None],
+    curve_points: int = 0,
+    on_curve: Callable[[int], float] | None = None,
+) -> None:
+    """Run ``run`` to its end from where it is. ``on_curve(step)`` measures an accuracy at each curve step.
+
+    Raises ``Diverged`` naming step and tier when the loss is no longer finite; the checkpoint is then of an earlier,
+    finite step.
+    """
+    due = curve_steps(run.total_steps, curve_points)
+    watch = _Stopwatch(run)
+    losses: list[Tensor] = []
+    norms: dict[str, Tensor] = {}
+
+    def state_of_finite_run() -> dict[str, Any]:
+        _require_finite(run, losses, norms)
+        return run.state_dict()
+
+    with tqdm(total=run.total_steps, initial=run.step, desc="condense", unit="step") as bar:
+        while True:
+            if run.step in due and run.step not in run.curve and on_curve is not None:
+                with watch.paused():
+                    run.curve[run.step] = on_curve(run.step)
+            if run.step >= run.total_steps:
+                break
+            loss, norms = run.run_step()
+            losses.append(loss)
+            watch.lap()
+            bar.update()
+            if run.step % log_every_steps == 0 or run.step == run.total_steps:
+                _require_finite(run, losses, norms)
+                report = watch.report(losses, norms)
+                losses = []
+                on_report(report)
+                bar.set_postfix(loss=f"{sum(report.losses):.4g}")
+            checkpoints.tick(SLOT, state_of_finite_run)
+    checkpoints.save(SLOT, run.state_dict())
+
+
+def _require_finite(run: Condensation, losses: list[Tensor], norms: dict[str, Tensor]) -> None:
+    """Raise ``Diverged`` with the first step whose loss is not finite, and the tiers that are no longer finite."""
+    if not losses or all(bool(value.isfinite().all()) for value in losses):
+        return
+    first = next(position for position, value in enumerate(losses) if not value.isfinite().all())
+    broken = [name for name, value in norms.items() if not value.isfinite()]
+    where = (
+        f"tiers with a non-finite gradient: {', '.join(broken)}" if broken else "no tier's gradient is non-finite yet"
+    )
+    raise Diverged(
+        f"condensing: the matching loss is {float(losses[first].sum())} at step {run.step - len(losses) + first + 1} "
+        f"({where}); the last checkpoint is kept; lower objective.memory_lr or objective.weights_lr"
+    )
+
+
+class _Stopwatch:
+    """Seconds of condensing without what is measured in between, over all sittings of a run."""
+
+    def __init__(self, run: Condensation) -> None:
+        self.run = run
+        self.last = time.monotonic()
+        self.reported = (run.step, run.seconds)
+
+    def lap(self) -> None:
+        now = time.monotonic()
+        self.run.seconds += now - self.last
+        self.last = now
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        self.lap()
+        yield
+        self.last = time.monotonic()
+
+    def report(self, losses: list[Tensor], norms: dict[str, Tensor]) -> Report:
+        run = self.run
+        steps, seconds = run.step - self.reported[0], run.seconds - self.reported[1]
+        self.reported = (run.step, run.seconds)
+        rate = steps / max(seconds, 1e-9)
+        per_step = run.group * (run.config.real_batch + min(run.config.synthetic_batch, run.container.images_per_class))
+        return Report(
+            step=run.step,
+            losses=torch.stack(losses).mean(0).tolist(),
+            gradient_norms={name: float(value) for name, value in norms.items()},
+            steps_per_second=rate,
+            images_per_second=rate * per_step,
+            peak_bytes=run.compute.peak_bytes(),
+            learning_rate=run.optimizer.adam.param_groups[0]["lr"],
+        )
+
+
+def grid_rows(container: Container, per_class: int) -> Iterator[int]:
+    """Indices of the first ``per_class`` images of every class, class after class: the rows of an image grid."""
+    for label in range(container.classes):
+        start = label * container.images_per_class
+        yield from range(start, start + min(per_class, container.images_per_class))

@@ -1,0 +1,396 @@
+"""The configuration's schemas, range checks and run id.
+
+Every value is checked where it is declared; a message names the dotted key, the value and the rule. Only ``run.py``,
+``hmn/plan.py`` and ``hmn/experiment.py`` see :class:`Config`; all other modules take tensors, numbers or one section.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, MissingMandatoryValue, OmegaConf
+
+from hmn.errors import ConfigError
+
+MODES = ("run", "plan", "evaluate", "full_data", "random_subset")
+STRATEGY_OPS = ("color", "crop", "cutout", "flip", "scale", "rotate")
+DATASETS = ("svhn", "cifar10", "cifar100", "tiny_imagenet", "imagenet10", "folder", "arrays", "digits")
+
+
+def require(key: str, holds: bool, value: object, rule: str) -> None:
+    """Raise :class:`ConfigError` naming ``key``, ``value`` and ``rule`` unless ``holds``."""
+    if not holds:
+        raise ConfigError(f"{key}={value}: must be {rule}")
+
+
+def one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
+    require(key, value in choices, value, f"one of {', '.join(choices)}")
+
+
+def check_strategy(key: str, value: str) -> None:
+    ops = () if value == "none" else tuple(value.split("_"))
+    known = len(set(ops)) == len(ops) and set(ops) <= set(STRATEGY_OPS)
+    require(key, known, value, f"none, or some of {', '.join(STRATEGY_OPS)} joined by _")
+
+
+def unscientific(default: Any) -> Any:
+    """A field that changes how or where a run is computed, not what it computes: it stays out of the run id."""
+    return field(default=default, metadata={"scientific": False})
+
+
+@dataclass(kw_only=True)
+class DatasetConfig:
+    kind: str = MISSING  # which loader, one of DATASETS
+    name: str | None = None  # shown in tables and run ids; null: the kind, or the folder's or file's own name
+    root: str | None = None  # imagenet10, folder: the directory; arrays: the .npz; null: paths.data_dir/<kind>
+    image_size: int | None = None  # side in pixels; null (arrays only): the array's own
+    channels: int = 3
+    classes: int | None = None  # null: counted from the class folders or the label array
+    mean: list[float] | None = None  # of pixels in [0, 1]; null: measured on the training split
+    std: list[float] | None = None
+    flip: bool = True  # whether a mirrored image keeps its class: adds or drops "flip" in every strategy
+    held_out_fraction: float = 0.1  # of train, per class, never trained on: every selection is judged on it
+    test_fraction: float | None = (
+        None  # digits, folder without a test or val directory: share of each class kept for test
+    )
+    download: bool = unscientific(True)
+
+    def __post_init__(self) -> None:
+        one_of("dataset.kind", self.kind, DATASETS)
+        require("dataset.image_size", self.image_size is None or self.image_size >= 4, self.image_size, "at least 4")
+        require("dataset.image_size", self.image_size is not None or self.kind == "arrays", "null", "given")
+        require("dataset.channels", self.channels in (1, 3), self.channels, "1 or 3")
+        require("dataset.classes", self.classes is None or self.classes >= 2, self.classes, "at least 2")
+        for key in ("mean", "std"):
+            values = getattr(self, key)
+            fits = values is None or len(values) == self.channels
+            require(f"dataset.{key}", fits, values, f"null or {self.channels} numbers, one per channel")
+        require("dataset.std", self.std is None or min(self.std) > 0, self.std, "positive")
+        require("dataset.held_out_fraction", 0 <= self.held_out_fraction < 1, self.held_out_fraction, "in [0, 1)")
+        share = self.test_fraction
+        require("dataset.test_fraction", share is None or 0 < share < 1, share, "null or in (0, 1)")
+        needs_root = self.kind in ("imagenet10", "folder", "arrays")
+        require("dataset.root", not needs_root or bool(self.root), "null", f"given for dataset={self.kind}")
+
+
+@dataclass(kw_only=True)
+class MemoryConfig:
+    images_per_class: int = MISSING  # IPC: the budget is IPC * classes * channels * side^2 float32 numbers
+
+    def __post_init__(self) -> None:
+        require("memory.images_per_class", self.images_per_class >= 1, self.images_per_class, "at least 1")
+
+
+@dataclass(kw_only=True)
+class ContainerConfig:
+    name: str = MISSING
+
+
+@dataclass(kw_only=True)
+class HmnConfig(ContainerConfig):
+    """Shapes of the Hierarchical Memory Network; a field left null is taken from the preset."""
+
+    preset: str = "auto"  # a row of hmn/containers/presets.py; auto: the row nearest to dataset and memory
+    latent_side: int | None = (
+        None  # s: memories are s x s maps; the decoder doubles the side log2(image_size / s) times
+    )
+    dataset_channels: int | None = None  # C_D of the dataset memory
+    feature_channels: int | None = (
+        None  # C_F that each class's extractor makes of the dataset memory; 0: neither of them
+    )
+    feature_kernel: int | None = None  # k_f of the extractors
+    class_channels: int | None = None  # C_C of each class memory; 0: none
+    instance_channels: int | None = None  # C_I of each instance memory
+    decoder_width: int | None = None  # W
+    decoder: str = "upsample"  # upsample: convolution then nearest x2; transposed: 4x4 transposed convolution
+    decoder_norm: bool = False  # one-group GroupNorm after each hidden convolution
+    init: str = "random"  # random (as the paper) or fit_real: first fitted to as many random real images
+    instance_init_scale: float = 1.0  # of the N(0, 1) the instance memories start from
+    fit_steps: int = 500  # Adam steps of fit_real
+    fit_batch: int = 1024  # images per such step
+    fit_learning_rate: float = 2e-2  # its peak, one-cycle
+
+    def __post_init__(self) -> None:
+        for key in ("latent_side", "dataset_channels", "instance_channels", "decoder_width", "fit_steps", "fit_batch"):
+            value = getattr(self, key)
+            require(f"container.{key}", value is None or value >= 1, value, "at least 1")
+        for key in ("feature_channels", "class_channels"):
+            value = getattr(self, key)
+            require(f"container.{key}", value is None or value >= 0, value, "at least 0")
+        kernel = self.feature_kernel
+        require("container.feature_kernel", kernel is None or kernel % 2 == 1, kernel, "odd")
+        width = self.decoder_width
+        require("container.decoder_width", width is None or width % 2 == 0, width, "even")
+        one_of("container.decoder", self.decoder, ("upsample", "transposed"))
+        one_of("container.init", self.init, ("random", "fit_real"))
+        require("container.instance_init_scale", self.instance_init_scale > 0, self.instance_init_scale, "positive")
+        require("container.fit_learning_rate", self.fit_learning_rate > 0, self.fit_learning_rate, "positive")
+
+
+@dataclass(kw_only=True)
+class ObjectiveConfig:
+    name: str = MISSING
+
+
+@dataclass(kw_only=True)
+class GradientMatchingConfig(ObjectiveConfig):
+    """IDC's gradient matching (Kim et al., ICML 2022) as HMN uses it."""
+
+    metric: str = "mse"  # mse, l1 or cosine; nothing normalises by count, so the learning rates belong to the metric
+    outer_steps: int = 200  # each starts from a fresh network; IDC: 2000
+    inner_steps: int = 100  # matching steps per network
+    real_batch: int = 64  # per class and matching step
+    synthetic_batch: int = 128  # at most this many decoded images per class and matching step
+    classes_per_step: int | None = None  # null: all; with many classes, a random group of this size
+    strategy: str = "color_crop_cutout"  # siamese augmentation of real and synthetic images, IDC's rule
+    step_policy: str = "accumulate"  # accumulate: one optimiser step for all classes; per_class: one per class, as IDC
+    memory_lr: float = 1e-2  # Adam: dataset, class and instance memories
+    weights_lr: float = 1e-3  # Adam: extractors and decoder
+    beta1: float = 0.9
+    beta2: float = 0.99
+    final_lr_fraction: float = 0.1  # cosine decay over the run ends here
+    network_samples: int = 2000  # real images the matched network trains on between matching steps; 0: none
+    network_batch: int = 64
+    network_lr: float = 0.01
+    network_momentum: float = 0.9
+    network_weight_decay: float = 5e-4
+    network_strategy: str = "color_crop"
+    network_cutmix: float = 0.5  # probability per batch
+
+    def __post_init__(self) -> None:
+        one_of("objective.metric", self.metric, ("mse", "l1", "cosine"))
+        one_of("objective.step_policy", self.step_policy, ("accumulate", "per_class"))
+        for key in ("outer_steps", "inner_steps", "real_batch", "synthetic_batch", "network_batch"):
+            require(f"objective.{key}", getattr(self, key) >= 1, getattr(self, key), "at least 1")
+        group = self.classes_per_step
+        require("objective.classes_per_step", group is None or group >= 1, group, "null or at least 1")
+        require("objective.network_samples", self.network_samples >= 0, self.network_samples, "at least 0")
+        for key in ("memory_lr", "weights_lr", "network_lr"):
+            require(f"objective.{key}", getattr(self, key) > 0, getattr(self, key), "positive")
+        for key in ("beta1", "beta2", "network_momentum"):
+            require(f"objective.{key}", 0 <= getattr(self, key) < 1, getattr(self, key), "in [0, 1)")
+        for key in ("final_lr_fraction", "network_cutmix"):
+            require(f"objective.{key}", 0 <= getattr(self, key) <= 1, getattr(self, key), "in [0, 1]")
+        decay = self.network_weight_decay
+        require("objective.network_weight_decay", decay >= 0, decay, "at least 0")
+        for key in ("strategy", "network_strategy"):
+            check_strategy(f"objective.{key}", getattr(self, key))
+
+
+@dataclass(kw_only=True)
+class PruningConfig:
+    """Over-budget condensation, then double-end pruning (HMN)."""
+
+    over_budget: float = MISSING  # storage condensed beyond the budget, as a fraction of it (the paper's p)
+    score: str = (
+        "logit_margin"  # AUM of logits, mean over epochs (HMN); softmax_margin: summed probabilities (CCS); random
+    )
+    beta: float | None = None  # share of the cut taken from the hardest end; null: searched on held-out real images
+    score_networks: int = 3  # margins are averaged over this many networks
+    score_epochs: int = 200
+    search_epochs: int = 100  # each candidate of the beta search trains one network this long
+
+    def __post_init__(self) -> None:
+        require("pruning.over_budget", 0 <= self.over_budget < 1, self.over_budget, "in [0, 1)")
+        one_of("pruning.score", self.score, ("logit_margin", "softmax_margin", "random"))
+        require("pruning.beta", self.beta is None or 0 <= self.beta <= 1, self.beta, "null or in [0, 1]")
+        for key in ("score_networks", "score_epochs", "search_epochs"):
+            require(f"pruning.{key}", getattr(self, key) >= 1, getattr(self, key), "at least 1")
+
+
+@dataclass(kw_only=True)
+class NetworkConfig:
+    """The architecture that is matched and evaluated: ConvNet-D{depth}-W{width}."""
+
+    name: str = MISSING
+    width: int = 128
+    depth: int | None = None  # null: as many blocks as leave a map of at most 4 x 4, at least 2
+
+    def __post_init__(self) -> None:
+        one_of("network.name", self.name, ("convnet",))
+        require("network.width", self.width >= 1, self.width, "at least 1")
+        require("network.depth", self.depth is None or self.depth >= 1, self.depth, "null or at least 1")
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """How fresh networks are trained on the kept set; the profile's last-epoch accuracy is the result."""
+
+    profile: str = MISSING  # the name that tables show
+    networks: int = 10
+    epochs: int = 1000
+    full_data_epochs: int | None = field(default=None, metadata={"modes": ("full_data",)})  # null: epochs
+    batch: int = 64
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: str = MISSING  # cosine: to 0, stepped per epoch; multistep: x 0.2 at 2/3 and 5/6 of the epochs
+    strategy: str = "color_crop_flip_scale_rotate"  # IDC's rule, parameters per image
+    cutmix: float = 0.5  # probability per batch
+    test_points: int = 4  # evenly spaced tests; the best of them is printed as an extra, the last is the result
+    # tests during condensing, on held-out real images: first and last step included
+    curve_points: int = field(default=0, metadata={"modes": ("run",)})
+    curve_epochs: int = field(default=100, metadata={"modes": ("run",)})
+
+    def __post_init__(self) -> None:
+        for key in ("networks", "epochs", "batch", "test_points", "curve_epochs"):
+            require(f"evaluation.{key}", getattr(self, key) >= 1, getattr(self, key), "at least 1")
+        epochs = self.full_data_epochs
+        require("evaluation.full_data_epochs", epochs is None or epochs >= 1, epochs, "null or at least 1")
+        require("evaluation.lr", self.lr > 0, self.lr, "positive")
+        require("evaluation.momentum", 0 <= self.momentum < 1, self.momentum, "in [0, 1)")
+        require("evaluation.weight_decay", self.weight_decay >= 0, self.weight_decay, "at least 0")
+        one_of("evaluation.schedule", self.schedule, ("cosine", "multistep"))
+        require("evaluation.cutmix", 0 <= self.cutmix <= 1, self.cutmix, "in [0, 1]")
+        points = self.curve_points
+        require("evaluation.curve_points", points == 0 or points >= 2, points, "0 or at least 2")
+        check_strategy("evaluation.strategy", self.strategy)
+
+
+@dataclass(kw_only=True)
+class TrackingConfig:
+    mode: str = "auto"  # auto: online when logged in, else offline
+    project: str = "hmn"
+    entity: str | None = None
+    group: str | None = None  # null: one per multirun
+    log_every_steps: int = 10
+    images_every_steps: int = 1000
+
+    def __post_init__(self) -> None:
+        one_of("tracking.mode", self.mode, ("auto", "online", "offline", "disabled"))
+        for key in ("log_every_steps", "images_every_steps"):
+            require(f"tracking.{key}", getattr(self, key) >= 1, getattr(self, key), "at least 1")
+
+
+@dataclass(kw_only=True)
+class ComputeConfig:
+    device: str = unscientific("auto")  # auto, cpu, cuda or cuda:N
+    precision: str = "fp32"  # bf16: convolutions only; statistics, softmax, distances and memories stay fp32
+    deterministic: bool = unscientific(True)
+    matching: str = unscientific(
+        "auto"
+    )  # loop: autograd twice; compiled: the same, one compiled function; auto: by cost
+    threads: int | None = unscientific(None)  # CPU threads; null: torch's own choice
+    keep_heap: bool = unscientific(True)  # Linux: freed memory stays with the process instead of being mapped anew
+    checkpoint_every_seconds: float = unscientific(60.0)
+
+    def __post_init__(self) -> None:
+        one_of("compute.precision", self.precision, ("fp32", "bf16"))
+        one_of("compute.matching", self.matching, ("auto", "loop", "compiled"))
+        kind = self.device.split(":")[0]
+        require("compute.device", kind in ("auto", "cpu", "cuda"), self.device, "auto, cpu, cuda or cuda:N")
+        require("compute.threads", self.threads is None or self.threads >= 1, self.threads, "null or at least 1")
+        seconds = self.checkpoint_every_seconds
+        require("compute.checkpoint_every_seconds", seconds >= 0, seconds, "at least 0")
+
+
+@dataclass(kw_only=True)
+class PathsConfig:
+    runs_dir: str = "runs"
+    data_dir: str = "data"
+
+
+@dataclass(kw_only=True)
+class PlanConfig:
+    format: str = "text"
+
+    def __post_init__(self) -> None:
+        one_of("plan.format", self.format, ("text", "json"))
+
+
+@dataclass(kw_only=True)
+class Config:
+    mode: str = "run"
+    seed: int = 0
+    artifact: str | None = None  # mode=evaluate: a run folder or a condensed.safetensors
+    dataset: DatasetConfig = MISSING
+    memory: MemoryConfig = MISSING
+    container: ContainerConfig = MISSING
+    objective: ObjectiveConfig = MISSING
+    pruning: PruningConfig = MISSING
+    network: NetworkConfig = MISSING
+    evaluation: EvaluationConfig = MISSING
+    tracking: TrackingConfig = MISSING
+    compute: ComputeConfig = MISSING
+    paths: PathsConfig = MISSING
+    plan: PlanConfig = field(default_factory=PlanConfig)
+
+    def __post_init__(self) -> None:
+        one_of("mode", self.mode, MODES)
+        require("seed", self.seed >= 0, self.seed, "at least 0")
+        if self.mode == "evaluate":
+            require("artifact", bool(self.artifact), "null", "given for mode=evaluate")
+        if self.mode == "run" and self.pruning.over_budget > 0 and self.pruning.beta is None:
+            share = self.dataset.held_out_fraction
+            rule = "positive while pruning.beta is null: the search is judged on held-out images"
+            require("dataset.held_out_fraction", share > 0, share, rule)
+        if self.mode == "run" and self.evaluation.curve_points:
+            share = self.dataset.held_out_fraction
+            require("dataset.held_out_fraction", share > 0, share, "positive while evaluation.curve_points is set")
+
+
+def register() -> None:
+    """Make the schemas known to Hydra; every file of ``conf/`` names the one it must fit."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    sections = {
+        "dataset": DatasetConfig,
+        "memory": MemoryConfig,
+        "pruning": PruningConfig,
+        "network": NetworkConfig,
+        "evaluation": EvaluationConfig,
+        "tracking": TrackingConfig,
+        "compute": ComputeConfig,
+        "paths": PathsConfig,
+    }
+    for group, schema in sections.items():
+        store.store(group=group, name="schema", node=schema)
+    store.store(group="container", name="hmn_schema", node=HmnConfig)
+    store.store(group="objective", name="gradient_matching_schema", node=GradientMatchingConfig)
+
+
+def from_hydra(raw: DictConfig) -> Config:
+    """The checked configuration of a composed ``raw``, Hydra's own node aside. Raises ``ConfigError`` with one line."""
+    try:
+        # Hydra keeps the schemas of the groups but not the root's, so its sections come back checked and it does not.
+        sections = OmegaConf.to_object(OmegaConf.masked_copy(raw, [item.name for item in dataclasses.fields(Config)]))
+        return Config(**sections)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key}: give it a value") from None
+
+
+# What each mode's outcome depends on, besides seed and precision.
+SECTIONS = {
+    "run": ("dataset", "memory", "container", "objective", "pruning", "network", "evaluation"),
+    "evaluate": ("dataset", "network", "evaluation"),
+    "full_data": ("dataset", "network", "evaluation"),
+    "random_subset": ("dataset", "memory", "network", "evaluation"),
+}
+
+
+def scientific(config: Config) -> dict[str, Any]:
+    """The settings that decide what this mode computes, as plain values: the run id is their hash."""
+
+    def kept(section: object) -> dict[str, Any]:
+        values = {}
+        for item in dataclasses.fields(section):
+            modes = item.metadata.get("modes", MODES)
+            if item.metadata.get("scientific", True) and config.mode in modes:
+                values[item.name] = getattr(section, item.name)
+        return values
+
+    sections = {name: kept(getattr(config, name)) for name in SECTIONS[config.mode]}
+    own = {"mode": config.mode, "seed": config.seed, "precision": config.compute.precision}
+    if config.dataset.kind not in ("folder", "arrays"):
+        sections["dataset"].pop("root")  # official data are the same wherever they lie
+    return own | sections
+
+
+def digest(values: dict[str, Any]) -> str:
+    """Eight hexadecimal digits that name ``values``, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]

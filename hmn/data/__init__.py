@@ -1,0 +1,1 @@
+"""Real images: reading them, drawing per-class batches, augmenting."""

@@ -1,0 +1,194 @@
+"""Differentiable augmentation (Zhao & Bilen, ICML 2021) composed by IDC's rule, and CutMix.
+
+Every operator takes one parameter per image, so siamese draws are the same parameter repeated; nothing branches on a
+draw, so no device waits for one. Operators work on mean/std-normalised images (n, channels, H, W): what they fill
+with zero is the mean colour.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GEOMETRIC = ("crop", "scale", "rotate")  # IDC's rule applies exactly one of those listed
+CROP_RATIO = 0.125
+CUTOUT_RATIO = 0.5
+MAX_SCALE = 1.2
+MAX_DEGREES = 15.0
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Parameters of one augmentation of n images, each (n,); ``None`` where the strategy lacks the operator.
+
+    ``chosen`` (n,) is the position in ``geometric`` of the one geometric operator each image gets.
+    """
+
+    size: int
+    geometric: tuple[str, ...]
+    flip: Tensor | None = None  # bool
+    brightness: Tensor | None = None  # u of [0, 1), as are the other two colours
+    saturation: Tensor | None = None
+    contrast: Tensor | None = None
+    chosen: Tensor | None = None
+    crop: Tensor | None = None  # (n, 2) int64, shifts (y, x)
+    scale: Tensor | None = None  # (n, 2) factors (x, y)
+    rotate: Tensor | None = None  # radians
+    cutout: Tensor | None = None  # (n, 2) int64, centre offsets (y, x)
+
+    def repeat(self, counts: int | Tensor) -> Draw:
+        """The draw with image i's parameters repeated ``counts`` times: one siamese draw for a whole group."""
+        grown = {
+            name: value.repeat_interleave(counts, dim=0) for name, value in vars(self).items() if torch.is_tensor(value)
+        }
+        return Draw(**{**vars(self), **grown})
+
+
+def operators(strategy: str) -> tuple[str, ...]:
+    return () if strategy == "none" else tuple(strategy.split("_"))
+
+
+def without_flip(strategy: str) -> str:
+    """The strategy for data whose classes a mirror changes, as digits."""
+    return "_".join(name for name in operators(strategy) if name != "flip") or "none"
+
+
+def draw(strategy: str, n: int, size: int, generator: torch.Generator, *, one_choice: bool = True) -> Draw:
+    """Parameters for ``n`` images of side ``size``; ranges as in IDC and DSA.
+
+    ``one_choice``: all ``n`` share which geometric operator is applied, as in one batch of IDC; else each image (or,
+    after :meth:`Draw.repeat`, each group) has its own choice.
+    """
+    names = operators(strategy)
+    device = generator.device
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, device=device)
+
+    def integer(low: int, high: int) -> Tensor:
+        return torch.randint(low, high + 1, (n, 2), generator=generator, device=device)
+
+    values: dict[str, Tensor] = {}
+    if "flip" in names:
+        values["flip"] = uniform(n) < 0.5
+    if "color" in names:
+        values |= {name: uniform(n) for name in ("brightness", "saturation", "contrast")}
+    geometric = tuple(name for name in GEOMETRIC if name in names)
+    if geometric:
+        shape = (1,) if one_choice else (n,)
+        values["chosen"] = torch.randint(len(geometric), shape, generator=generator, device=device).expand(n)
+    if "crop" in names:
+        shift = int(CROP_RATIO * size + 0.5)
+        values["crop"] = integer(-shift, shift)
+    if "scale" in names:
+        values["scale"] = 1 / MAX_SCALE + (MAX_SCALE - 1 / MAX_SCALE) * uniform(n, 2)
+    if "rotate" in names:
+        values["rotate"] = (uniform(n) * 2 - 1) * (MAX_DEGREES * torch.pi / 180)
+    if "cutout" in names:
+        values["cutout"] = integer(0, size - _cutout_side(size) % 2)
+    return Draw(size=size, geometric=geometric, **values)
+
+
+def apply(images: Tensor, drawn: Draw) -> Tensor:
+    """IDC's rule: flip, then the three colours, then each image's one geometric operator, then cutout."""
+    if drawn.flip is not None:
+        images = torch.where(_column(drawn.flip), images.flip(-1), images)
+    if drawn.brightness is not None:
+        images = images + _column(drawn.brightness - 0.5)
+    if drawn.saturation is not None:
+        grey = images.mean(1, keepdim=True)
+        images = (images - grey) * _column(2 * drawn.saturation) + grey
+    if drawn.contrast is not None:
+        mean = images.mean((1, 2, 3), keepdim=True)
+        images = (images - mean) * _column(drawn.contrast + 0.5) + mean
+    for position, name in enumerate(drawn.geometric):
+        applies = drawn.chosen == position
+        if name == "crop":
+            images = shift(images, torch.where(applies[:, None], drawn.crop, 0))
+    if "scale" in drawn.geometric or "rotate" in drawn.geometric:
+        images = _resample(images, drawn)
+    if drawn.cutout is not None:
+        images = cutout(images, drawn.cutout)
+    return images
+
+
+def shift(images: Tensor, offsets: Tensor) -> Tensor:
+    """Move image i by ``offsets[i]`` = (y, x) pixels: output[y, x] = input[y + oy, x + ox], zero outside.
+
+    Two products with 0/1 matrices per image: exact, and neither direction needs a scatter, which is slow on a CPU and
+    not deterministic on a GPU.
+    """
+    size = images.shape[-1]
+    positions = torch.arange(size, device=images.device)
+    # one[i, y, s] = 1 where output row y of image i is input row s
+    rows, columns = ((positions + offsets[:, axis, None])[..., None] == positions for axis in (0, 1))
+    rows, columns = rows.to(images.dtype)[:, None], columns.to(images.dtype)[:, None]
+    return rows @ images @ columns.mT
+
+
+def cutout(images: Tensor, centres: Tensor) -> Tensor:
+    """Zero a square of half the side centred at ``centres[i]`` = (y, x); what lies outside the image is cut off."""
+    size = images.shape[-1]
+    side = _cutout_side(size)
+    positions = torch.arange(size, device=images.device)
+    low = centres - side // 2
+    rows, columns = ((positions >= low[:, axis, None]) & (positions < low[:, axis, None] + side) for axis in (0, 1))
+    hidden = rows[:, None, :, None] & columns[:, None, None, :]
+    return images.masked_fill(hidden, 0)
+
+
+def _resample(images: Tensor, drawn: Draw) -> Tensor:
+    """Scale or rotate where chosen, by one bilinear resampling; the other images pass through untouched."""
+    n = len(images)
+    theta = torch.zeros(n, 2, 3, device=images.device, dtype=images.dtype)
+    theta[:, 0, 0] = theta[:, 1, 1] = 1
+    resampled = torch.zeros(n, dtype=torch.bool, device=images.device)
+    if drawn.scale is not None:
+        applies = drawn.chosen == drawn.geometric.index("scale")
+        theta[:, 0, 0] = torch.where(applies, drawn.scale[:, 0], theta[:, 0, 0])
+        theta[:, 1, 1] = torch.where(applies, drawn.scale[:, 1], theta[:, 1, 1])
+        resampled = resampled | applies
+    if drawn.rotate is not None:
+        applies = drawn.chosen == drawn.geometric.index("rotate")
+        cos, sin = drawn.rotate.cos(), drawn.rotate.sin()
+        turned = torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)
+        theta[:, :, :2] = torch.where(applies[:, None, None], turned, theta[:, :, :2])
+        resampled = resampled | applies
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    moved = F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
+    return torch.where(_column(resampled), moved, images)
+
+
+def _column(values: Tensor) -> Tensor:
+    return values[:, None, None, None]
+
+
+def _cutout_side(size: int) -> int:
+    return int(CUTOUT_RATIO * size + 0.5)
+
+
+def cutmix(
+    images: Tensor, labels: Tensor, probability: float, generator: torch.Generator, *, real: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """CutMix of one batch (Yun et al., ICCV 2019) as IDC applies it: images, partners' labels and the own share r.
+
+    With ``probability``, a box of side H * sqrt(1 - lambda), lambda ~ U(0, 1), is taken from a random partner; the loss is
+    r * CE(labels) + (1 - r) * CE(partners'), r from the box after clipping. Only the first ``real`` images are
+    partners: the rest of a padded batch stays out.
+    """
+    n, size = len(images) if real is None else real, images.shape[-1]
+    device = generator.device
+    mixes, keep = torch.rand(2, generator=generator, device=device)
+    centre = torch.randint(size, (2,), generator=generator, device=device)
+    partners = torch.randperm(n, generator=generator, device=device)
+    partners = torch.cat([partners, torch.arange(n, len(images), device=device)])
+    half = (size * (1 - keep).sqrt()).long() // 2
+    low, high = (centre - half).clamp(0, size), (centre + half).clamp(0, size)
+    positions = torch.arange(size, device=device)
+    inside = (positions >= low[:, None]) & (positions < high[:, None])
+    box = inside[0][:, None] & inside[1] & (mixes < probability)
+    own_share = 1 - box.float().mean()
+    return torch.where(box, images[partners], images), labels[partners], own_share

@@ -1,0 +1,189 @@
+"""The eight data sets, as uint8 tensors split into train, held out and test."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hmn.config import DatasetConfig
+from hmn.data import arrays, folder, official
+from hmn.data.splits import Source, Split, check_classes, split_off
+from hmn.errors import ConfigError, DataError
+
+__all__ = ["RealData", "Shape", "Split", "display_name", "load", "peek"]
+
+TEST_SPLIT_SEED = 0  # of data sets without a test split: theirs must not change with a run's seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What a budget depends on."""
+
+    classes: int
+    channels: int
+    image_size: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RealData:
+    """A data set in memory. ``mean`` and ``std`` are per channel, of pixels in [0, 1]."""
+
+    name: str
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    train: Split
+    held_out: Split  # of the official training split, never trained on; may be empty, (0, channels, H, W)
+    test: Split
+    notes: tuple[str, ...]  # what loading had to decide, for the log
+    fingerprint: str  # SHA-256 over shapes, images and labels of the three splits
+
+    def to(self, device: torch.device | str) -> RealData:
+        splits = {name: getattr(self, name).to(device) for name in ("train", "held_out", "test")}
+        return dataclasses.replace(self, **splits)
+
+
+def peek(config: DatasetConfig, data_dir: Path) -> Shape:
+    """The data set's shape from the configuration, folder names, or an array's labels and header: no pixel is read.
+
+    Raises :class:`ConfigError` or :class:`DataError` where that already shows that it cannot be loaded.
+    """
+    _check(config)
+    root = _root(config, data_dir)
+    side = config.image_size
+    if config.kind == "arrays":
+        classes, side = arrays.peek_npz(config, root)
+    elif config.kind == "folder":
+        classes = len(folder.find(root, config.test_fraction).class_names)
+    elif config.kind == "tiny_imagenet":
+        classes = official.count_tiny_classes(root)
+    else:
+        if config.kind == "imagenet10":
+            official.check_imagenet10(root)
+        classes = 10 if config.kind == "digits" else official.CLASSES[config.kind]
+    _check_count(config, classes)
+    return Shape(classes=classes, channels=config.channels, image_size=side)
+
+
+def display_name(config: DatasetConfig) -> str:
+    """The name that tables and run ids show."""
+    if config.name is not None:
+        return config.name
+    if config.kind == "folder":
+        return _path(config.root).resolve().name
+    return _path(config.root).stem if config.kind == "arrays" else config.kind
+
+
+def load(config: DatasetConfig, data_dir: Path, generator: torch.Generator, progress: bool = True) -> RealData:
+    """Read, download if need be and allowed, and check a data set. ``generator`` (CPU) draws the held-out images.
+
+    Raises :class:`DataError` naming the class, file or array that cannot be used.
+    """
+    _check(config)
+    source = _LOADERS[config.kind](config, _root(config, data_dir), progress)
+    _check_count(config, len(source.class_names))
+    train, test = _with_test(source, config)
+    train, held_out = split_off(train, config.held_out_fraction, generator)
+    mean, std = _statistics(config, train.images)
+    return RealData(
+        name=display_name(config),
+        class_names=source.class_names,
+        mean=mean,
+        std=std,
+        train=train,
+        held_out=held_out,
+        test=test,
+        notes=source.notes,
+        fingerprint=_fingerprint(train, held_out, test),
+    )
+
+
+def measure(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and population standard deviation per channel of uint8 (N, channels, H, W), as pixels in [0, 1].
+
+    From exact counts of the 256 values, so neither depends on the order or the number of images.
+    """
+    counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
+    for chunk in images.split(4096):  # a chunk's channel is copied to be counted
+        for channel, pixels in enumerate(chunk.unbind(1)):
+            counts[channel] += torch.bincount(pixels.flatten(), minlength=256)
+    share = counts.double() / counts.sum(1, keepdim=True)
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean = share @ values
+    std = (share * (values - mean[:, None]).square()).sum(1).sqrt()
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+_LOADERS: dict[str, Callable[[DatasetConfig, Path, bool], Source]] = {
+    "svhn": official.svhn,
+    "cifar10": official.cifar10,
+    "cifar100": official.cifar100,
+    "tiny_imagenet": official.tiny_imagenet,
+    "imagenet10": official.imagenet10,
+    "folder": lambda config, root, progress: folder.read(
+        folder.find(root, config.test_fraction), config.image_size, config.channels, progress
+    ),
+    "arrays": arrays.npz,
+    "digits": arrays.digits,
+}
+
+
+def _check(config: DatasetConfig) -> None:
+    """No setting is accepted that its kind would not use."""
+    kind, share = config.kind, config.test_fraction
+    if kind == "digits" and share is None:
+        raise ConfigError("dataset.test_fraction=null: must be given for dataset=digits")
+    if kind not in ("digits", "folder") and share is not None:
+        raise ConfigError(f"dataset.test_fraction={share}: must be null, dataset={kind} has a test split of its own")
+    if kind == "digits" and config.root is not None:
+        raise ConfigError(f"dataset.root={config.root}: must be null, dataset=digits comes with scikit-learn")
+
+
+def _check_count(config: DatasetConfig, found: int) -> None:
+    if found < 2:
+        raise DataError(f"dataset={display_name(config)} has {found} class: at least 2 are needed")
+    if config.classes not in (None, found):
+        raise DataError(f"dataset.classes={config.classes}: dataset={display_name(config)} has {found}")
+
+
+def _path(root: str) -> Path:
+    return Path(root).expanduser()
+
+
+def _root(config: DatasetConfig, data_dir: Path) -> Path:
+    return data_dir / config.kind if config.root is None else _path(config.root)
+
+
+def _with_test(source: Source, config: DatasetConfig) -> tuple[Split, Split]:
+    """Train and test, every class present in both."""
+    if source.test is not None:
+        check_classes(source.train, source.class_names, "train")
+        check_classes(source.test, source.class_names, "test")
+        return source.train, source.test
+    check_classes(source.train, source.class_names, f"dataset={display_name(config)}", least=2)
+    return split_off(source.train, config.test_fraction, torch.Generator().manual_seed(TEST_SPLIT_SEED))
+
+
+def _statistics(config: DatasetConfig, images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The configured mean and std; what is null is measured."""
+    if config.mean is not None and config.std is not None:
+        return tuple(config.mean), tuple(config.std)
+    mean, std = measure(images)
+    if config.std is None and min(std) == 0:
+        raise DataError("all training pixels of a channel are equal: set dataset.std")
+    return tuple(config.mean or mean), tuple(config.std or std)
+
+
+def _fingerprint(*splits: Split) -> str:
+    digest = hashlib.sha256()
+    for split in splits:
+        digest.update(repr(tuple(split.images.shape)).encode())
+        digest.update(memoryview(split.images.contiguous().numpy()))
+        digest.update(memoryview(split.labels.numpy().astype("<i8")))
+    return digest.hexdigest()

@@ -1,0 +1,140 @@
+"""Class-folder trees: one folder per class, its name the class's, images anywhere below it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hmn.data.images import conversions, stack_files
+from hmn.data.splits import Source, Split, listing
+from hmn.errors import DataError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tree:
+    """Where the class folders are. ``test`` is None where a share of ``train`` has to serve."""
+
+    train: Path
+    test: Path | None
+    class_names: tuple[str, ...]  # sorted
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """The image files of one split, class by class."""
+
+    per_class: tuple[tuple[Path, ...], ...]
+    skipped: tuple[Path, ...] = ()  # other files that lie among them
+
+
+def find(root: Path, test_fraction: float | None) -> Tree:
+    """The tree in ``root``: ``train/`` with ``test/`` or ``val/``, or class folders right away. Reads names only.
+
+    Raises :class:`DataError` if there is no class folder, the classes of the two splits differ, or both or neither of a
+    test folder and ``test_fraction`` are given.
+    """
+    top = class_folders(root)
+    train = root / "train" if "train" in top and _has_folders(root / "train") else root
+    if train == root and set(top) <= {"train", "test", "val"}:
+        raise DataError(f"dataset.root={root}: no class folders in it or its train/, make one per class")
+    tests = [name for name in ("test", "val") if train != root and name in top and _has_folders(root / name)]
+    if tests and test_fraction is not None:
+        raise DataError(f"dataset.test_fraction={test_fraction}: must be null, {root} has {tests[0]}/")
+    if not tests and test_fraction is None:
+        raise DataError(
+            f"dataset.root={root}: no class folders in a test/ or val/ beside train/, set dataset.test_fraction"
+        )
+    tree = Tree(
+        train=train,
+        test=root / tests[0] if tests else None,
+        class_names=class_folders(train),
+        notes=(f"{root / 'val'} is not used: {root / 'test'} is the test split",) if len(tests) == 2 else (),
+    )
+    if tree.test is not None:
+        check_same_classes(tree.train, tree.test)
+    return tree
+
+
+def read(tree: Tree, side: int, channels: int, progress: bool) -> Source:
+    """The tree's images. Raises :class:`DataError` for an empty class or an unreadable image, naming it."""
+    train = class_files(tree.train, tree.class_names)
+    test = None if tree.test is None else class_files(tree.test, tree.class_names)
+    return read_files(train, test, tree.class_names, (side, channels), tree.notes, progress)
+
+
+def read_files(
+    train: Files,
+    test: Files | None,
+    class_names: Sequence[str],
+    size: tuple[int, int],
+    notes: tuple[str, ...],
+    progress: bool,
+) -> Source:
+    """Images of listed files; ``size`` is (side, channels). The notes say what was converted or skipped."""
+    paths, modes, splits = [], [], []
+    for name, files in (("train", train), ("test", test)):
+        if files is None:
+            splits.append(None)
+            continue
+        split_paths = [path for paths in files.per_class for path in paths]
+        images, split_modes = stack_files(split_paths, *size, name, progress)
+        counts = torch.tensor([len(paths) for paths in files.per_class])
+        splits.append(Split(images, torch.arange(len(counts)).repeat_interleave(counts)))
+        paths += split_paths
+        modes += split_modes
+        if files.skipped:
+            notes += (f"skipped in {name}, as not an image: {len(files.skipped)}, first {files.skipped[0]}",)
+    notes += conversions(modes, size[1], paths)
+    return Source(class_names=tuple(class_names), train=splits[0], test=splits[1], notes=notes)
+
+
+def class_folders(folder: Path) -> tuple[str, ...]:
+    """Names of the folders in ``folder``, sorted, without hidden ones. Raises :class:`DataError` if it is no folder."""
+    try:
+        return tuple(sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")))
+    except OSError as error:
+        raise DataError(f"dataset.root: {folder} cannot be listed ({error.strerror})") from None
+
+
+def class_files(folder: Path, class_names: Sequence[str], below: str = "") -> Files:
+    """The image files in ``folder/<class>/below``, sorted by path. Raises :class:`DataError` naming an empty class."""
+    per_class, skipped = [], []
+    for name in class_names:
+        files = _files(folder / name / below)
+        images = tuple(path for path in files if path.suffix.lower() in SUFFIXES)
+        if not images:
+            raise DataError(f"class {name} has no images in {folder / name}: add some, or remove the class everywhere")
+        per_class.append(images)
+        skipped += [path for path in files if path.suffix.lower() not in SUFFIXES]
+    return Files(per_class=tuple(per_class), skipped=tuple(skipped))
+
+
+def check_same_classes(train: Path, test: Path) -> None:
+    names = {folder: set(class_folders(folder)) for folder in (train, test)}
+    differing = []
+    for folder, other in ((train, test), (test, train)):
+        if only := sorted(names[folder] - names[other]):
+            differing.append(f"only in {folder.name}/: {listing(only)}")
+    if differing:
+        raise DataError(f"dataset.root={train.parent}: the class folders differ, {'; '.join(differing)}")
+
+
+def _has_folders(folder: Path) -> bool:
+    return bool(class_folders(folder))
+
+
+def _files(folder: Path) -> list[Path]:
+    """Every file below ``folder`` that is not hidden, sorted by path."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be listed ({error.strerror})")
+
+    walk = os.walk(folder, onerror=refuse, followlinks=True)
+    return sorted(Path(where, name) for where, _, names in walk for name in names if not name.startswith("."))

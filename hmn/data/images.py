@@ -1,0 +1,130 @@
+"""Images of any size and pixel format as uint8 arrays of one shape."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+
+from hmn.errors import DataError
+
+Item = TypeVar("Item")
+CHUNK = 128  # images per task of the thread pool
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # tried in this order, nothing else is read
+TARGETS = {1: "L", 3: "RGB"}  # Pillow's mode for a number of channels
+MODE_NAMES = {"1": "black-and-white", "L": "grey", "LA": "grey with alpha", "P": "palette"}
+
+
+def stack(
+    decode: Callable[[Item], tuple[np.ndarray, str]],
+    items: Sequence[Item],
+    shape: tuple[int, int, int],
+    label: str,
+    progress: bool,
+) -> tuple[Tensor, list[str]]:
+    """``decode`` of every item, in threads: images uint8 (N, *shape) and the N modes they had.
+
+    The first item (by position) that cannot be decoded raises, and the rest is left alone.
+    """
+    images = np.empty((len(items), *shape), np.uint8)
+    modes = [""] * len(items)
+
+    def fill(start: int) -> int:
+        stop = min(start + CHUNK, len(items))
+        for i in range(start, stop):
+            images[i], modes[i] = decode(items[i])
+        return stop - start
+
+    Image.init()  # registers every file format now: two threads that both find one missing would race
+    workers = min(8, os.cpu_count() or 1)
+    bar = tqdm(total=len(items), desc=f"reading {label}", unit="img", disable=None if progress else True)
+    with bar, ThreadPoolExecutor(workers) as pool:
+        for done in pool.map(fill, range(0, len(items), CHUNK)):
+            bar.update(done)
+    return torch.from_numpy(images), modes
+
+
+def stack_files(
+    paths: Sequence[Path], side: int, channels: int, label: str, progress: bool
+) -> tuple[Tensor, list[str]]:
+    """The image files ``paths`` as uint8 (N, channels, side, side), and their modes.
+
+    Raises :class:`DataError` naming the file that is not an image, is truncated or is corrupt.
+    """
+    decode = partial(_decode_file, side=side, channels=channels)
+    return stack(decode, paths, (channels, side, side), label, progress)
+
+
+def stack_array(array: np.ndarray, side: int, channels: int, label: str, progress: bool) -> tuple[Tensor, list[str]]:
+    """Pixels uint8 (N, H, W, 1 or 3) as uint8 (N, channels, side, side), and the modes they had."""
+    if array.shape[1:] == (side, side, channels):
+        return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2))), [TARGETS[channels]] * len(array)
+    decode = partial(_decode_pixels, side=side, channels=channels)
+    return stack(decode, array, (channels, side, side), label, progress)
+
+
+def fit(image: Image.Image, side: int, channels: int) -> np.ndarray:
+    """``image`` as uint8 (channels, side, side): converted, its short side resized to ``side``, its centre cropped.
+
+    The rounding of both steps is that of torchvision's ``Resize(side)`` and ``CenterCrop(side)``; an image that has the
+    size and format already keeps its exact pixels. Orientation tags are ignored.
+    """
+    image = _convert(image, TARGETS[channels])
+    short = min(image.size)
+    if short != side:
+        image = image.resize([side if n == short else int(side * n / short) for n in image.size], Image.BILINEAR)
+    left, top = (round((n - side) / 2) for n in image.size)
+    pixels = np.asarray(image)[top : top + side, left : left + side]
+    return pixels.reshape(side, side, channels).transpose(2, 0, 1)
+
+
+def conversions(modes: Sequence[str], channels: int, paths: Sequence[Path] | None = None) -> tuple[str, ...]:
+    """A note for each pixel format that :func:`fit` had to convert, with the first file of it where there are files."""
+    target = TARGETS[channels]
+    notes = []
+    for mode, count in sorted(Counter(modes).items()):
+        if mode != target:
+            what = f"{count} {MODE_NAMES.get(mode, mode)} {'image' if count == 1 else 'images'}"
+            first = "" if paths is None else f": first {paths[modes.index(mode)]}"
+            notes.append(f"converted {what} to {MODE_NAMES.get(target, target)}{first}")
+    return tuple(notes)
+
+
+def _convert(image: Image.Image, target: str) -> Image.Image:
+    if image.mode == target:
+        return image
+    if image.mode.startswith("I;16"):  # Pillow would clip at 255 instead of scaling
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode} has no known range, save it with 8 or 16 bits per channel")
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the way that Pillow asks for
+    return image.convert(target)
+
+
+def _decode_file(path: Path, side: int, channels: int) -> tuple[np.ndarray, str]:
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return fit(image, side, channels), image.mode
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        reason = "not an image, or one whose header is damaged"
+    except Exception as error:  # broken bytes lead Pillow's decoders into errors of any type
+        reason = " ".join(str(error).split()) or type(error).__name__
+    raise DataError(f"{path} cannot be read ({reason}): replace or remove it")
+
+
+def _decode_pixels(pixels: np.ndarray, side: int, channels: int) -> tuple[np.ndarray, str]:
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    return fit(image, side, channels), image.mode

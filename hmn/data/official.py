@@ -1,0 +1,173 @@
+"""SVHN, CIFAR-10, CIFAR-100, Tiny-ImageNet and ImageNet-10 from their official archives or trees."""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+from hmn.config import DatasetConfig
+from hmn.data import folder, vision
+from hmn.data.arrays import from_pixels
+from hmn.data.splits import Source
+from hmn.errors import DataError
+
+log = logging.getLogger(__name__)
+
+CLASSES = {"svhn": 10, "cifar10": 10, "cifar100": 100, "tiny_imagenet": 200, "imagenet10": 10}
+TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+TINY_FOLDER = "tiny-imagenet-200"
+IMAGENET10 = {  # IDC's ten classes in its label order (methods.md 8.2); these are not Imagenette's
+    "n02869837": "bonnet",
+    "n01749939": "green mamba",
+    "n02488291": "langur",
+    "n02107142": "doberman",
+    "n13037406": "gyromitra",
+    "n02091831": "saluki",
+    "n04517823": "vacuum",
+    "n04589890": "window screen",
+    "n03062245": "cocktail shaker",
+    "n01773797": "garden spider",
+}
+
+
+def svhn(config: DatasetConfig, root: Path, progress: bool) -> Source:
+    """The splits train (without ``extra``) and test; digit 0, stored as 10, is class 0."""
+    dataset = vision.torchvision().datasets.SVHN
+    parts = {}
+    for name in ("train", "test"):
+        url, filename, md5 = dataset.split_list[name]
+        fetch(root, filename, url, md5, config.download)
+        part = dataset(root, split=name)
+        parts[name] = (part.data.transpose(0, 2, 3, 1), torch.from_numpy(part.labels))
+    return from_pixels(parts, tuple(str(digit) for digit in range(10)), config, progress)
+
+
+def cifar10(config: DatasetConfig, root: Path, progress: bool) -> Source:
+    return _cifar(vision.torchvision().datasets.CIFAR10, config, root, progress)
+
+
+def cifar100(config: DatasetConfig, root: Path, progress: bool) -> Source:
+    """With the 100 fine labels."""
+    return _cifar(vision.torchvision().datasets.CIFAR100, config, root, progress)
+
+
+def tiny_imagenet(config: DatasetConfig, root: Path, progress: bool) -> Source:
+    """Classes are the wnids in the order of ``wnids.txt``; the official validation images are the test split."""
+    tree = _tiny_tree(root)
+    if not tree.is_dir():
+        archive = fetch(root, f"{TINY_FOLDER}.zip", TINY_URL, TINY_MD5, config.download)
+        unpack(archive, tree)
+    wnids = _lines(tree / "wnids.txt")
+    train = folder.class_files(tree / "train", wnids, below="images")
+    test = _tiny_validation(tree / "val", wnids)
+    size = (config.image_size, config.channels)
+    return folder.read_files(train, test, wnids, size, (), progress)
+
+
+def count_tiny_classes(root: Path) -> int:
+    tree = _tiny_tree(root)
+    return len(_lines(tree / "wnids.txt")) if tree.is_dir() else CLASSES["tiny_imagenet"]
+
+
+def imagenet10(config: DatasetConfig, root: Path, progress: bool) -> Source:
+    """Ten classes out of an ImageNet tree with ``train/<wnid>/`` and ``val/<wnid>/``."""
+    check_imagenet10(root)
+    train, test = (folder.class_files(root / name, tuple(IMAGENET10)) for name in ("train", "val"))
+    size = (config.image_size, config.channels)
+    return folder.read_files(train, test, tuple(IMAGENET10.values()), size, (), progress)
+
+
+def check_imagenet10(root: Path) -> None:
+    for split in ("train", "val"):
+        present = folder.class_folders(root / split)
+        if missing := [f"{wnid} ({name})" for wnid, name in IMAGENET10.items() if wnid not in present]:
+            raise DataError(
+                f"{root / split} lacks the class folder {', '.join(missing)}: its classes are folders named by wnid"
+            )
+
+
+def fetch(root: Path, filename: str, url: str, md5: str, download: bool) -> Path:
+    """The archive ``root/filename``, downloaded if need be and allowed, its checksum verified."""
+    utils = vision.torchvision().datasets.utils
+    path = root / filename
+    if path.is_file():
+        if not utils.check_integrity(path, md5):
+            raise DataError(f"{path}: wrong checksum (its MD5 must be {md5}), remove it to have it downloaded again")
+        return path
+    if not download:
+        raise DataError(f"{path} is not there: put it there, or set dataset.download=true")
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as scratch:  # no half file under the final name
+        try:
+            utils.download_url(url, scratch, filename, md5)
+        except (OSError, http.client.HTTPException, RecursionError) as error:  # the last: too many redirects
+            raise DataError(f"{url} cannot be downloaded ({error}): put the file at {path}") from None
+        except RuntimeError:  # torchvision's word for a checksum that does not fit
+            raise DataError(f"{url}: what was downloaded has a wrong checksum (its MD5 must be {md5})") from None
+        os.replace(Path(scratch, filename), path)
+    return path
+
+
+def unpack(archive: Path, target: Path) -> None:
+    """Extract ``archive``'s folder of that name to ``target``, whole or not at all; others may be doing the same."""
+    log.info("unpacking %s", archive)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unpack-") as scratch:
+        vision.torchvision().datasets.utils.extract_archive(str(archive), scratch)
+        try:
+            os.rename(Path(scratch, target.name), target)
+        except OSError:
+            if not target.is_dir():
+                raise
+
+
+def _cifar(dataset: type, config: DatasetConfig, root: Path, progress: bool) -> Source:
+    batches = root / dataset.base_folder
+    if not batches.is_dir():
+        unpack(fetch(root, dataset.filename, dataset.url, dataset.tgz_md5, config.download), batches)
+    _check_batches(dataset, batches)
+    parts = {}
+    for name in ("train", "test"):
+        part = dataset(root, train=name == "train")
+        parts[name] = (part.data, torch.tensor(part.targets))
+    return from_pixels(parts, tuple(part.classes), config, progress)
+
+
+def _check_batches(dataset: type, batches: Path) -> None:
+    meta = (dataset.meta["filename"], dataset.meta["md5"])
+    for filename, md5 in (*dataset.train_list, *dataset.test_list, meta):
+        path = batches / filename
+        if not path.is_file():
+            raise DataError(f"{path} is missing: remove {batches} to have it unpacked again")
+        if not vision.torchvision().datasets.utils.check_integrity(path, md5):
+            raise DataError(
+                f"{path}: wrong checksum (its MD5 must be {md5}), remove {batches} to have it unpacked again"
+            )
+
+
+def _tiny_tree(root: Path) -> Path:
+    """``root`` itself may be the tree."""
+    return root if (root / "wnids.txt").is_file() else root / TINY_FOLDER
+
+
+def _tiny_validation(val: Path, wnids: list[str]) -> folder.Files:
+    """``val_annotations.txt`` names each image's class in its second column, the box follows."""
+    per_class: dict[str, list[Path]] = {wnid: [] for wnid in wnids}
+    for line in _lines(val / "val_annotations.txt"):
+        filename, wnid = (line.split() + ["", ""])[:2]
+        if wnid not in per_class:
+            raise DataError(f"{val / 'val_annotations.txt'}: {filename} has the class {wnid!r}, not one of wnids.txt")
+        per_class[wnid].append(val / "images" / filename)
+    return folder.Files(per_class=tuple(tuple(paths) for paths in per_class.values()))
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return [line for line in path.read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): the tree is incomplete") from None

@@ -1,0 +1,91 @@
+"""Batches of real images drawn without replacement, per class or over the whole split, and their resumable state."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hmn.errors import DataError
+
+
+class GroupSampler:
+    """Draws ``batch`` indices of each group without replacement; a group that runs short is shuffled anew.
+
+    ``sizes`` (groups,) are the lengths of consecutive index ranges: the classes of a split ordered by class, or one
+    range that is the whole split. As IDC's loader, the rest of a pass that is smaller than ``batch`` is dropped.
+    """
+
+    def __init__(self, sizes: Tensor, batch: int, generator: torch.Generator) -> None:
+        self.batch = batch
+        self.generator = generator
+        self.sizes = sizes.cpu()  # on the host with the cursors: deciding who is shuffled must not wait for a device
+        self.starts = self.sizes.cumsum(0) - self.sizes
+        self.groups = torch.repeat_interleave(torch.arange(len(sizes)), self.sizes).to(generator.device)
+        self.order = self._shuffled()
+        self.cursors = torch.zeros_like(self.sizes)
+        self._offsets = torch.arange(batch, device=generator.device)
+
+    def draw(self, groups: Tensor) -> Tensor:
+        """Indices (k, batch) into the split, for the groups (k,) given by a CPU tensor."""
+        if (self.cursors[groups] + self.batch > self.sizes[groups]).any():
+            short = torch.zeros(len(self.sizes), dtype=torch.bool)
+            short[groups] = self.cursors[groups] + self.batch > self.sizes[groups]
+            # A sort by (group, random key) permutes within each group, so replacing one group's range keeps the others.
+            replaced = short.to(self.order.device)[self.groups]
+            self.order = torch.where(replaced, self._shuffled(), self.order)
+            self.cursors[short] = 0
+        first = (self.starts + self.cursors)[groups].to(self.order.device)
+        self.cursors[groups] += self.batch
+        return self.order[first[:, None] + self._offsets]
+
+    def _shuffled(self) -> Tensor:
+        keys = torch.rand(len(self.groups), generator=self.generator, device=self.generator.device, dtype=torch.float64)
+        return torch.argsort(self.groups + keys)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"order": self.order, "cursors": self.cursors.clone(), "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.order = state["order"].to(self.generator.device)
+        self.cursors = state["cursors"].clone()
+        self.generator.set_state(state["generator"].cpu())
+
+
+def per_class(labels: Tensor, class_names: tuple[str, ...], batch: int, generator: torch.Generator) -> GroupSampler:
+    """A sampler of single-class batches. ``labels`` (N,) must be ordered by class.
+
+    Raises ``DataError`` naming the first class that has fewer than ``batch`` images.
+    """
+    sizes = torch.bincount(labels.cpu(), minlength=len(class_names))
+    if (sizes < batch).any():
+        short = int((sizes < batch).nonzero()[0])
+        raise DataError(
+            f"objective.real_batch={batch}: class {class_names[short]} has only {int(sizes[short])} training images; "
+            f"set it to at most {int(sizes.min())}"
+        )
+    return GroupSampler(sizes, batch, generator)
+
+
+def random_subset(
+    labels: Tensor, per_class_count: int, class_names: tuple[str, ...], generator: torch.Generator
+) -> Tensor:
+    """Indices (C * per_class_count,), ordered by class, of a uniform draw without replacement from every class."""
+    sizes = torch.bincount(labels.cpu(), minlength=len(class_names))
+    if (sizes < per_class_count).any():
+        short = int((sizes < per_class_count).nonzero()[0])
+        raise DataError(
+            f"memory.images_per_class={per_class_count}: class {class_names[short]} has only {int(sizes[short])} "
+            "training images to draw from"
+        )
+    sampler = GroupSampler(sizes, per_class_count, generator)
+    return sampler.draw(torch.arange(len(sizes))).flatten()
+
+
+def repeated_subset(
+    labels: Tensor, per_class_count: int, class_names: tuple[str, ...], generator: torch.Generator
+) -> Tensor:
+    """As :func:`random_subset`, but a class with too few images gives all of them, and then repeats them."""
+    smallest = int(torch.bincount(labels.cpu(), minlength=len(class_names)).min())
+    drawn = random_subset(labels, min(per_class_count, smallest), class_names, generator)
+    positions = torch.arange(per_class_count, device=drawn.device) % min(per_class_count, smallest)
+    return drawn.unflatten(0, (len(class_names), -1))[:, positions].flatten()

@@ -1,0 +1,37 @@
+"""The errors a person can mend: one line each, that tells what to do."""
+
+
+class HmnError(Exception):
+    """Printed as one line, without a traceback; ``exit_code`` is the process's."""
+
+    exit_code = 1
+
+
+class ConfigError(HmnError, ValueError):
+    """A setting that cannot be used: names the dotted key, the value and the rule."""
+
+    exit_code = 2
+
+
+class DataError(HmnError, ValueError):
+    """Images that cannot be used: names the file, class or split."""
+
+    exit_code = 2
+
+
+class ArtifactError(HmnError, ValueError):
+    """A kept artifact or checkpoint that must not be loaded."""
+
+    exit_code = 2
+
+
+class Diverged(HmnError, ArithmeticError):
+    """A loss or parameter that is no longer finite."""
+
+
+class Interrupted(HmnError):
+    """A signal asked the run to stop; its state is kept. The exit code is 128 + the signal's number."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signum

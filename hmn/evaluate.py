@@ -1,0 +1,115 @@
+"""Fresh networks trained on a set under one profile: last-epoch test accuracy, mean and deviation over networks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hmn.checkpoint import Checkpoints
+from hmn.config import EvaluationConfig
+from hmn.data.augment import without_flip
+from hmn.data.preprocess import Normalise
+from hmn.networks import Builder
+from hmn.seeding import derived_seed, generator
+from hmn.training import Recipe, Training, TrainingStep, accuracy, train_networks
+
+
+@dataclass(frozen=True)
+class Images:
+    """A labelled set on the compute device: images (N, channels, H, W) uint8 or float in [0, 1], labels (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """All that judging a set needs, the set aside: how networks are made, trained and shown images."""
+
+    build: Builder
+    step: TrainingStep
+    normalise: Normalise
+    recipe: Recipe
+    seed: int
+    checkpoints: Checkpoints
+
+    def training(self, train: Images, recipe: Recipe, *stream: str | int) -> Training:
+        stream_generator = generator(self.seed, *stream, device=train.images.device)
+        return Training(self.build, train.images, train.labels, recipe, self.normalise, self.step, stream_generator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracies:
+    """Test accuracies in [0, 1]: ``by_network`` holds each network's at every test point, the last epoch's last."""
+
+    by_network: list[list[float]]
+    test_epochs: list[int]
+    seeds: list[int]
+
+    @property
+    def last(self) -> list[float]:
+        return [points[-1] for points in self.by_network]
+
+    @property
+    def mean(self) -> float:
+        return sum(self.last) / len(self.last)
+
+    @property
+    def std(self) -> float | None:
+        """Over networks, with ddof 1; ``None`` for a single network."""
+        return float(torch.tensor(self.last, dtype=torch.float64).std()) if len(self.last) > 1 else None
+
+    @property
+    def best_mean(self) -> float:
+        """Mean over networks of the best test point: chosen on test, so an extra and never the result."""
+        return sum(max(points) for points in self.by_network) / len(self.by_network)
+
+
+def recipe_of(config: EvaluationConfig, *, flip: bool) -> Recipe:
+    """The profile's recipe; without the mirror for data whose classes it changes."""
+    strategy = config.strategy if flip else without_flip(config.strategy)
+    return Recipe(
+        epochs=config.epochs,
+        batch=config.batch,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        schedule=config.schedule,
+        strategy=strategy,
+        cutmix=config.cutmix,
+    )
+
+
+def test_epochs(epochs: int, points: int) -> list[int]:
+    """At most ``points`` evenly spaced epochs, the last one included."""
+    return sorted({max(1, round(epochs * (point + 1) / points)) for point in range(points)})
+
+
+def evaluate(judge: Judge, train: Images, test: Images, networks: int, points: int, stream: str) -> Accuracies:
+    """Train ``networks`` fresh networks on ``train`` by the judge's recipe and test each at ``points`` epochs."""
+    tested = test_epochs(judge.recipe.epochs, points)
+
+    def observe(index: int, training: Training, memo: dict[str, Tensor]) -> None:
+        if training.epoch in tested:
+            value = accuracy(training.network, test.images, test.labels, judge.normalise)
+            memo["accuracy"][index, tested.index(training.epoch)] = value
+
+    memo = train_networks(
+        networks,
+        lambda index: judge.training(train, judge.recipe, stream, index),
+        observe,
+        {"accuracy": torch.zeros(networks, len(tested), dtype=torch.float64)},
+        judge.checkpoints,
+        stream,
+        stream,
+    )
+    seeds = [derived_seed(judge.seed, stream, index) for index in range(networks)]
+    return Accuracies(by_network=memo["accuracy"].tolist(), test_epochs=tested, seeds=seeds)
+
+
+def quick_accuracy(judge: Judge, train: Images, held_out: Images, epochs: int, stream: str) -> float:
+    """Accuracy on held-out real images of one network trained for ``epochs``: for curves and selection, never the result."""
+    short = replace(judge, recipe=replace(judge.recipe, epochs=epochs))
+    return evaluate(short, train, held_out, networks=1, points=1, stream=stream).mean

@@ -1,0 +1,40 @@
+"""ConvNet-D{depth}-W{width}: the network that data set condensation matches and evaluates (Zhao & Bilen, ICLR 2021)."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+
+class ConvNet(nn.Module):
+    """``depth`` blocks of 3x3 convolution, instance norm, ReLU and 2x2 average pooling, then one linear layer.
+
+    "Instance norm" is GroupNorm with one channel per group: affine, no running statistics. A 28-pixel input is padded
+    to 32 by the first convolution. Input (n, channels, size, size), output (n, classes) logits.
+    """
+
+    def __init__(self, channels: int, classes: int, size: int, *, width: int = 128, depth: int = 3) -> None:
+        super().__init__()
+        blocks: list[nn.Module] = []
+        for index in range(depth):
+            first_of_28 = index == 0 and size == 28
+            blocks += [
+                nn.Conv2d(channels if index == 0 else width, width, 3, padding=3 if first_of_28 else 1),
+                nn.GroupNorm(width, width),
+                nn.ReLU(),
+                nn.AvgPool2d(2),
+            ]
+            size = (32 if first_of_28 else size) // 2
+        if size < 1:
+            raise ValueError(f"depth {depth} leaves no pixel of the image")
+        self.body = nn.Sequential(*blocks)
+        self.classifier = nn.Linear(width * size * size, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.body(images).flatten(1))
+
+
+def default_depth(size: int) -> int:
+    """As many blocks as leave a map of at most 4 x 4, at least 2: D3 at 28 and 32 pixels, D4 at 64, D5 at 128, D6 at 224."""
+    return max(2, math.ceil(math.log2(size / 4)))

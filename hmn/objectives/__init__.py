@@ -1,0 +1,1 @@
+"""Matching objectives: functions of networks and images that know no container."""

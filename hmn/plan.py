@@ -1,0 +1,197 @@
+"""What a run will be, before any data is read: shapes, storage, counts, cost and run id."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from hmn import networks
+from hmn.artifacts import read_card, tensors_file
+from hmn.compute import Compute, device_of
+from hmn.config import Config, DatasetConfig, digest, require, scientific
+from hmn.containers import Storage, hmn_shape, storage, with_preset
+from hmn.containers.base import tier_floats
+from hmn.containers.hierarchical import HierarchicalMemory
+from hmn.data import datasets
+from hmn.objectives.gradient import matching_nested
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A checked configuration with every automatic choice made."""
+
+    config: Config
+    data: datasets.Shape
+    storage: Storage | None  # None: the mode stores nothing
+    artifact: str | None = None  # SHA-256 of the kept tensors that are evaluated
+
+    @cached_property
+    def run_id(self) -> str:
+        """A readable head and a hash of all that the result depends on."""
+        config = self.config
+        head = [datasets.display_name(config.dataset).replace("/", "_")]
+        if config.mode in ("run", "random_subset"):
+            head.append(f"ipc{config.memory.images_per_class}")
+        head.append(config.container.name if config.mode == "run" else config.mode)
+        return "-".join([*head, digest(scientific(config) | {"artifact": self.artifact})])
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.paths.runs_dir) / self.run_id
+
+    @property
+    def build(self) -> networks.Builder:
+        shape = dataclasses.asdict(self.data)
+        return networks.builder(self.config.network, **shape)
+
+    def container(self, images_per_class: int) -> HierarchicalMemory:
+        return HierarchicalMemory(hmn_shape(self.config.container, **dataclasses.asdict(self.data)), images_per_class)
+
+    @cached_property
+    def network_flops(self) -> int:
+        """Forward pass of one image; one multiply-add counts as 2."""
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            self.build()(torch.empty(2, self.data.channels, self.data.image_size, self.data.image_size))
+        return counter.get_total_flops() // 2
+
+    @cached_property
+    def training_flops(self) -> int:
+        """Forward and backward pass of one training image."""
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            network = self.build()
+            images = torch.empty(2, self.data.channels, self.data.image_size, self.data.image_size)
+            loss = F.cross_entropy(network(images), torch.zeros(2, dtype=torch.int64))
+            torch.autograd.grad(loss, list(network.parameters()))
+        return counter.get_total_flops() // 2
+
+    @cached_property
+    def matching_flops(self) -> int:
+        """One matching step of all its classes by the plain loop, decoder and network update aside."""
+        objective = self.config.objective
+        count = min(objective.synthetic_batch, self.storage.over_budget_images_per_class)
+        side = (self.data.channels, self.data.image_size, self.data.image_size)
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            network = self.build()
+            step = matching_nested(network, objective.metric, Compute(torch.device("cpu")))
+            real, synthetic = torch.empty(objective.real_batch, *side), torch.empty(count, *side)
+            labels = [torch.zeros(len(images), dtype=torch.int64) for images in (real, synthetic)]
+            step(dict(network.named_parameters()), real, labels[0], synthetic, labels[1])
+        return counter.get_total_flops() * min(objective.classes_per_step or self.data.classes, self.data.classes)
+
+    @property
+    def update_flops(self) -> int:
+        """The matched network's training on real images after one matching step."""
+        objective = self.config.objective
+        batches = math.ceil(objective.network_samples / objective.network_batch)
+        return batches * objective.network_batch * self.training_flops
+
+    @property
+    def matching_steps(self) -> int:
+        return self.config.objective.outer_steps * self.config.objective.inner_steps
+
+    @property
+    def expected_flops(self) -> float:
+        """Of the whole run, scoring, the beta search and decoders aside: decides whether compiling pays."""
+        evaluation, memory = self.config.evaluation, self.config.memory
+        per_class = {
+            "run": self.storage.images_per_class if self.storage else 0,
+            "random_subset": memory.images_per_class,
+        }
+        # A full set's size is not known before it is read; 5,000 images per class is CIFAR-10's and SVHN's order.
+        images = self.data.classes * per_class.get(self.config.mode, 5000)
+        judging = evaluation.networks * self.epochs * images * self.training_flops
+        condensing = (self.matching_flops + self.update_flops) * self.matching_steps if self.storage else 0
+        return float(judging + condensing)
+
+    @property
+    def epochs(self) -> int:
+        evaluation = self.config.evaluation
+        return (
+            evaluation.full_data_epochs or evaluation.epochs if self.config.mode == "full_data" else evaluation.epochs
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """The plan as plain values; floats are float32 numbers stored, FLOPs count a multiply-add as 2."""
+        stored = self.storage
+        with torch.device("meta"):
+            container = self.container(stored.images_per_class)
+            network = self.build()
+        return {
+            "run_id": self.run_id,
+            "dataset": {"name": datasets.display_name(self.config.dataset), **dataclasses.asdict(self.data)},
+            "network": networks.full_name(self.config.network, self.data.image_size),
+            "network_parameters": sum(parameter.numel() for parameter in network.parameters()),
+            "container": dataclasses.asdict(self.config.container),
+            "budget_floats": stored.budget_floats,
+            "shared_floats": stored.shared_floats,
+            "instance_floats": stored.instance_floats,
+            "stored_floats": stored.stored_floats(self.data.classes),
+            "tier_floats": tier_floats(container),
+            "images_per_class": stored.images_per_class,
+            "over_budget_images_per_class": stored.over_budget_images_per_class,
+            "matching_steps": self.matching_steps,
+            "matching_step_flops": self.matching_flops,
+            "network_update_flops": self.update_flops,
+            "evaluation_steps_per_network": self.epochs
+            * math.ceil(stored.images_per_class * self.data.classes / self.config.evaluation.batch),
+        }
+
+    def text(self, style: str) -> str:
+        summary = self.summary()
+        if style == "json":
+            return json.dumps(summary, indent=2)
+        lines = []
+        for key, value in summary.items():
+            if isinstance(value, dict):
+                value = "  ".join(f"{name}={_number(item)}" for name, item in value.items())
+            lines.append(f"{key:30} {_number(value)}")
+        return "\n".join(lines)
+
+
+def make_plan(config: Config, typed: Sequence[str] = ()) -> Plan:
+    """Fill in presets and count the storage. Raises ``ConfigError`` or ``DataError`` for what cannot be run.
+
+    ``typed`` are the overrides a person gave: with ``mode=evaluate`` the data set is the artifact's, but for those.
+    """
+    artifact = None
+    if config.mode == "evaluate":
+        card = read_card(tensors_file(config.artifact))
+        artifact = card["sha256"]
+        config = dataclasses.replace(config, dataset=_evaluated_dataset(config.dataset, card["data"]["config"], typed))
+    data = datasets.peek(config.dataset, Path(config.paths.data_dir))
+    stored = None
+    if config.mode != "plan":
+        device_of(config.compute)  # a missing GPU is said before a folder is made or data are read
+    if config.mode in ("run", "plan"):
+        ipc = config.memory.images_per_class
+        filled = with_preset(config.container, classes=data.classes, image_size=data.image_size, images_per_class=ipc)
+        # A plan is a plan of the run: it shares the run's id.
+        config = dataclasses.replace(config, container=filled, mode="run")
+        shape = hmn_shape(filled, **dataclasses.asdict(data))
+        stored = storage(shape, ipc, config.pruning.over_budget)
+        group = config.objective.classes_per_step
+        require("objective.classes_per_step", group is None or group <= data.classes, group, f"at most {data.classes}")
+    plan = Plan(config, data, stored, artifact)
+    _ = plan.build  # checks the network's depth against the image side
+    return plan
+
+
+def _evaluated_dataset(given: DatasetConfig, kept: dict[str, Any], typed: Sequence[str]) -> DatasetConfig:
+    keys = [override.split("=")[0].lstrip("+") for override in typed]
+    if "dataset" in keys:
+        return given
+    fields = [key.removeprefix("dataset.") for key in keys if key.startswith("dataset.")]
+    return DatasetConfig(**kept | {name: getattr(given, name) for name in fields})
+
+
+def _number(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

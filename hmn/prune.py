@@ -1,0 +1,90 @@
+"""Double-end pruning (HMN): margins of the over-budget images, their AUM, and which instances go."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hmn.evaluate import Images, Judge, quick_accuracy
+from hmn.seeding import generator
+from hmn.training import Training, logits_of, train_networks
+
+BETAS = tuple(step / 10 for step in range(11))
+
+
+def margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """z_y - max_{i != y} z_i for every row (n,); negative where the network is wrong (Pleiss et al., NeurIPS 2020)."""
+    own = logits.gather(1, labels[:, None])[:, 0]
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return own - others.max(1).values
+
+
+def area_under_margin(judge: Judge, decoded: Images, score: str, networks: int, epochs: int) -> Tensor:
+    """AUM (N,) of the decoded images: high is easy, low is hard.
+
+    Networks train on the images by the judge's recipe without CutMix, whose mixed labels have no margin. After each
+    epoch the un-augmented images' margins are added up: of logits, then averaged over epochs (``logit_margin``, HMN),
+    or of softmax probabilities, summed (``softmax_margin``, CCS); both are averaged over ``networks``. ``random`` draws
+    the scores instead, the ablation's control.
+    """
+    if score == "random":
+        stream = generator(judge.seed, "score", device=decoded.images.device)
+        return torch.rand(len(decoded.images), generator=stream, device=decoded.images.device)
+    recipe = replace(judge.recipe, epochs=epochs, cutmix=0.0)
+
+    def observe(_index: int, training: Training, memo: dict[str, Tensor]) -> None:
+        logits = logits_of(training.network, decoded.images, judge.normalise)
+        values = logits if score == "logit_margin" else logits.softmax(1)
+        memo["margins"] += margins(values, decoded.labels)
+
+    memo = train_networks(
+        networks,
+        lambda index: judge.training(decoded, recipe, "score", index),
+        observe,
+        {"margins": torch.zeros(len(decoded.images), device=decoded.images.device)},
+        judge.checkpoints,
+        "score",
+        "score",
+    )
+    return memo["margins"] / (networks * epochs if score == "logit_margin" else networks)
+
+
+def hardest_count(beta: float, cut: int) -> int:
+    """floor(beta * k): how many of the ``cut`` images come from the hard end. The small term guards 0.3 * 10 = 2.999…"""
+    return int(beta * cut + 1e-9)
+
+
+def kept_instances(scores: Tensor, keep: int, beta: float) -> Tensor:
+    """Indices (C * keep,) of the instances that stay. ``scores`` (C, G_o) are AUM values.
+
+    Per class, of the k = G_o - keep that go, floor(beta * k) have the lowest scores and the rest the highest; ties go
+    by index, so the same classes always lose the same images.
+    """
+    classes, count = scores.shape
+    cut = count - keep
+    hardest = hardest_count(beta, cut)
+    order = scores.argsort(dim=1, stable=True)[:, hardest : count - (cut - hardest)]
+    starts = torch.arange(classes, device=scores.device)[:, None] * count
+    return (order.sort(dim=1).values + starts).flatten()
+
+
+def candidates(cut: int) -> list[float]:
+    """The betas of the grid 0, 0.1, ..., 1 that cut differently: with k < 10 several round to the same images."""
+    first_with: dict[int, float] = {}
+    for beta in BETAS:
+        first_with.setdefault(hardest_count(beta, cut), beta)
+    return list(first_with.values())
+
+
+def search_beta(
+    judge: Judge, decoded: Images, scores: Tensor, keep: int, held_out: Images, epochs: int
+) -> tuple[float, dict[float, float]]:
+    """The best beta of the grid and every candidate's accuracy on held-out real images; ties go to the smaller beta."""
+    found = {}
+    for beta in candidates(scores.shape[1] - keep):
+        index = kept_instances(scores, keep, beta)
+        kept = Images(decoded.images[index], decoded.labels[index])
+        found[beta] = quick_accuracy(judge, kept, held_out, epochs, f"search_beta_{beta}")
+    return max(found, key=found.__getitem__), found

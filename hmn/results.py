@@ -1,0 +1,76 @@
+"""``result.json``: what a finished run measured, on what, with which code."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hmn.checkpoint import write_text
+from hmn.errors import ArtifactError
+
+SCHEMA_VERSION = 1
+FILE = "result.json"
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "hydra-core",
+    "omegaconf",
+    "wandb",
+    "safetensors",
+    "pillow",
+    "scikit-learn",
+)
+
+
+def write(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
+    result = {"schema_version": SCHEMA_VERSION, **result}
+    write_text(folder / FILE, json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The folder's result, or ``None`` before it is finished. Raises ``ArtifactError`` for another schema version."""
+    path = folder / FILE
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if result.get("schema_version") != SCHEMA_VERSION:
+        version = result.get("schema_version")
+        raise ArtifactError(f"{path}: schema version {version}, this program reads {SCHEMA_VERSION}: move the run away")
+    return result
+
+
+def provenance() -> dict[str, Any]:
+    """Commit and dirty flag of the code (null outside a checkout), package versions and the machine's kind."""
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(status)
+        if (status := _git("status", "--porcelain", "--untracked-files=no")) is not None
+        else None,
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads"
+
+
+def _git(*arguments: str) -> str | None:
+    folder = Path(__file__).resolve().parent.parent
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    # Installed elsewhere, an enclosing checkout would be somebody else's: only a commit that holds this file counts.
+    return done.stdout.strip() if done.returncode == 0 and (folder / ".git").exists() else None
