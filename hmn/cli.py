@@ -25,6 +25,15 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def _task(raw: DictConfig) -> float | None:
     """Accuracy in [0, 1] of this run, for a sweeper; ``None`` for a plan."""
+    try:
+        return _run(raw)
+    except HmnError as error:
+        # Leaving by SystemExit keeps Hydra from printing lines of its own around this one.
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _run(raw: DictConfig) -> float | None:
     state = HydraConfig.get()
     plan = make_plan(config.from_hydra(raw), typed=tuple(state.overrides.task))
     if raw.mode == "plan":

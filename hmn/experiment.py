@@ -56,6 +56,7 @@ def _work(plan: Plan, folder: Path, stop: Stop, group: str | None) -> dict[str, 
     print(f"{plan.run_id} on {results.device_name(chosen.device)}, {chosen.precision}, ", end="")
     print("compiled" if chosen.compiled else "not compiled")
     plain = dataclasses.asdict(config)
+    provenance = results.provenance()  # of the code that runs, not of what it is edited to meanwhile
     with tracking.start(
         config.tracking, run_id=plan.run_id, run_dir=folder, run_config=plain, group=group, job_type=config.mode
     ) as tracker:
@@ -65,7 +66,7 @@ def _work(plan: Plan, folder: Path, stop: Stop, group: str | None) -> dict[str, 
             print(note)
         write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
         checkpoints = Checkpoints(folder / "checkpoints", config.compute.checkpoint_every_seconds, stop)
-        session = Session(plan, data.to(chosen.device), chosen, checkpoints, tracker, folder)
+        session = Session(plan, data.to(chosen.device), chosen, checkpoints, tracker, folder, provenance)
         measured = {
             "run": session.condense_and_evaluate,
             "evaluate": session.evaluate_artifact,
@@ -84,7 +85,7 @@ def _work(plan: Plan, folder: Path, stop: Stop, group: str | None) -> dict[str, 
             "wall_seconds": checkpoints.seconds,
             "peak_bytes": chosen.peak_bytes(),
             "config": plain,
-            **results.provenance(),
+            **provenance,
         }
         tracker.summary({"accuracy_mean": result["accuracy"]["mean"], "stored_floats": result["stored_floats"]})
         tracker.log_table("result", report.COLUMNS, _rows(plan, result))
@@ -104,9 +105,10 @@ class Session:
         checkpoints: Checkpoints,
         tracker: tracking.Tracker,
         folder: Path,
+        provenance: dict[str, Any],
     ) -> None:
         self.plan, self.config, self.data, self.compute = plan, plan.config, data, chosen
-        self.checkpoints, self.tracker, self.folder = checkpoints, tracker, folder
+        self.checkpoints, self.tracker, self.folder, self.provenance = checkpoints, tracker, folder, provenance
         recipe = recipe_of(self.config.evaluation, flip=self.config.dataset.flip)
         self.train_step = training_step(plan.build().to(chosen.device), chosen)
         self.judge = Judge(
@@ -186,7 +188,10 @@ class Session:
             work.load_state_dict(state)
             print(f"continuing at step {work.step} of {work.total_steps}")
         self.tracker.rewind("condense/step", work.step)
-        self.tracker.rewind("curve/step", work.step)
+        # What the later stages recorded is recorded again, whether they are repeated or read back.
+        for step_key in ("prune/step", "prune/candidate", "evaluate/network"):
+            self.tracker.rewind(step_key, -1)
+        self.tracker.rewind("curve/step", max(work.curve, default=-1))
         logging = config.tracking
 
         def on_report(measured: condense.Report) -> None:
@@ -231,6 +236,7 @@ class Session:
                 generator=stream,
                 checkpoints=self.checkpoints,
             )
+        self.tracker.rewind("fit/step", -1)
         self.tracker.log({"fit/mean_squared_error": error}, step_key="fit/step", step=settings.fit_steps)
 
     def _choose(self, over_budget: Images) -> tuple[Tensor, dict[str, Any]]:
@@ -302,7 +308,6 @@ class Session:
         test = Images(self.data.test.images, self.data.test.labels)
         with self.checkpoints.timed("evaluate"):
             found = evaluate(self.judge, train, test, settings.networks, settings.test_points, "evaluate")
-        self.tracker.rewind("evaluate/network", -1)
         for index, value in enumerate(found.last):
             self.tracker.log({"evaluate/accuracy": value}, step_key="evaluate/network", step=index)
         return found
@@ -333,7 +338,7 @@ class Session:
                 **dataclasses.asdict(config.evaluation),
                 "accuracy": _plain(accuracies),
             },
-            "provenance": results.provenance(),
+            "provenance": self.provenance,
         }
 
     def _log_grid(self, container: nn.Module, step: int) -> None:

@@ -147,6 +147,7 @@ class Training:
         self.images, self.labels, self.recipe, self.generator = images, labels, recipe, generator
         shared = ("batch", "lr", "momentum", "weight_decay", "strategy", "cutmix")
         options = {name: getattr(recipe, name) for name in shared}
+        options["batch"] = min(recipe.batch, len(images))  # a set smaller than a batch needs no padding
         self.update = NetworkUpdate(network, step, normalise, generator, **options)
         self.epoch = 0
 
