@@ -13,7 +13,7 @@ def budget_floats(images_per_class: int, classes: int, channels: int, image_size
 def images_that_fit(
     budget: int, shared_floats: int, instance_floats: int, classes: int, *, over_budget: float = 0.0
 ) -> int:
-    """G = floor(((1 + p) B - F) / (C |m_I|)): images per class that B and the fraction ``over_budget`` beyond it pay for.
+    """G = floor(((1 + p) B - F) / (C |m_I|)): images per class that B and the fraction ``over_budget`` more pay for.
 
     Raises ``ConfigError`` when not even one image per class fits, naming the smallest budget that would.
     """
@@ -23,7 +23,7 @@ def images_that_fit(
     if count < 1:
         raise ConfigError(
             f"container: its shared tiers take {shared_floats:,} floats and one image per class "
-            f"{classes * instance_floats:,} more, over the budget of {budget:,}: raise memory.images_per_class or "
-            f"shrink the container; the smallest budget that fits is {shared_floats + classes * instance_floats:,} floats"
+            f"{classes * instance_floats:,} more, over the budget of {budget:,}; the smallest budget that fits is "
+            f"{shared_floats + classes * instance_floats:,}: raise memory.images_per_class or shrink the container"
         )
     return count

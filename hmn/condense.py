@@ -31,7 +31,7 @@ SLOT = "condense"
 
 
 class ContainerOptimizer:
-    """Adam over a container: ``memory_lr`` for its memories, ``weights_lr`` for its networks, cosine decay over the run.
+    """Adam over a container: ``memory_lr`` for memories, ``weights_lr`` for networks, cosine decay over the run.
 
     With ``by_class`` every class's rows are parameters of their own that share the stacked tensors' storage, so a step
     for some classes leaves the others' rows and moments alone; Adam on the stack would keep moving them.

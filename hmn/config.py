@@ -55,9 +55,7 @@ class DatasetConfig:
     std: list[float] | None = None
     flip: bool = True  # whether a mirrored image keeps its class: adds or drops "flip" in every strategy
     held_out_fraction: float = 0.1  # of train, per class, never trained on: every selection is judged on it
-    test_fraction: float | None = (
-        None  # digits, folder without a test or val directory: share of each class kept for test
-    )
+    test_fraction: float | None = None  # of each class, kept for test: digits, and a folder without test or val
     download: bool = unscientific(True)
 
     def __post_init__(self) -> None:
@@ -96,13 +94,9 @@ class HmnConfig(ContainerConfig):
     """Shapes of the Hierarchical Memory Network; a field left null is taken from the preset."""
 
     preset: str = "auto"  # a row of hmn/containers/presets.py; auto: the row nearest to dataset and memory
-    latent_side: int | None = (
-        None  # s: memories are s x s maps; the decoder doubles the side log2(image_size / s) times
-    )
+    latent_side: int | None = None  # s: memories are s x s maps, doubled log2(image_size / s) times
     dataset_channels: int | None = None  # C_D of the dataset memory
-    feature_channels: int | None = (
-        None  # C_F that each class's extractor makes of the dataset memory; 0: neither of them
-    )
+    feature_channels: int | None = None  # C_F that each class's extractor makes of it; 0: neither of them
     feature_kernel: int | None = None  # k_f of the extractors
     class_channels: int | None = None  # C_C of each class memory; 0: none
     instance_channels: int | None = None  # C_I of each instance memory
@@ -187,9 +181,7 @@ class PruningConfig:
     """Over-budget condensation, then double-end pruning (HMN)."""
 
     over_budget: float = MISSING  # storage condensed beyond the budget, as a fraction of it (the paper's p)
-    score: str = (
-        "logit_margin"  # AUM of logits, mean over epochs (HMN); softmax_margin: summed probabilities (CCS); random
-    )
+    score: str = "logit_margin"  # mean over epochs (HMN); softmax_margin: probabilities, summed (CCS); random
     beta: float | None = None  # share of the cut taken from the hardest end; null: searched on held-out real images
     score_networks: int = 3  # margins are averaged over this many networks
     score_epochs: int = 200
@@ -272,9 +264,8 @@ class ComputeConfig:
     device: str = unscientific("auto")  # auto, cpu, cuda or cuda:N
     precision: str = "fp32"  # bf16: convolutions only; statistics, softmax, distances and memories stay fp32
     deterministic: bool = unscientific(True)
-    matching: str = unscientific(
-        "auto"
-    )  # loop: autograd twice; compiled: the same, one compiled function; auto: by cost
+    # loop: autograd twice; compiled: one compiled function, for training networks too; auto: by cost
+    matching: str = unscientific("auto")
     threads: int | None = unscientific(None)  # CPU threads; null: torch's own choice
     keep_heap: bool = unscientific(True)  # Linux: freed memory stays with the process instead of being mapped anew
     checkpoint_every_seconds: float = unscientific(60.0)

@@ -110,6 +110,6 @@ def evaluate(judge: Judge, train: Images, test: Images, networks: int, points: i
 
 
 def quick_accuracy(judge: Judge, train: Images, held_out: Images, epochs: int, stream: str) -> float:
-    """Accuracy on held-out real images of one network trained for ``epochs``: for curves and selection, never the result."""
+    """Held-out accuracy of one network trained for ``epochs``: for curves and selection, never the result."""
     short = replace(judge, recipe=replace(judge.recipe, epochs=epochs))
     return evaluate(short, train, held_out, networks=1, points=1, stream=stream).mean

@@ -52,8 +52,8 @@ def area_under_margin(judge: Judge, decoded: Images, score: str, networks: int, 
 
 
 def hardest_count(beta: float, cut: int) -> int:
-    """floor(beta * k): how many of the ``cut`` images come from the hard end. The small term guards 0.3 * 10 = 2.999…"""
-    return int(beta * cut + 1e-9)
+    """floor(beta * k): how many of the ``cut`` images come from the hard end."""
+    return int(beta * cut + 1e-9)  # 0.7 * 10 is 6.999…
 
 
 def kept_instances(scores: Tensor, keep: int, beta: float) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 
 import torch
 
 
 def derived_seed(seed: int, *names: str | int) -> int:
-    """A 63-bit seed of its own for every (seed, names): streams do not move when another draws more or fewer numbers."""
+    """A 63-bit seed of its own for every (seed, names): no stream moves when another draws more numbers."""
     digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -19,7 +20,8 @@ def generator(seed: int, *names: str | int, device: torch.device | str = "cpu") 
 
 
 def set_deterministic(enabled: bool) -> None:
-    """Let torch refuse operators whose result depends on thread timing (CUDA), and pick fixed algorithms."""
-    torch.use_deterministic_algorithms(enabled)
+    """Pick algorithms whose result does not depend on thread timing, and warn of operators that have none (CUDA)."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, CUDA's matrix products are not fixed
+    torch.use_deterministic_algorithms(enabled, warn_only=True)
     torch.backends.cudnn.deterministic = enabled
     torch.backends.cudnn.benchmark = not enabled

@@ -1,4 +1,4 @@
-"""Data containers: parameters that decode to images. A new one is a module here and an entry in ``make`` and ``rebuild``."""
+"""Data containers: parameters that decode to images, how many fit a budget, and how a kept one is made again."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def storage(shape: HmnShape, images_per_class: int, over_budget: float) -> Stora
 
 
 def rebuild(specification: dict[str, Any]) -> nn.Module:
-    """An uninitialised container from what :meth:`Container.specification` wrote. Raises ``KeyError`` on another name."""
+    """An uninitialised container from what :meth:`Container.specification` wrote; ``KeyError`` for another name."""
     values = dict(specification)
     makers = {"hmn": lambda count, **shape: HierarchicalMemory(HmnShape(**shape), count)}
     return makers[values.pop("name")](values.pop("images_per_class"), **values)

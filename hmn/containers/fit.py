@@ -24,7 +24,7 @@ def fit_real(
     generator: torch.Generator,
     checkpoints: Checkpoints,
 ) -> float:
-    """Fit image i of ``container`` to ``targets[i]`` (C * G, channels, H, W) uint8; returns the last mean squared error.
+    """Fit image i of ``container`` to ``targets[i]`` (C * G, channels, H, W) uint8; returns the last squared error.
 
     Adam with a one-cycle learning rate that peaks at ``lr``, on random batches; resumable from the slot ``fit``.
     """

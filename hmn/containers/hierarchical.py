@@ -44,8 +44,8 @@ class HierarchicalMemory(nn.Module):
     """x_{c,i} = D([f_c(m_D), m_c, m_{c,i}]), joined along channels: one m_D for the data set, one m_c and one extractor
     f_c per class, one m_{c,i} per image, one decoder D for all.
 
-    Shapes: ``dataset`` (C_D, s, s), ``class_memory`` (C, C_C, s, s), ``instances`` (C, G, C_I, s, s). No two images share
-    an instance memory and nothing normalises over the batch, so dropping one image leaves the others as they were.
+    Shapes: ``dataset`` (C_D, s, s), ``class_memory`` (C, C_C, s, s), ``instances`` (C, G, C_I, s, s). No two images
+    share an instance memory and nothing normalises over the batch: dropping one leaves the others as they were.
     """
 
     def __init__(self, shape: HmnShape, images_per_class: int) -> None:
@@ -74,7 +74,7 @@ class HierarchicalMemory(nn.Module):
         return self.instances.shape[1]
 
     def decode(self, index: Tensor) -> Tensor:
-        """Images (n, channels, H, W) in [0, 1] of the instances ``index`` (n,): row i is image i % G of class i // G."""
+        """Images (n, channels, H, W) in [0, 1] of instances ``index`` (n,): i is the image i % G of class i // G."""
         label = index // self.images_per_class
         parts = [self.instances.flatten(0, 1)[index]]
         if self.shape.class_channels:
@@ -103,7 +103,7 @@ class HierarchicalMemory(nn.Module):
             elif name == "extractor_weight":
                 nn.init.kaiming_normal_(parameter.flatten(0, 1), a=LEAK, generator=generator)
             elif parameter.ndim == 4:
-                # A transposed convolution keeps its inputs first and, at stride 2, has a quarter of its taps per output.
+                # A transposed convolution has its inputs first; at stride 2 a quarter of its taps reach an output.
                 transposed = self.shape.decoder == "transposed" and parameter.shape[-1] == 4
                 fan_in = parameter.shape[0] * 4 if transposed else parameter[0].numel()
                 nn.init.normal_(parameter, std=math.sqrt(2 / (1 + LEAK**2) / fan_in), generator=generator)
@@ -131,7 +131,7 @@ class HierarchicalMemory(nn.Module):
         return [parameter for name, parameter in self.named_parameters() if name in owned]
 
     def keep(self, index: Tensor) -> None:
-        """Keep only the instances ``index`` (n,). Raises ``ValueError`` unless every class keeps equally many, at least 1."""
+        """Keep instances ``index`` (n,). Raises ``ValueError`` unless all classes keep equally many, at least one."""
         index = index.sort().values
         label = index // self.images_per_class
         counts = torch.bincount(label, minlength=self.classes)

@@ -175,8 +175,8 @@ def cutmix(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """CutMix of one batch (Yun et al., ICCV 2019) as IDC applies it: images, partners' labels and the own share r.
 
-    With ``probability``, a box of side H * sqrt(1 - lambda), lambda ~ U(0, 1), is taken from a random partner; the loss is
-    r * CE(labels) + (1 - r) * CE(partners'), r from the box after clipping. Only the first ``real`` images are
+    With ``probability``, a box of side H * sqrt(1 - lambda), lambda ~ U(0, 1), is taken from a random partner; the
+    loss is r * CE(labels) + (1 - r) * CE(partners'), r from the box after clipping. Only the first ``real`` images are
     partners: the rest of a padded batch stays out.
     """
     n, size = len(images) if real is None else real, images.shape[-1]

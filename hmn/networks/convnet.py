@@ -36,5 +36,5 @@ class ConvNet(nn.Module):
 
 
 def default_depth(size: int) -> int:
-    """As many blocks as leave a map of at most 4 x 4, at least 2: D3 at 28 and 32 pixels, D4 at 64, D5 at 128, D6 at 224."""
+    """As many blocks as leave a map of at most 4 x 4, at least 2: D3 at 28 and 32, D4 at 64, D5 at 128, D6 at 224."""
     return max(2, math.ceil(math.log2(size / 4)))

@@ -71,7 +71,7 @@ def matching_loop(network: nn.Module, metric: str, compute: Compute) -> Matching
 
 
 def matching_nested(network: nn.Module, metric: str, compute: Compute) -> MatchingStep:
-    """The same step as nested ``torch.func.grad``, which a compiler can fuse whole: one graph, both derivatives in it."""
+    """The same step as nested ``torch.func.grad``: one graph with both derivatives, which a compiler can fuse whole."""
     distance = METRICS[metric]
 
     def loss(weights: Parameters, others: Parameters, images: Tensor, labels: Tensor) -> Tensor:
