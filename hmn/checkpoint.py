@@ -141,12 +141,13 @@ class Checkpoints:
         if time.monotonic() - self.saved_at >= self.every_seconds:
             self.save(slot, state())
 
-    def clear(self) -> None:
-        """Remove the state of a finished run."""
-        for path in self.folder.glob("*.pt"):
-            path.unlink()
-        if self.folder.exists():
-            self.folder.rmdir()
-
     def _path(self, slot: str) -> Path:
         return self.folder / f"{slot}.pt"
+
+
+def clear(folder: Path) -> None:
+    """Remove the checkpoints of a finished run, and what a kill left half-written beside them."""
+    for path in folder.glob("*.pt"):
+        path.unlink()
+    if folder.exists():
+        folder.rmdir()

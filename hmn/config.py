@@ -347,9 +347,14 @@ def register() -> None:
 
 def from_hydra(raw: DictConfig) -> Config:
     """The checked configuration of a composed ``raw``, Hydra's own node aside. Raises ``ConfigError`` with one line."""
+    known = [item.name for item in dataclasses.fields(Config)]
+    for key in raw:
+        require(
+            str(key), key in (*known, "hydra"), raw[key], f"left out: it is no setting; there are {', '.join(known)}"
+        )
     try:
         # Hydra keeps the schemas of the groups but not the root's, so its sections come back checked and it does not.
-        sections = OmegaConf.to_object(OmegaConf.masked_copy(raw, [item.name for item in dataclasses.fields(Config)]))
+        sections = OmegaConf.to_object(OmegaConf.masked_copy(raw, known))
         return Config(**sections)
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key}: give it a value") from None

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from hmn import artifacts, compute, condense, networks, pictures, prune, report, results, tracking
 from hmn.artifacts import decode_all
-from hmn.checkpoint import Checkpoints, Stop, atomic_write, exclusive, write_text
+from hmn.checkpoint import Checkpoints, Stop, atomic_write, clear, exclusive, write_text
 from hmn.config import Config
 from hmn.containers.base import storage_floats, tier_floats
 from hmn.containers.fit import fit_real
 from hmn.data import datasets
 from hmn.data.preprocess import Normalise
 from hmn.data.sampling import random_subset, repeated_subset
-from hmn.errors import DataError
+from hmn.errors import ArtifactError, DataError
 from hmn.evaluate import Accuracies, Images, Judge, evaluate, quick_accuracy, recipe_of
 from hmn.objectives.gradient import matching_step
 from hmn.plan import Plan, make_plan
@@ -43,6 +43,7 @@ def run(plan: Plan, *, command: str, group: str | None) -> dict[str, Any]:
             result = _work(plan, folder, stop, group)
         else:
             print(f"{plan.run_id} is finished: this is its kept result (move {folder} away to measure it anew)")
+        clear(folder / "checkpoints")  # only now: a kill before the result was written must find them
     _print_result(plan, result, command)
     return result
 
@@ -89,9 +90,7 @@ def _work(plan: Plan, folder: Path, stop: Stop, group: str | None) -> dict[str, 
         }
         tracker.summary({"accuracy_mean": result["accuracy"]["mean"], "stored_floats": result["stored_floats"]})
         tracker.log_table("result", report.COLUMNS, _rows(plan, result))
-        result = results.write(folder, result)
-    checkpoints.clear()
-    return result
+        return results.write(folder, result)
 
 
 class Session:
@@ -372,8 +371,12 @@ def _plain(accuracies: Accuracies) -> dict[str, Any]:
     return measured | dataclasses.asdict(accuracies)
 
 
-def _reference(plan: Plan, mode: str) -> Plan:
-    return make_plan(dataclasses.replace(plan.config, mode=mode))
+def _reference(plan: Plan, mode: str) -> dict[str, Any] | None:
+    """The kept result of ``mode`` under the plan's settings, or ``None`` where it is not measured or not readable."""
+    try:
+        return results.read(make_plan(dataclasses.replace(plan.config, mode=mode)).folder)
+    except ArtifactError:
+        return None
 
 
 def _rows(plan: Plan, result: dict[str, Any]) -> list[list[str]]:
@@ -382,7 +385,7 @@ def _rows(plan: Plan, result: dict[str, Any]) -> list[list[str]]:
     rows = [report.row(name, result)]
     if plan.config.mode == "run":
         for mode, label in REFERENCES.items():
-            if (reference := results.read(_reference(plan, mode).folder)) is not None:
+            if (reference := _reference(plan, mode)) is not None:
                 rows.append(report.row(label, reference))
     return rows
 
@@ -395,7 +398,7 @@ def _print_result(plan: Plan, result: dict[str, Any], command: str) -> None:
     print(report.text_table(report.COLUMNS, _rows(plan, result)))
     if config.mode == "run":
         for mode, label in REFERENCES.items():
-            if results.read(_reference(plan, mode).folder) is None:
+            if _reference(plan, mode) is None:
                 print(f"{label}: not measured yet; {command} mode={mode}")
     print(f"run folder: {plan.folder}")
     if (picture := plan.folder / "condensed.png").exists():

@@ -62,4 +62,4 @@ def fit_real(
             done += 1
             bar.update()
             checkpoints.tick(SLOT, state_now)
-    return float(error)
+    return float(error.detach())

@@ -1,0 +1,132 @@
+"""Starting a container from real images: it comes near them, and an interrupted fit goes on as if it had not been."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hmn.checkpoint import Checkpoints, Stop
+from hmn.containers.fit import SLOT, fit_real
+from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
+from hmn.errors import Interrupted
+
+SHAPE = HmnShape(
+    classes=3,
+    channels=3,
+    image_size=8,
+    latent_side=4,
+    dataset_channels=2,
+    feature_channels=2,
+    feature_kernel=1,
+    class_channels=2,
+    instance_channels=2,
+    decoder_width=8,
+)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def made(seed: int = 0) -> HierarchicalMemory:
+    container = HierarchicalMemory(SHAPE, 2)
+    container.initialise(generator(seed))
+    return container
+
+
+def targets() -> Tensor:
+    """Six images of one colour each, all different."""
+    levels = torch.tensor([[250, 20, 20], [20, 250, 20], [20, 20, 250], [250, 250, 20], [0, 0, 0], [255, 255, 255]])
+    return levels.to(torch.uint8)[:, :, None, None].expand(6, 3, 8, 8).contiguous()
+
+
+def fit(
+    container: HierarchicalMemory, folder: Path, *, steps: int, batch: int = 6, seed: int = 5, stop: Stop | None = None
+) -> tuple[float, torch.Generator]:
+    stream = generator(seed)
+    checkpoints = Checkpoints(folder, 3600.0, stop)
+    error = fit_real(container, targets(), steps=steps, batch=batch, lr=2e-2, generator=stream, checkpoints=checkpoints)
+    return error, stream
+
+
+@torch.no_grad()
+def errors(container: HierarchicalMemory) -> Tensor:
+    """Mean squared difference (decoded, target) of every pair, (6, 6)."""
+    images = container.decode(torch.arange(6))
+    return (images[:, None] - targets()[None] / 255).square().mean((2, 3, 4))
+
+
+def test_every_image_comes_near_its_own_target(tmp_path):
+    container = made()
+    before = float(errors(container).diagonal().mean())
+    error, _ = fit(container, tmp_path, steps=120)
+    found = errors(container)
+    assert found.argmin(dim=1).tolist() == list(range(6))
+    assert found.diagonal().mean() < before / 5
+    assert error == pytest.approx(float(found.diagonal().mean()), rel=0.1)
+
+
+def test_the_error_is_that_of_the_last_steps_batch(tmp_path):
+    container = made()
+    before = float(errors(container).diagonal().mean())
+    assert fit(container, tmp_path, steps=1)[0] == pytest.approx(before, rel=1e-5)
+    assert float(errors(container).diagonal().mean()) != pytest.approx(before, rel=1e-5)
+
+
+def test_small_batches_reach_every_image_and_depend_on_the_generator_alone(tmp_path):
+    runs = {}
+    for name, seed in (("one", 1), ("again", 1), ("other", 2)):
+        runs[name] = made()
+        fit(runs[name], tmp_path / name, steps=80, batch=2, seed=seed)
+    assert errors(runs["one"]).argmin(dim=1).tolist() == list(range(6))
+    assert torch.equal(runs["one"].instances, runs["again"].instances)
+    assert not torch.equal(runs["one"].instances, runs["other"].instances)
+
+
+class Interrupting(Stop):
+    """A signal that arrives during the step ``at``."""
+
+    def arm(self, container: HierarchicalMemory, at: int) -> None:
+        left = iter(range(at - 1, -1, -1))
+
+        def count(*_: object) -> None:
+            if next(left) == 0:
+                self.signum = signal.SIGTERM
+
+        container.decoder.register_forward_hook(count)
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_an_interrupted_fit_goes_on_bit_equal(tmp_path, at):
+    whole = made()
+    expected, expected_stream = fit(whole, tmp_path / "whole", steps=9, batch=4)
+
+    first, stop = made(), Interrupting()
+    stop.arm(first, at)
+    with pytest.raises(Interrupted) as caught:
+        fit(first, tmp_path / "cut", steps=9, batch=4, stop=stop)
+    assert caught.value.exit_code == 128 + signal.SIGTERM
+    assert Checkpoints(tmp_path / "cut", 3600.0).load(SLOT)["done"] == at
+
+    second = made(seed=77)  # another start and another stream: all must come from the checkpoint
+    error, stream = fit(second, tmp_path / "cut", steps=9, batch=4, seed=78)
+    assert error == expected
+    for (name, one), other in zip(whole.named_parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    assert torch.equal(stream.get_state(), expected_stream.get_state())
+
+
+def test_a_fit_interrupted_after_its_last_step_has_nothing_left_to_do(tmp_path):
+    whole = made()
+    expected, _ = fit(whole, tmp_path / "whole", steps=3)
+    first, stop = made(), Interrupting()
+    stop.arm(first, 3)
+    with pytest.raises(Interrupted):
+        fit(first, tmp_path / "cut", steps=3, stop=stop)
+    second = made(seed=77)
+    assert fit(second, tmp_path / "cut", steps=3)[0] == expected
+    assert torch.equal(second.instances, whole.instances)

@@ -1,0 +1,257 @@
+"""Gradient matching: metrics by hand, the step against plain autograd and finite differences, all forms alike."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hmn.compute import Compute
+from hmn.networks import initialise
+from hmn.networks.convnet import ConvNet
+from hmn.objectives.gradient import METRICS, convolution_weights, matching_loop, matching_nested, matching_step
+
+CPU = Compute(torch.device("cpu"))
+FORMS = {"loop": matching_loop, "nested": matching_nested}
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def parameters_of(network: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in network.named_parameters()}
+
+
+def convnet(dtype: torch.dtype = torch.float64, *, width: int = 4, depth: int = 3) -> nn.Module:
+    return initialise(ConvNet(3, 5, 8, width=width, depth=depth), generator()).to(dtype)
+
+
+def batches(dtype: torch.dtype = torch.float64, *, channels: int = 3, real: int = 7, synthetic: int = 4):
+    """Real images and labels, synthetic images and labels, of different counts and mixed classes."""
+    stream = generator(1)
+    images = [torch.randn(n, channels, 8, 8, generator=stream).to(dtype) for n in (real, synthetic)]
+    labels = [torch.randint(5, (n,), generator=stream) for n in (real, synthetic)]
+    return images[0], labels[0], images[1], labels[1]
+
+
+# Metrics
+
+LAYER = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).view(2, 1, 1, 2)  # two output channels
+OTHER = torch.tensor([[0.0, 0.0], [1.0, 6.0]]).view(2, 1, 1, 2)
+
+
+def test_mse_is_the_summed_squared_difference():
+    assert METRICS["mse"](LAYER, OTHER) == 1 + 4 + 4 + 4
+
+
+def test_l1_is_the_summed_absolute_difference():
+    assert METRICS["l1"](LAYER, OTHER) == 1 + 2 + 2 + 2
+
+
+def test_cosine_is_summed_over_output_channels():
+    # IDC: 1 - <a, b> / (|a||b| + 1e-6); a channel without a gradient has cosine 0.
+    expected = (1 - 0) + (1 - (3 * 1 + 4 * 6) / (5 * 37**0.5 + 1e-6))
+    torch.testing.assert_close(METRICS["cosine"](LAYER, OTHER), torch.tensor(expected), rtol=1e-6, atol=0)
+
+
+def test_cosine_takes_all_inputs_and_taps_of_an_output_channel_as_one_vector():
+    stream = generator()
+    a, b = (torch.randn(3, 2, 3, 3, generator=stream, dtype=torch.float64) for _ in range(2))
+    expected = sum(1 - F.cosine_similarity(x.flatten(), y.flatten(), dim=0, eps=0) for x, y in zip(a, b, strict=True))
+    torch.testing.assert_close(METRICS["cosine"](a, b), expected, rtol=0, atol=1e-5)  # the epsilon in the divisor
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_metric_is_symmetric(metric):
+    assert METRICS[metric](LAYER, OTHER) == METRICS[metric](OTHER, LAYER)
+
+
+# What is matched
+
+
+def test_only_the_three_convolution_weights_of_convnet_d3_are_matched():
+    matched = convolution_weights(parameters_of(convnet()))
+    assert list(matched) == ["body.0.weight", "body.4.weight", "body.8.weight"]
+
+
+def oracle(network: nn.Module, metric: str, real: Tensor, real_labels: Tensor, synthetic: Tensor, labels: Tensor):
+    """IDC's loss by plain autograd through the module itself: all parameters' gradients, the convolutions' distance.
+
+    The cross entropy takes fp32 logits, as the step's does.
+    """
+
+    def distance(s: Tensor, r: Tensor) -> Tensor:
+        if metric == "mse":
+            return ((s - r) ** 2).sum()
+        if metric == "l1":
+            return (s - r).abs().sum()
+        parts = []
+        for a, b in zip(s, r, strict=True):
+            parts.append(1 - (a * b).sum() / ((a * a).sum().sqrt() * (b * b).sum().sqrt() + 1e-6))
+        return sum(parts)
+
+    def gradients(images: Tensor, labels: Tensor) -> list[Tensor]:
+        loss = F.cross_entropy(network(images).float(), labels)
+        found = torch.autograd.grad(loss, list(network.parameters()), create_graph=True)
+        layers = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+        wanted = {id(layer.weight) for layer in layers}
+        return [g for g, parameter in zip(found, network.parameters(), strict=True) if id(parameter) in wanted]
+
+    pixels = synthetic.clone().requires_grad_()
+    of_real = [g.detach() for g in gradients(real, real_labels)]
+    layers = [distance(s, r) for s, r in zip(gradients(pixels, labels), of_real, strict=True)]
+    (pixel_gradient,) = torch.autograd.grad(sum(layers), pixels)
+    return torch.stack(layers).detach(), pixel_gradient
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("form", FORMS)
+def test_distance_per_layer_and_pixel_gradient_are_those_of_plain_autograd(form, metric):
+    network, batch = convnet(), batches()
+    expected, expected_gradient = oracle(network, metric, *batch)
+    layers, gradient = FORMS[form](network, metric, CPU)(parameters_of(network), *batch)
+    assert layers.shape == (3,)
+    assert gradient.shape == (4, 3, 8, 8)
+    torch.testing.assert_close(layers, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-9)
+    assert gradient.abs().amax((1, 2, 3)).min() > 1e-4  # far above the tolerance, for every image
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_nested_form_equals_the_loop(metric):
+    network, batch = convnet(width=6, depth=2), batches()
+    parameters = parameters_of(network)
+    loop = matching_loop(network, metric, CPU)(parameters, *batch)
+    nested = matching_nested(network, metric, CPU)(parameters, *batch)
+    for a, b in zip(loop, nested, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("metric", ["mse", "l1"])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_distance_of_a_batch_to_itself_is_zero(form, metric):
+    network, (real, labels, _, _) = convnet(), batches()
+    layers, gradient = FORMS[form](network, metric, CPU)(parameters_of(network), real, labels, real.clone(), labels)
+    assert layers.abs().max() < 1e-9
+    if metric == "mse":
+        assert gradient.abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_distance_does_not_depend_on_the_order_or_repetition_of_images(form):
+    network, (real, labels, _, _) = convnet(), batches()
+    order = torch.tensor([3, 0, 6, 1, 5, 2, 4] * 2)  # the loss is a mean: twice every image is the same batch
+    layers, _ = FORMS[form](network, "mse", CPU)(parameters_of(network), real, labels, real[order], labels[order])
+    assert layers.abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_gradient_that_only_the_classifier_has_does_not_enter(form):
+    """With dead ReLUs all convolution gradients vanish, whatever biases, norms and classifier are asked to do."""
+    network, (real, labels, synthetic, _) = convnet(), batches()
+    parameters = parameters_of(network)
+    parameters["body.9.weight"].zero_()  # the last norm
+    parameters["body.9.bias"].fill_(-1)
+    layers, _ = FORMS[form](network, "l1", CPU)(parameters, real, labels, synthetic, torch.zeros(4, dtype=torch.int64))
+    assert layers.tolist() == [0, 0, 0]
+
+
+# Derivatives
+
+
+class Smooth(nn.Module):
+    """A network without kinks: finite differences are exact to their order everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
+        self.classifier = nn.Linear(2 * 16, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = F.avg_pool2d(torch.tanh(self.second(torch.tanh(self.first(images)))), 2)
+        return self.classifier(hidden.flatten(1))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("form", FORMS)
+def test_pixel_gradient_agrees_with_finite_differences(form, metric):
+    network = initialise(Smooth(), generator(2)).double()
+    stream = generator(3)
+    real, synthetic = (torch.randn(2, 1, 8, 8, generator=stream, dtype=torch.float64) for _ in range(2))
+    labels = torch.tensor([0, 2])
+    step = partial(FORMS[form](network, metric, CPU), parameters_of(network), real, labels)
+    _, gradient = step(synthetic, labels)
+    direction = torch.randn(synthetic.shape, generator=stream, dtype=torch.float64)
+
+    def along(distance: float) -> float:
+        return float(step(synthetic + distance * direction, labels)[0].sum())
+
+    h = 5e-3  # fourth order, so that a step this large, needed with fp32 logits, is still exact enough
+    numeric = (8 * (along(h) - along(-h)) - (along(2 * h) - along(-2 * h))) / (12 * h)
+    assert numeric == pytest.approx(float((gradient * direction).sum()), rel=1e-4)
+    assert abs(numeric) > 1e-3
+
+
+# The step and its surroundings
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_network_gives_the_architecture_only(form):
+    network, batch = convnet(), batches()
+    parameters = parameters_of(network)
+    before = FORMS[form](network, "mse", CPU)(parameters, *batch)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.fill_(torch.nan)
+    after = FORMS[form](network, "mse", CPU)(parameters, *batch)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(parameter.grad is None and parameter.isnan().all() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_that_a_step_is_given_changes_and_nothing_it_returns_is_attached(form):
+    network, batch = convnet(), batches()
+    parameters = parameters_of(network)
+    kept, kept_batch = {name: value.clone() for name, value in parameters.items()}, [part.clone() for part in batch]
+    returned = FORMS[form](network, "mse", CPU)(parameters, *batch)
+    assert all(torch.equal(value, kept[name]) for name, value in parameters.items())
+    assert all(torch.equal(part, other) for part, other in zip(batch, kept_batch, strict=True))
+    assert not any(value.requires_grad for value in (*parameters.values(), *batch, *returned))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("form", FORMS)
+def test_bf16_is_finite_and_points_where_fp32_does(form, metric):
+    network, batch = convnet(torch.float32, width=8, depth=2), batches(torch.float32, real=32, synthetic=8)
+    parameters = parameters_of(network)
+    exact, exact_gradient = FORMS[form](network, metric, CPU)(parameters, *batch)
+    bf16 = Compute(torch.device("cpu"), precision="bf16")
+    layers, gradient = FORMS[form](network, metric, bf16)(parameters, *batch)
+    assert layers.dtype == gradient.dtype == torch.float32
+    assert layers.isfinite().all() and gradient.isfinite().all()
+    assert not torch.equal(gradient, exact_gradient)  # the convolutions did run in another precision
+    assert F.cosine_similarity(gradient.flatten(), exact_gradient.flatten(), dim=0) > 0.98
+    torch.testing.assert_close(layers, exact, rtol=0.1, atol=0)
+
+
+def test_a_run_that_does_not_compile_takes_the_loop(monkeypatch):
+    monkeypatch.setattr("hmn.objectives.gradient.matching_loop", lambda *_: "loop")
+    monkeypatch.setattr("hmn.objectives.gradient.matching_nested", lambda *_: "nested")
+    taken = [matching_step(convnet(), "mse", Compute(torch.device("cpu"), compiled=flag)) for flag in (False, True)]
+    assert taken == ["loop", "nested"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler")
+def test_the_compiled_step_equals_the_loop():
+    network, batch = convnet(torch.float32, depth=1), batches(torch.float32)
+    parameters = parameters_of(network)
+    layers, gradient = matching_loop(network, "mse", CPU)(parameters, *batch)
+    compiled = matching_step(network, "mse", Compute(torch.device("cpu"), compiled=True))(parameters, *batch)
+    torch.testing.assert_close(compiled[0], layers, rtol=1e-4, atol=0)
+    torch.testing.assert_close(compiled[1], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))

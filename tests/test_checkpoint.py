@@ -1,0 +1,300 @@
+"""Files that are never half-written, state that survives kill -9, and stopping on a signal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hmn import checkpoint
+from hmn.checkpoint import STOP_SIGNALS, Checkpoints, Stop, atomic_write, clear, exclusive, write_text
+from hmn.errors import ArtifactError, HmnError, Interrupted
+
+ROOT = Path(__file__).parents[1]
+
+
+class Clock:
+    """Stands for ``time.monotonic``; moves only when told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(checkpoint.time, "monotonic", lambda: self.now)
+
+
+# Atomic files
+
+
+def test_a_file_is_replaced_once_the_block_succeeds(tmp_path: Path):
+    path = tmp_path / "new" / "file.json"
+    write_text(path, "old")
+    with atomic_write(path) as temporary:
+        temporary.write_text("new")
+        assert temporary.parent == path.parent  # the same file system: replacing is one rename
+        assert temporary.suffix == ".json"  # savers that go by the suffix
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_block_that_raises_leaves_the_old_file_and_nothing_else(tmp_path: Path):
+    path = tmp_path / "file.txt"
+    write_text(path, "old")
+    with pytest.raises(RuntimeError, match="half"), atomic_write(path) as temporary:
+        temporary.write_text("half of the n")
+        raise RuntimeError("half")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupted_block_that_never_had_a_file_leaves_none(tmp_path: Path):
+    with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "file.txt"):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_others_may_read_what_was_written(tmp_path: Path):
+    write_text(tmp_path / "file.txt", "é")
+    assert (tmp_path / "file.txt").stat().st_mode & 0o777 == 0o644
+    assert (tmp_path / "file.txt").read_bytes() == "é".encode()
+
+
+# Slots
+
+STATE = {"step": 3, "values": [torch.arange(4), {"rate": 0.5}], "curve": {0: 0.25, 10: 0.5}, "none": None}
+
+
+def test_a_slot_gives_back_what_was_saved(tmp_path: Path):
+    Checkpoints(tmp_path / "slots", 60).save("condense", STATE)
+    found = Checkpoints(tmp_path / "slots", 60).load("condense")
+    assert torch.equal(found["values"].pop(0), STATE["values"][0])
+    assert found == {**STATE, "values": [{"rate": 0.5}]}
+
+
+def test_an_unused_slot_is_none(tmp_path: Path):
+    assert Checkpoints(tmp_path / "slots", 60).load("condense") is None
+
+
+def test_a_failing_save_leaves_the_earlier_state(tmp_path: Path):
+    checkpoints = Checkpoints(tmp_path, 60)
+    checkpoints.save("condense", {"step": 1})
+    with pytest.raises((pickle.PicklingError, AttributeError, TypeError)):
+        checkpoints.save("condense", {"step": 2, "bad": lambda: None})
+    assert checkpoints.load("condense") == {"step": 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clock.pt", "condense.pt"]
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "text"])
+def test_a_damaged_checkpoint_is_refused_in_one_line_that_names_it(tmp_path: Path, damage: str):
+    checkpoints = Checkpoints(tmp_path, 60)
+    checkpoints.save("condense", STATE)
+    path = tmp_path / "condense.pt"
+    path.write_bytes({"empty": b"", "cut": path.read_bytes()[:-100], "text": b"not a checkpoint"}[damage])
+    with pytest.raises(ArtifactError) as raised:
+        checkpoints.load("condense")
+    assert str(raised.value).startswith(f"{path}: not a checkpoint of this program")
+    assert str(raised.value).endswith("remove it")
+    assert "\n" not in str(raised.value)
+    assert raised.value.exit_code == 2
+
+
+class Payload:
+    """Would create a file, were it ever unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_pickle_payload_is_refused_and_never_runs(tmp_path: Path, plain: bool):
+    path, evidence = tmp_path / "slots" / "condense.pt", tmp_path / "evidence"
+    path.parent.mkdir()
+    if plain:
+        path.write_bytes(pickle.dumps({"step": Payload(evidence)}, protocol=2))
+    else:
+        torch.save({"step": Payload(evidence)}, path)
+    with pytest.raises(ArtifactError, match="UnpicklingError"):
+        Checkpoints(tmp_path / "slots", 60).load("condense")
+    assert not evidence.exists()
+
+
+def test_state_is_saved_at_most_once_in_so_many_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    clock = Clock(monkeypatch)
+    checkpoints = Checkpoints(tmp_path, 60)
+    asked = []
+    for step, seconds in enumerate([0, 59, 60, 61, 119, 120, 200]):
+        clock.now = 1000.0 + seconds
+        checkpoints.tick("condense", lambda step=step: asked.append(step) or {"step": step})
+    assert asked == [2, 5, 6]  # the state is not even made in between
+    assert checkpoints.load("condense") == {"step": 6}
+
+
+def test_clearing_removes_every_slot_and_the_folder(tmp_path: Path):
+    folder = tmp_path / "slots"
+    clear(folder)  # nothing was saved yet
+    for slot in ("condense", "score"):
+        Checkpoints(folder, 60).save(slot, {"step": 1})
+    (folder / ".score.pt.abc123.pt").touch()  # what a killed process leaves
+    clear(folder)
+    assert not folder.exists()
+
+
+# Time
+
+
+def test_seconds_add_up_over_sittings_and_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    clock = Clock(monkeypatch)
+    first = Checkpoints(tmp_path, 60)
+    with first.timed("condense"):
+        clock.now += 10
+        first.save("condense", {})
+        clock.now += 5  # lost: the process ends here, and these seconds are spent again
+    clock.now += 1000  # between sittings nothing counts
+    second = Checkpoints(tmp_path, 60)
+    assert second.seconds == {"condense": 10.0}
+    with second.timed("condense"):
+        clock.now += 7
+    clock.now += 50  # nor does what belongs to no stage
+    with second.timed("score"):
+        clock.now += 3
+        second.save("score", {})
+    assert second.seconds == {"condense": 17.0, "score": 3.0}
+    assert Checkpoints(tmp_path, 60).seconds == {"condense": 17.0, "score": 3.0}
+
+
+def test_a_block_that_raises_is_timed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    clock = Clock(monkeypatch)
+    checkpoints = Checkpoints(tmp_path, 60)
+    with pytest.raises(RuntimeError), checkpoints.timed("condense"):
+        clock.now += 4
+        raise RuntimeError
+    assert checkpoints.seconds == {"condense": 4.0}
+
+
+# Signals
+
+
+@pytest.mark.parametrize("signum", STOP_SIGNALS)
+def test_a_signal_only_asks_and_the_next_tick_saves_and_stops(tmp_path: Path, signum: int):
+    stop = Stop()
+    checkpoints = Checkpoints(tmp_path, 1e9, stop)
+    with stop.listening():
+        checkpoints.tick("condense", lambda: {"step": 1})
+        os.kill(os.getpid(), signum)
+        assert stop.signum == signum
+        with pytest.raises(Interrupted) as raised:
+            checkpoints.tick("condense", lambda: {"step": 2})
+    assert raised.value.exit_code == 128 + signum
+    assert str(raised.value) == f"stopped by {signal.Signals(signum).name}; the same command goes on from here"
+    assert checkpoints.load("condense") == {"step": 2}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_listening_gives_the_handlers_back(fails: bool):
+    before = [signal.getsignal(signum) for signum in STOP_SIGNALS]
+    try:
+        with Stop().listening():
+            assert all(signal.getsignal(signum) not in before for signum in STOP_SIGNALS)
+            if fails:
+                raise RuntimeError
+    except RuntimeError:
+        pass
+    assert [signal.getsignal(signum) for signum in STOP_SIGNALS] == before
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once():
+    stop = Stop()
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)  # the first Ctrl-C, whatever was sent before
+        assert stop.signum == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+# Several processes
+
+
+def python(script: str, *arguments: str | Path) -> subprocess.Popen:
+    """A process of its own that can import the package."""
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+HOLD = """
+import sys, pathlib, time
+from hmn.checkpoint import exclusive
+with exclusive(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_folder_belongs_to_one_process_until_it_ends_however_it_ends(tmp_path: Path):
+    folder = tmp_path / "run"
+    with python(HOLD, folder) as holder:
+        try:
+            assert holder.stdout.readline() == "held\n"
+            with pytest.raises(HmnError) as raised, exclusive(folder):
+                pass
+            assert str(raised.value) == f"{folder}: another process is working on this run; wait for it or stop it"
+        finally:
+            holder.kill()
+    with exclusive(folder):
+        pass
+    with exclusive(folder):  # and leaving it gives it back
+        pass
+
+
+# A process with one Python start but many lives: each child saves without pause until it is killed.
+KILL = """
+import json, os, pathlib, random, signal, sys, time
+import torch
+from hmn.checkpoint import Checkpoints
+
+folder, rounds = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+random.seed(0)
+for _ in range(rounds):
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        checkpoints = Checkpoints(folder, 0)
+        step = (checkpoints.load("condense") or {"step": 0})["step"]
+        while True:
+            step += 1
+            checkpoints.save("condense", {"step": step, "values": torch.full((200_000,), step)})
+            os.write(writing, step.to_bytes(4, "big"))
+    os.close(writing)
+    announced = os.read(reading, 4)  # at least one save of its own
+    time.sleep(random.uniform(0, 0.02))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    while part := os.read(reading, 1 << 16):
+        announced = part[-4:]
+    os.close(reading)
+    found = Checkpoints(folder, 0).load("condense")
+    whole = bool((found["values"] == found["step"]).all())
+    print(json.dumps([int.from_bytes(announced, "big"), found["step"], whole]), flush=True)
+"""
+
+
+def test_kill_9_in_the_middle_of_many_saves_always_leaves_the_last_finished_one(tmp_path: Path):
+    rounds = 25
+    with python(KILL, tmp_path / "slots", rounds) as process:
+        lives = [json.loads(line) for line in process.stdout]
+    assert process.returncode == 0
+    assert len(lives) == rounds
+    for announced, found, whole in lives:
+        assert whole
+        assert announced <= found <= announced + 1
+    clear(tmp_path / "slots")  # with whatever temporaries the killed ones left
+    assert not (tmp_path / "slots").exists()

@@ -1,0 +1,453 @@
+"""The one trainer: schedules, the SGD step against torch's own, padding, CutMix, and resuming."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
+
+from hmn.checkpoint import Checkpoints, Stop
+from hmn.compute import Compute
+from hmn.data import augment
+from hmn.data.preprocess import Normalise
+from hmn.errors import Diverged, Interrupted
+from hmn.networks import initialise
+from hmn.networks.convnet import ConvNet
+from hmn.training import (
+    NetworkUpdate,
+    Recipe,
+    Training,
+    accuracy,
+    learning_rate,
+    logits_of,
+    train_networks,
+    training_step,
+)
+
+CPU = Compute(torch.device("cpu"))
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+NORMALISE = Normalise(MEAN, STD)
+RECIPE = Recipe(
+    epochs=4,
+    batch=8,
+    lr=0.05,
+    momentum=0.9,
+    weight_decay=5e-4,
+    schedule="cosine",
+    strategy="color_crop_flip_scale_rotate",
+    cutmix=0.5,
+)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def build() -> nn.Module:
+    return ConvNet(3, 3, 8, width=4, depth=2)
+
+
+def images_and_labels(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    stream = generator(seed)
+    images = torch.randint(256, (n, 3, 8, 8), generator=stream, dtype=torch.uint8)
+    return images, torch.randint(3, (n,), generator=stream)
+
+
+def training(recipe: Recipe = RECIPE, n: int = 21, seed: int = 0) -> Training:
+    """21 images in batches of 8: the last batch of an epoch is padded."""
+    images, labels = images_and_labels(n)
+    return Training(build, images, labels, recipe, NORMALISE, training_step(build(), CPU), generator(seed))
+
+
+def state_of(run: Training) -> dict[str, Tensor]:
+    """Parameters and momentum: everything later epochs depend on, the generator aside."""
+    momentum = [state["momentum_buffer"] for state in run.update.optimizer.state.values()]
+    return run.network.state_dict() | {f"momentum{index}": value for index, value in enumerate(momentum)}
+
+
+def assert_equal_states(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+# Learning rates
+
+
+def schedule(kind: str, epochs: int) -> list[float]:
+    recipe = dataclasses.replace(RECIPE, schedule=kind, epochs=epochs, lr=0.01)
+    return [learning_rate(recipe, epoch) for epoch in range(epochs)]
+
+
+def torch_schedule(epochs: int, make: Callable[[torch.optim.SGD], LRScheduler]) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.01)
+    scheduler = make(optimizer)
+    rates = []
+    for _ in range(epochs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def test_multistep_drops_to_a_fifth_at_666_and_833_of_1000_epochs():
+    # IDC: MultiStep x 0.2 at 2/3 and 5/6 of the epochs.
+    rates = schedule("multistep", 1000)
+    assert rates[0] == rates[665] == 0.01
+    assert rates[666] == rates[832] == pytest.approx(0.002, rel=1e-12)
+    assert rates[833] == rates[999] == pytest.approx(0.0004, rel=1e-12)
+    assert len(set(rates)) == 3
+    expected = torch_schedule(1000, lambda sgd: MultiStepLR(sgd, [666, 833], gamma=0.2))
+    assert rates == pytest.approx(expected, rel=1e-9)
+
+
+def test_cosine_starts_at_the_peak_and_ends_near_zero():
+    rates = schedule("cosine", 1000)
+    assert rates[0] == 0.01
+    assert rates[500] == pytest.approx(0.005, rel=1e-12)
+    assert 0 < rates[999] < 3e-6 * 0.01
+    expected = torch_schedule(1000, lambda sgd: CosineAnnealingLR(sgd, T_max=1000))
+    assert rates == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+def test_training_uses_the_rate_of_its_epoch():
+    recipe = dataclasses.replace(RECIPE, schedule="multistep", epochs=6, lr=0.01)
+    run = training(recipe, n=4)
+    rates = []
+    while not run.finished:
+        run.run_epoch()
+        rates.append(run.update.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.01] * 4 + [0.002] + [0.0004], rel=1e-12)
+
+
+# One update
+
+
+def update_of(network: nn.Module, batch: int, *, strategy: str = "none", cutmix: float = 0.0, seed: int = 5):
+    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "strategy": strategy, "cutmix": cutmix}
+    return NetworkUpdate(network, training_step(build(), CPU), NORMALISE, generator(seed), batch=batch, **settings)
+
+
+def pair() -> tuple[nn.Module, nn.Module]:
+    network = initialise(build(), generator(3))
+    return network, copy.deepcopy(network)
+
+
+def sgd(network: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+
+
+def normalised(images: Tensor) -> Tensor:
+    return torch.stack([(images[:, c].float() / 255 - MEAN[c]) / STD[c] for c in range(3)], dim=1)
+
+
+def assert_close_networks(one: nn.Module, other: nn.Module, tolerance: float = 1e-6) -> None:
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+def test_updates_are_torch_sgd_on_cross_entropy():
+    network, reference = pair()
+    update, optimizer = update_of(network, 8), sgd(reference)
+    for step in range(4):
+        images, labels = images_and_labels(8, seed=step)
+        loss = update(images, labels)
+        expected = F.cross_entropy(reference(normalised(images)), labels)
+        optimizer.zero_grad()
+        expected.backward()
+        optimizer.step()
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
+    assert_close_networks(network, reference)
+    start = initialise(build(), generator(3))
+    assert all((a - b).abs().max() > 1e-3 for a, b in zip(network.parameters(), start.parameters(), strict=True))
+
+
+def test_an_update_augments_with_parameters_per_image_and_mixes_by_the_cutmix_loss():
+    network, reference = pair()
+    images, labels = images_and_labels(8)
+    loss = update_of(network, 8, strategy="color_crop", cutmix=1.0)(images, labels)
+
+    stream = generator(5)
+    drawn = augment.draw("color_crop", 8, 8, stream)
+    inputs, partners, share = augment.cutmix(augment.apply(normalised(images), drawn), labels, 1.0, stream)
+    assert 0 < share < 1 and (partners != labels).any()
+    logits = reference(inputs)
+    # IDC: r CE(y) + (1 - r) CE(y of the partner)
+    expected = share * F.cross_entropy(logits, labels) + (1 - share) * F.cross_entropy(logits, partners)
+    optimizer = sgd(reference)
+    expected.backward()
+    optimizer.step()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
+    assert_close_networks(network, reference)
+
+
+def test_the_mixed_loss_and_its_gradients_by_hand():
+    """One linear layer: the gradient of the bias is softmax minus the mixed target."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    weights, bias = torch.zeros(3, 4), torch.tensor([0.0, math.log(2), math.log(5)])  # softmax 1/8, 2/8, 5/8
+    loss, gradients = training_step(network, CPU)(
+        {"1.weight": weights, "1.bias": bias},
+        torch.ones(1, 1, 2, 2),
+        torch.tensor([0]),
+        torch.tensor([2]),
+        torch.tensor(0.75),
+        torch.ones(1),
+    )
+    torch.testing.assert_close(loss, torch.tensor(0.75 * math.log(8) + 0.25 * math.log(8 / 5)))
+    torch.testing.assert_close(gradients["1.bias"], torch.tensor([1 / 8 - 0.75, 2 / 8, 5 / 8 - 0.25]))
+    torch.testing.assert_close(gradients["1.weight"], gradients["1.bias"][:, None].expand(3, 4))
+
+
+def test_a_batch_weighs_its_images_equally_and_its_padding_not_at_all():
+    network, (images, labels) = initialise(build(), generator()), images_and_labels(8)
+    parameters = {name: value.detach() for name, value in network.named_parameters()}
+    inputs, weights = normalised(images), torch.tensor([1.0] * 5 + [0.0] * 3)
+    loss, gradients = training_step(build(), CPU)(parameters, inputs, labels, labels, torch.ones(()), weights)
+    expected = F.cross_entropy(network(inputs[:5]), labels[:5])
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=0)
+    found = torch.autograd.grad(expected, list(network.parameters()))
+    for name, value in zip(gradients, found, strict=True):
+        torch.testing.assert_close(gradients[name], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("cutmix", [0.0, 1.0])
+def test_a_short_batch_is_padded_without_effect(cutmix):
+    """Padded from 5 to 8, and mixed among its own images only, it is the same update as a full batch of 5."""
+    network, reference = pair()
+    images, labels = images_and_labels(5)
+    padded = update_of(network, 8, cutmix=cutmix)(images, labels)
+    unpadded = update_of(reference, 5, cutmix=cutmix)(images, labels)
+    torch.testing.assert_close(padded, unpadded, rtol=1e-6, atol=0)
+    assert_close_networks(network, reference)
+    for a, b in zip(network.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-6)
+
+
+def test_float_images_are_used_as_they_are_and_bytes_are_divided_by_255():
+    network, reference = pair()
+    images, labels = images_and_labels(8)
+    assert torch.equal(update_of(network, 8)(images, labels), update_of(reference, 8)(images.float() / 255, labels))
+
+
+def test_the_network_of_a_training_step_gives_the_architecture_only():
+    images, labels = images_and_labels(4)
+    template = build()
+    parameters = {name: value.detach().clone() for name, value in initialise(build(), generator()).named_parameters()}
+    batch = (normalised(images), labels, labels, torch.ones(()), torch.ones(4))
+    step = training_step(template, CPU)
+    before = step(parameters, *batch)[0]
+    with torch.no_grad():
+        for parameter in template.parameters():
+            parameter.fill_(torch.nan)
+    assert torch.equal(step(parameters, *batch)[0], before)
+
+
+def test_bf16_trains_with_fp32_parameters_and_loss():
+    images, labels = images_and_labels(8)
+    parameters = {name: value.detach() for name, value in initialise(build(), generator()).named_parameters()}
+    batch = (normalised(images), labels, labels, torch.ones(()), torch.ones(8))
+    exact = training_step(build(), CPU)(parameters, *batch)
+    loss, gradients = training_step(build(), Compute(torch.device("cpu"), precision="bf16"))(parameters, *batch)
+    assert loss.dtype == torch.float32 and all(value.dtype == torch.float32 for value in gradients.values())
+    assert loss != exact[0]
+    for name, value in gradients.items():
+        if value.ndim > 1:
+            assert F.cosine_similarity(value.flatten(), exact[1][name].flatten(), dim=0) > 0.98
+
+
+# One training
+
+
+def test_a_training_starts_from_the_parameters_its_generator_draws():
+    run, other = training(seed=7), training(seed=8)
+    expected = initialise(build().to(memory_format=torch.channels_last), generator(7))  # drawn in memory order
+    assert all(torch.equal(a, b) for a, b in zip(run.network.parameters(), expected.parameters(), strict=True))
+    assert not torch.equal(run.network.classifier.weight, other.network.classifier.weight)
+
+
+def test_every_epoch_shows_every_image_once_in_an_order_of_its_own(monkeypatch):
+    run = training()
+    run.images = torch.arange(21)
+    seen: list[list[int]] = []
+    monkeypatch.setattr(run, "update", _Recorder(run.update, seen))
+    for _ in range(2):
+        run.run_epoch()
+    assert [len(batch) for batch in seen] == [8, 8, 5] * 2
+    epochs = [sum(seen[start : start + 3], []) for start in (0, 3)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(21))] * 2
+    assert epochs[0] != epochs[1] != list(range(21))
+
+
+class _Recorder:
+    """Stands for an update, and notes which images it was given."""
+
+    def __init__(self, update: NetworkUpdate, seen: list[list[int]]) -> None:
+        self.optimizer, self.seen = update.optimizer, seen
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        assert torch.equal(labels, images_and_labels(21)[1][images])
+        self.seen.append(images.tolist())
+        return torch.zeros(())
+
+
+def test_a_set_smaller_than_a_batch_is_one_batch_without_padding():
+    assert training(n=5).update.batch == 5
+    assert training(n=21).update.batch == 8
+
+
+def test_training_is_repeatable_and_learns_its_images():
+    recipe = dataclasses.replace(RECIPE, epochs=30, lr=0.1, strategy="none", cutmix=0.0)
+    one, other = training(recipe), training(recipe)
+    for run in (one, other):
+        while not run.finished:
+            run.run_epoch()
+    assert_equal_states(state_of(one), state_of(other))
+    assert accuracy(one.network, one.images, one.labels, NORMALISE) > 0.9
+
+
+def test_two_epochs_a_checkpoint_and_two_more_are_four_epochs_bit_for_bit(tmp_path: Path):
+    whole = training()
+    for _ in range(4):
+        whole.run_epoch()
+    half = training()
+    for _ in range(2):
+        half.run_epoch()
+    checkpoints = Checkpoints(tmp_path, 0)
+    checkpoints.save("training", half.state_dict())
+    rest = training(seed=99)  # what it starts with must not matter
+    rest.load_state_dict(checkpoints.load("training"))
+    assert rest.epoch == 2
+    for _ in range(2):
+        rest.run_epoch()
+    assert rest.finished
+    assert_equal_states(state_of(whole), state_of(rest))
+    assert torch.equal(whole.generator.get_state(), rest.generator.get_state())
+
+
+def test_a_loss_that_is_not_finite_stops_training_and_names_the_epoch():
+    run = training()
+    run.run_epoch()
+    with torch.no_grad():
+        run.network.classifier.bias.fill_(torch.nan)
+    with pytest.raises(
+        Diverged, match=r"^the training loss of a network is nan after epoch 2: lower its learning rate$"
+    ):
+        run.run_epoch()
+
+
+# Several networks
+
+
+def observe(index: int, run: Training, memo: dict[str, Tensor]) -> None:
+    """Something that adds up over epochs and depends on every parameter."""
+    memo["sum"][index] += sum(float(value.double().sum()) for value in run.network.state_dict().values())
+    memo["epochs"][index] += 1
+
+
+def train_three(checkpoints: Checkpoints, observe=observe) -> tuple[dict[str, Tensor], list[int]]:
+    made: list[int] = []
+
+    def make(index: int) -> Training:
+        made.append(index)
+        return training(seed=index)
+
+    memo = {"sum": torch.zeros(3, dtype=torch.float64), "epochs": torch.zeros(3, dtype=torch.int64)}
+    return train_networks(3, make, observe, memo, checkpoints, "networks", "networks"), made
+
+
+def test_networks_train_one_after_another_and_are_observed_after_every_epoch(tmp_path: Path):
+    memo, made = train_three(Checkpoints(tmp_path, 1e9))
+    assert made == [0, 1, 2]
+    assert memo["epochs"].tolist() == [4, 4, 4]
+    alone = training(seed=1)
+    expected = {"sum": torch.zeros(3, dtype=torch.float64), "epochs": torch.zeros(3, dtype=torch.int64)}
+    for _ in range(4):
+        alone.run_epoch()
+        observe(1, alone, expected)
+    assert memo["sum"][1] == expected["sum"][1]
+    assert len(set(memo["sum"].tolist())) == 3
+
+
+@pytest.mark.parametrize("epoch", [2, 4])
+def test_an_interruption_within_the_second_of_three_networks_leaves_no_trace(tmp_path: Path, epoch: int):
+    expected, _ = train_three(Checkpoints(tmp_path / "whole", 1e9))
+    stop = Stop()
+
+    def observe_and_stop(index: int, run: Training, memo: dict[str, Tensor]) -> None:
+        observe(index, run, memo)
+        if (index, run.epoch) == (1, epoch):
+            stop.signum = 15
+
+    with pytest.raises(Interrupted):
+        train_three(Checkpoints(tmp_path / "parts", 1e9, stop), observe_and_stop)
+    found, made = train_three(Checkpoints(tmp_path / "parts", 1e9))
+    assert made == [1, 2]
+    assert_equal_states(found, expected)
+
+
+def test_a_crash_repeats_only_what_came_after_the_last_checkpoint(tmp_path: Path):
+    expected, _ = train_three(Checkpoints(tmp_path / "whole", 1e9))
+
+    def observe_and_fail(index: int, run: Training, memo: dict[str, Tensor]) -> None:
+        observe(index, run, memo)
+        if (index, run.epoch) == (1, 3):
+            raise RuntimeError("the power went")
+
+    with pytest.raises(RuntimeError):
+        train_three(Checkpoints(tmp_path / "parts", 0), observe_and_fail)
+    epochs: list[tuple[int, int]] = []
+
+    def observe_and_note(index: int, run: Training, memo: dict[str, Tensor]) -> None:
+        observe(index, run, memo)
+        epochs.append((index, run.epoch))
+
+    found, _ = train_three(Checkpoints(tmp_path / "parts", 0), observe_and_note)
+    assert epochs == [(1, 3), (1, 4), (2, 1), (2, 2), (2, 3), (2, 4)]
+    assert_equal_states(found, expected)
+
+
+def test_a_finished_stage_is_read_back_without_training(tmp_path: Path):
+    expected, _ = train_three(Checkpoints(tmp_path, 1e9))
+    found, made = train_three(Checkpoints(tmp_path, 1e9))
+    assert made == []
+    assert_equal_states(found, expected)
+
+
+# Judging
+
+
+class ByHand(nn.Module):
+    """Logits are the first pixels' normalised channels; the mode the network is in when called is noted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modes: list[bool] = []
+        self.sizes: list[int] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.modes.append(self.training)
+        self.sizes.append(len(images))
+        return images[:, :, 0, 0]
+
+
+def test_logits_are_those_of_normalised_images_in_evaluation_mode_chunk_by_chunk():
+    network, (images, _) = ByHand(), images_and_labels(5)
+    logits = logits_of(network, images, NORMALISE, batch=2)
+    assert torch.equal(logits, torch.stack([NORMALISE(images[i : i + 1])[0, :, 0, 0] for i in range(5)]))
+    assert (network.modes, network.sizes) == ([False] * 3, [2, 2, 1])
+    assert network.training
+    assert not logits.requires_grad
+
+
+def test_accuracy_is_the_share_of_images_whose_largest_logit_is_the_labels():
+    images = torch.zeros(4, 3, 2, 2)
+    images[[0, 1, 2, 3], [0, 2, 1, 1], 0, 0] = 1.0  # predictions 0, 2, 1, 1
+    value = accuracy(ByHand(), images, torch.tensor([0, 2, 1, 0]), Normalise((0.0,) * 3, (1.0,) * 3))
+    assert value == 0.75
