@@ -55,7 +55,7 @@ def test_a_budget_too_small_is_told_the_smallest_that_fits():
     text = str(caught.value)
     assert "\n" not in text and text.startswith("container:")
     assert "5,994" in text and "memory.images_per_class" in text
-    smallest = int(re.search(r"smallest budget that fits is ([\d,]+) floats", text)[1].replace(",", ""))
+    smallest = int(re.search(r"smallest budget that fits is ([\d,]+)", text)[1].replace(",", ""))
     assert smallest == 5_995
     assert images_that_fit(smallest, 5_675, 32, 10) == 1
     with pytest.raises(ConfigError):

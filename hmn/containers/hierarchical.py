@@ -132,7 +132,7 @@ class HierarchicalMemory(nn.Module):
 
     def keep(self, index: Tensor) -> None:
         """Keep instances ``index`` (n,). Raises ``ValueError`` unless all classes keep equally many, at least one."""
-        index = index.sort().values
+        index = index.unique()
         label = index // self.images_per_class
         counts = torch.bincount(label, minlength=self.classes)
         if counts.min() < 1 or counts.min() != counts.max():

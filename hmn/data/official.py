@@ -22,7 +22,7 @@ CLASSES = {"svhn": 10, "cifar10": 10, "cifar100": 100, "tiny_imagenet": 200, "im
 TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 TINY_FOLDER = "tiny-imagenet-200"
-IMAGENET10 = {  # IDC's ten classes in its label order (methods.md 8.2); these are not Imagenette's
+IMAGENET10 = {  # the first ten of IDC's class list, in its label order; these are not Imagenette's
     "n02869837": "bonnet",
     "n01749939": "green mamba",
     "n02488291": "langur",

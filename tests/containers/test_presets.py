@@ -320,7 +320,7 @@ def test_a_budget_too_small_is_told_the_smallest_that_fits_and_that_one_does():
     shape = shape_of("p2")  # 41,235 shared floats in a budget of 30,720
     with pytest.raises(ConfigError) as caught:
         storage(shape, 1, 0.1)
-    smallest = int(re.search(r"smallest budget that fits is ([\d,]+) floats", str(caught.value))[1].replace(",", ""))
+    smallest = int(re.search(r"smallest budget that fits is ([\d,]+)", str(caught.value))[1].replace(",", ""))
     assert smallest == storage_floats(on_meta(shape, 1)) == 41_235 + 10 * 128
     assert "memory.images_per_class" in str(caught.value)
     assert storage(shape, 2, 0.1).images_per_class == (61_440 - 41_235) // 1280
