@@ -84,9 +84,8 @@ def compare(title: str, calls: dict[str, Callable[[], object]], rounds: int) -> 
     for _ in range(rounds):
         for name, call in calls.items():
             times[name].append(seconds(call))
-    print(
-        f"\n{title}, {rounds} rounds\n{'form':15} {'median ms':>10} {'speed-up (least, greatest)':>28} {'first call s':>13}"
-    )
+    print(f"\n{title}, {rounds} rounds")
+    print(f"{'form':15} {'median ms':>10} {'speed-up (least, greatest)':>28} {'first call s':>13}")
     for name, values in times.items():
         ratios = [loop / own for loop, own in zip(times["loop fp32"], values, strict=True)]
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}, {max(ratios):.2f})"

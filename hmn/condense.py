@@ -250,8 +250,8 @@ def condense(
 ) -> None:
     """Run ``run`` to its end from where it is. ``on_curve(step)`` measures an accuracy at each curve step.
 
-    Raises ``Diverged`` naming step and tier when the loss is no longer finite; the checkpoint is then of an earlier,
-    finite step.
+    Raises ``Diverged`` naming step and tier when a loss or gradient is no longer finite; the checkpoint is then of an
+    earlier, finite step.
     """
     due = curve_steps(run.total_steps, curve_points)
     watch = _Stopwatch(run)
@@ -284,11 +284,15 @@ def condense(
 
 
 def _require_finite(run: Condensation, losses: list[Tensor], norms: dict[str, Tensor]) -> None:
-    """Raise ``Diverged`` with the first step whose loss is not finite, and the tiers that are no longer finite."""
-    if not losses or all(bool(value.isfinite().all()) for value in losses):
+    """Raise ``Diverged`` with the first step whose loss or gradient is not finite, and the tiers it concerns."""
+    if not losses:
         return
-    first = next(position for position, value in enumerate(losses) if not value.isfinite().all())
     broken = [name for name, value in norms.items() if not value.isfinite()]
+    spoilt = [not bool(value.isfinite().all()) for value in losses]
+    spoilt[-1] |= bool(broken)  # a finite loss with such a gradient has spoilt the container already
+    if not any(spoilt):
+        return
+    first = spoilt.index(True)
     where = (
         f"tiers with a non-finite gradient: {', '.join(broken)}" if broken else "no tier's gradient is non-finite yet"
     )

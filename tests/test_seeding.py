@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hmn.seeding import derived_seed, generator, set_deterministic
@@ -32,6 +32,7 @@ def test_streams_are_the_ones_that_kept_results_were_made_with():
     assert torch.rand(2, generator=stream).tolist() == [0.5908617377281189, 0.068661630153656]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**31), st.lists(st.one_of(st.text("abc_", min_size=1), st.integers(0, 99)), max_size=3))
 def test_a_seed_fits_63_bits_and_depends_on_nothing_but_its_name(seed: int, names: list):
     value = derived_seed(seed, *names)

@@ -58,7 +58,7 @@ class Storage:
 
 
 def storage(shape: HmnShape, images_per_class: int, over_budget: float) -> Storage:
-    """Raises ``ConfigError`` if the budget of ``images_per_class`` pays for no image, or over budget for no more."""
+    """Raises ``ConfigError`` if the budget of ``images_per_class`` does not pay for one image of every class."""
     budget = budget_floats(images_per_class, shape.classes, shape.channels, shape.image_size)
     shared = shared_floats(shape)
     counts = [

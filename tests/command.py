@@ -1,0 +1,117 @@
+"""The command line as tests use it: composed, planned, or run as a process of its own that may be killed."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import multiprocessing
+import os
+import runpy
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from hmn import config
+from hmn.config import Config
+from hmn.plan import Plan, make_plan
+
+ROOT = Path(__file__).resolve().parents[1]
+CONF = ROOT / "conf"
+WAIT_SECONDS = 120.0  # for what takes a second or two on an idle machine
+
+# Every stage of a run in a second.
+TINY = ("debug=smoke", "network.width=4", "compute.threads=1", "compute.device=cpu", "tracking=disabled")
+
+config.register()
+# Importing torch takes seconds. The server that processes are forked from has done it once and for all.
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["hmn.cli", "sklearn.datasets"])
+
+
+def compose(*overrides: str) -> DictConfig:
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose("config", overrides=list(overrides))
+
+
+@functools.cache
+def configured(*overrides: str) -> Config:
+    return config.from_hydra(compose(*overrides))
+
+
+def planned(*overrides: str) -> Plan:
+    return make_plan(configured(*overrides), typed=overrides)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int  # as the shell shows it: 128 + the signal's number for a killed process
+    out: str
+    err: str
+    files: list[str] = field(repr=False)  # below the folder it ran in
+
+    @property
+    def complaint(self) -> str:
+        """The one line on stderr; fails the test if there is another or none."""
+        (line,) = self.err.splitlines()
+        return line
+
+
+class Command:
+    """A started ``python run.py ARGUMENTS`` in ``folder``."""
+
+    def __init__(self, folder: Path, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+        self.folder = folder
+        self._outputs = Path(os.path.realpath(folder) + ".output")  # beside the folder, whose files tests count
+        self._outputs.mkdir(exist_ok=True)
+        self.process = _processes.Process(
+            target=_run, args=(str(folder), list(arguments), str(self._outputs), dict(environment))
+        )
+        self.process.start()
+
+    def finish(self) -> Outcome:
+        self.process.join(WAIT_SECONDS)
+        assert not self.process.is_alive(), "still running"
+        code = self.process.exitcode
+        out, err = ((self._outputs / name).read_text() for name in ("out", "err"))
+        return Outcome(code if code >= 0 else 128 - code, out, err, files_below(self.folder))
+
+    def wait_for(self, seen: Callable[[], bool]) -> None:
+        """Until ``seen()`` or the process has ended."""
+        until = time.monotonic() + WAIT_SECONDS
+        while not seen() and self.process.is_alive():
+            assert time.monotonic() < until, "waited in vain"
+            time.sleep(0.001)
+
+
+def start(folder: Path, *arguments: str, **environment: str) -> Command:
+    return Command(folder, arguments, environment)
+
+
+def run(folder: Path, *arguments: str, **environment: str) -> Outcome:
+    return start(folder, *arguments, **environment).finish()
+
+
+def files_below(folder: Path) -> list[str]:
+    """Relative paths of all files and folders."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def _run(folder: str, arguments: list[str], outputs: str, environment: dict[str, str]) -> None:
+    for descriptor, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(os.path.join(outputs, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    os.chdir(folder)
+    os.environ.update(environment)
+    sys.argv = ["run.py", *arguments]
+    try:
+        runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # which a forked process leaves out
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(ValueError):
+                stream.flush()

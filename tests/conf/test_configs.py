@@ -1,0 +1,143 @@
+"""Every file of ``conf/``: it composes, passes the checks, and has a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+from hmn.config import DATASETS
+from hmn.containers.presets import PRESETS
+from hmn.data.official import IMAGENET10
+from tests.command import CONF, configured, planned
+
+FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
+GROUPS = {
+    "dataset": sorted(DATASETS),
+    "memory": ["ipc1", "ipc10", "ipc50"],
+    "container": sorted(["hmn", *(f"hmn_{name}" for name in PRESETS)]),
+    "objective": ["gradient_matching"],
+    "pruning": ["double_end", "none"],
+    "network": ["convnet"],
+    "evaluation": ["hmn_cosine", "idc_multistep"],
+    "tracking": ["auto", "disabled", "offline", "online"],
+    "compute": ["auto", "cpu", "cuda"],
+    "paths": ["local"],
+}
+VARIANTS = [path for path in FILES if path.parts[0] in ("experiment", "debug")]
+USERS_DATA = ("folder", "arrays", "imagenet10")  # lie where dataset.root says
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory) -> dict[str, Path]:
+    """As much of a user's data as a plan looks at: class folders without images, labels and the shape of an array."""
+    folder, imagenet, arrays = (tmp_path_factory.mktemp(name) for name in ("folder", "imagenet", "arrays"))
+    for split in ("train", "test"):
+        for label in range(10):
+            (folder / split / str(label)).mkdir(parents=True)
+    for split in ("train", "val"):
+        for wnid in IMAGENET10:
+            (imagenet / split / wnid).mkdir(parents=True)
+    labels, pixels = np.arange(10), np.zeros((10, 32, 32, 3), np.uint8)
+    np.savez(arrays / "ten.npz", x_train=pixels, y_train=labels, x_test=pixels, y_test=labels)
+    return {"folder": folder, "imagenet10": imagenet, "arrays": arrays / "ten.npz"}
+
+
+def test_the_groups_and_their_options_are_all_there():
+    folders = [folder for folder in CONF.iterdir() if folder.is_dir()]
+    found = {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
+    assert found.pop("experiment")
+    assert found.pop("debug")
+    assert found == GROUPS
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_each_dataset_file_selects_its_kind_and_has_a_plan(name, roots):
+    given = [f"dataset.root={roots[name]}"] if name in roots else []
+    plan = planned("mode=plan", f"dataset={name}", *given)
+    assert plan.config.dataset.kind == name
+    assert plan.data.classes == {"cifar100": 100, "tiny_imagenet": 200}.get(name, 10)
+    assert plan.data.image_size == {"digits": 8, "tiny_imagenet": 64, "imagenet10": 224}.get(name, 32)
+    assert plan.data.channels == (1 if name == "digits" else 3)
+
+
+def test_memory_files_are_named_by_their_images_per_class():
+    counts = {name: configured(f"memory={name}").memory.images_per_class for name in GROUPS["memory"]}
+    assert counts == {"ipc1": 1, "ipc10": 10, "ipc50": 50}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_each_preset_file_fits_the_budget_of_the_data_it_was_made_for(name, tmp_path):
+    row = PRESETS[name]
+    for label in range(row.classes):
+        (tmp_path / str(label)).mkdir()
+    data = ["dataset=folder", f"dataset.root={tmp_path}", "dataset.test_fraction=0.5"]
+    data += [f"dataset.image_size={row.image_size}", f"dataset.channels={1 if row.image_size == 8 else 3}"]
+    memory = f"memory.images_per_class={row.images_per_class}"
+    plan = planned("mode=plan", f"container=hmn_{name}", *data, memory)
+    assert plan.config.container.preset == name
+    assert plan.config.container.latent_side == row.latent_side
+    assert 1 <= plan.storage.images_per_class < plan.storage.over_budget_images_per_class
+    assert plan.storage.stored_floats(row.classes) <= plan.storage.budget_floats
+
+
+@pytest.mark.parametrize("name", ["evaluation", "pruning", "tracking", "compute"])
+def test_each_option_of_a_group_passes_the_checks_and_differs_from_the_others(name):
+    options = [getattr(configured(f"{name}={option}"), name) for option in GROUPS[name]]
+    assert all(options.count(option) == 1 for option in options)
+
+
+def test_profiles_are_what_their_names_say():
+    """IDC: 1000 epochs, x 0.2 at 2/3 and 5/6; HMN: cosine. Ten networks each."""
+    for name, schedule in (("hmn_cosine", "cosine"), ("idc_multistep", "multistep")):
+        profile = configured(f"evaluation={name}").evaluation
+        assert (profile.profile, profile.schedule, profile.epochs, profile.networks) == (name, schedule, 1000, 10)
+        assert (profile.batch, profile.lr, profile.momentum, profile.weight_decay) == (64, 0.01, 0.9, 5e-4)
+        assert (profile.strategy, profile.cutmix) == ("color_crop_flip_scale_rotate", 0.5)
+
+
+@pytest.mark.parametrize("path", VARIANTS, ids=str)
+def test_each_variant_composes_and_has_a_plan(path, roots):
+    chosen = f"{path.parts[0]}={path.stem}"
+    assert planned_with_data("mode=plan", chosen, roots=roots).storage.images_per_class >= 1
+
+
+@pytest.mark.parametrize("path", [path for path in VARIANTS if path.parts[0] == "experiment"], ids=str)
+def test_a_debug_variant_shortens_every_experiment(path, roots):
+    plan = planned_with_data("mode=plan", f"experiment={path.stem}", "debug=smoke", roots=roots)
+    assert plan.matching_steps == 6
+    assert plan.config.dataset == planned_with_data(f"experiment={path.stem}", roots=roots).config.dataset
+
+
+def planned_with_data(*overrides: str, roots: dict[str, Path]):
+    kind = configured(*overrides).dataset.kind
+    return planned(*overrides, *([f"dataset.root={roots[kind]}"] if kind in USERS_DATA else []))
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_each_file_sets_only_what_the_schema_knows(path):
+    values = OmegaConf.to_container(OmegaConf.load(CONF / path))
+    values = {name: value for name, value in values.items() if name not in ("defaults", "hydra")}
+    config = configured()
+    if path.parts[0] in GROUPS:
+        values = {path.parts[0]: values}
+    assert set(values) <= keys(config)
+    for name, section in values.items():
+        if isinstance(section, dict):
+            assert set(section) <= keys(getattr(config, name))
+
+
+def keys(section: object) -> set[str]:
+    return {item.name for item in dataclasses.fields(section)}
+
+
+def test_a_variant_may_set_what_the_defaults_set(tmp_path):
+    """The top level's own values come before the variants, not after them."""
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\nseed: 5\nmode: full_data\nnetwork: {width: 7}\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    config = configured("experiment=mine", f"hydra.searchpath=[file://{tmp_path}]")
+    assert (config.seed, config.mode, config.network.width) == (5, "full_data", 7)

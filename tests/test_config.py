@@ -1,0 +1,435 @@
+"""Range checks name key, value and rule; the run id changes with the science and with nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+
+from hmn.config import Config, digest, scientific
+from hmn.errors import ConfigError
+from hmn.plan import Plan, make_plan
+from tests.command import configured
+
+
+
+def changed(config: Config, **values: Any) -> Config:
+    """``config`` with other values; a key ``section__field`` is the dotted ``section.field``."""
+    for key, value in values.items():
+        section, _, name = key.partition("__")
+        if name:
+            value = dataclasses.replace(getattr(config, section), **{name: value})
+        config = dataclasses.replace(config, **{section: value})
+    return config
+
+
+def refused(line: str, **values: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        changed(configured(), **values)
+    assert str(caught.value) == line
+
+
+# Ranges
+
+REFUSED = {
+    "dataset": {
+        "kind": {"mnist": "one of svhn, cifar10, cifar100, tiny_imagenet, imagenet10, folder, arrays, digits"},
+        "image_size": {3: "at least 4"},
+        "channels": {0: "1 or 3", 2: "1 or 3", 4: "1 or 3"},
+        "classes": {1: "at least 2"},
+        "held_out_fraction": {-0.1: "in [0, 1)", 1.0: "in [0, 1)"},
+        "test_fraction": {0.0: "null or in (0, 1)", 1.0: "null or in (0, 1)"},
+    },
+    "memory": {"images_per_class": {0: "at least 1"}},
+    "container": {
+        "name": {"pixels": "one of hmn"},
+        "latent_side": {0: "at least 1"},
+        "dataset_channels": {0: "at least 1"},
+        "feature_channels": {-1: "at least 0"},
+        "feature_kernel": {2: "odd and positive", -1: "odd and positive", 0: "odd and positive"},
+        "class_channels": {-1: "at least 0"},
+        "instance_channels": {0: "at least 1"},
+        "decoder_width": {0: "at least 1", 5: "even"},
+        "decoder": {"linear": "one of upsample, transposed"},
+        "init": {"noise": "one of random, fit_real"},
+        "instance_init_scale": {0.0: "positive"},
+        "fit_steps": {0: "at least 1"},
+        "fit_batch": {0: "at least 1"},
+        "fit_learning_rate": {0.0: "positive"},
+    },
+    "objective": {
+        "name": {"trajectory": "one of gradient_matching"},
+        "metric": {"l2": "one of mse, l1, cosine"},
+        "outer_steps": {0: "at least 1"},
+        "inner_steps": {0: "at least 1"},
+        "real_batch": {0: "at least 1"},
+        "synthetic_batch": {0: "at least 1"},
+        "classes_per_step": {0: "null or at least 1"},
+        "step_policy": {"both": "one of accumulate, per_class"},
+        "memory_lr": {0.0: "positive"},
+        "weights_lr": {0.0: "positive"},
+        "beta1": {1.0: "in [0, 1)", -0.1: "in [0, 1)"},
+        "beta2": {1.0: "in [0, 1)", -0.1: "in [0, 1)"},
+        "final_lr_fraction": {1.1: "in [0, 1]", -0.1: "in [0, 1]"},
+        "network_samples": {-1: "at least 0"},
+        "network_batch": {0: "at least 1"},
+        "network_lr": {0.0: "positive"},
+        "network_momentum": {1.0: "in [0, 1)", -0.1: "in [0, 1)"},
+        "network_weight_decay": {-1e-9: "at least 0"},
+        "network_cutmix": {1.1: "in [0, 1]", -0.1: "in [0, 1]"},
+    },
+    "pruning": {
+        "over_budget": {1.0: "in [0, 1)", -0.1: "in [0, 1)"},
+        "score": {"el2n": "one of logit_margin, softmax_margin, random"},
+        "beta": {1.1: "null or in [0, 1]", -0.1: "null or in [0, 1]"},
+        "score_networks": {0: "at least 1"},
+        "score_epochs": {0: "at least 1"},
+        "search_epochs": {0: "at least 1"},
+    },
+    "network": {
+        "name": {"resnet": "one of convnet"},
+        "width": {0: "at least 1"},
+        "depth": {0: "null or at least 1"},
+    },
+    "evaluation": {
+        "networks": {0: "at least 1"},
+        "epochs": {0: "at least 1"},
+        "full_data_epochs": {0: "null or at least 1"},
+        "batch": {0: "at least 1"},
+        "lr": {0.0: "positive"},
+        "momentum": {1.0: "in [0, 1)", -0.1: "in [0, 1)"},
+        "weight_decay": {-1e-9: "at least 0"},
+        "schedule": {"linear": "one of cosine, multistep"},
+        "cutmix": {1.1: "in [0, 1]", -0.1: "in [0, 1]"},
+        "test_points": {0: "at least 1"},
+        "curve_points": {1: "0 or at least 2", -1: "0 or at least 2"},
+        "curve_epochs": {0: "at least 1"},
+    },
+    "tracking": {
+        "mode": {"on": "one of auto, online, offline, disabled"},
+        "log_every_steps": {0: "at least 1"},
+        "images_every_steps": {0: "at least 1"},
+    },
+    "compute": {
+        "device": {
+            device: "auto, cpu, cuda or cuda:N" for device in ("tpu", "cuda:", "cuda:x", "cuda:0:1", "cpu:0", "")
+        },
+        "precision": {"fp16": "one of fp32, bf16"},
+        "matching": {"fast": "one of auto, loop, compiled"},
+        "threads": {0: "null or at least 1"},
+        "checkpoint_every_seconds": {-1.0: "at least 0"},
+    },
+    "plan": {"format": {"xml": "one of text, json"}},
+}
+SECTIONS = (*REFUSED, "paths")
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "rule"),
+    [
+        (section, name, value, rule)
+        for section, names in REFUSED.items()
+        for name, values in names.items()
+        for value, rule in values.items()
+    ],
+)
+def test_a_value_out_of_range_is_named_with_its_key_and_the_rule(section, name, value, rule):
+    refused(f"{section}.{name}={value}: must be {rule}", **{f"{section}__{name}": value})
+
+
+def test_the_top_level_is_checked_too():
+    refused("mode=train: must be one of run, plan, evaluate, full_data, random_subset", mode="train")
+    refused("seed=-1: must be at least 0", seed=-1)
+
+
+def numbers() -> list[tuple[str, str]]:
+    """Every field that is a number or a null."""
+    found = []
+    for section in SECTIONS:
+        hints = get_type_hints(type(getattr(configured(), section)))
+        found += [(section, name) for name, hint in hints.items() if hint in (int, float, int | None, float | None)]
+    return found
+
+
+@pytest.mark.parametrize(("section", "name"), numbers())
+def test_no_number_goes_without_a_range(section, name):
+    hint = get_type_hints(type(getattr(configured(), section)))[name]
+    value = math.nan if hint in (float, float | None) else -1
+    with pytest.raises(ConfigError, match=rf"^{section}\.{name}={value}: must be "):
+        changed(configured(), **{f"{section}__{name}": value})
+
+
+@pytest.mark.parametrize("key", ["objective.strategy", "objective.network_strategy", "evaluation.strategy"])
+@pytest.mark.parametrize("value", ["colour", "color_crop_crop", "", "none_crop", "color-crop"])
+def test_an_unknown_augmentation_is_refused_with_the_known_ones(key, value):
+    known = "color, crop, cutout, flip, scale, rotate"
+    refused(f"{key}={value}: must be none, or some of {known} joined by _", **{key.replace(".", "__"): value})
+
+
+@pytest.mark.parametrize("value", ["none", "color", "rotate_crop"])
+def test_a_known_augmentation_is_taken(value):
+    assert changed(configured(), objective__strategy=value).objective.strategy == value
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_statistics_are_one_number_per_channel(name):
+    rule = "null or 1 numbers, one per channel"
+    refused(f"dataset.{name}=[0.5, 0.5, 0.5]: must be {rule}", **{f"dataset__{name}": [0.5] * 3})
+
+
+def test_a_deviation_of_zero_is_refused():
+    refused("dataset.std=[0.0]: must be positive", dataset__std=[0.0])
+
+
+@pytest.mark.parametrize("kind", ["folder", "arrays", "imagenet10"])
+def test_a_users_data_need_a_root(kind):
+    refused(f"dataset.root=null: must be given for dataset={kind}", dataset__kind=kind)
+
+
+def test_only_arrays_know_their_own_size():
+    refused("dataset.image_size=null: must be given", dataset__image_size=None)
+    assert changed(configured(), dataset__root="x.npz", dataset__kind="arrays", dataset__image_size=None)
+
+
+def test_held_out_images_are_there_for_whatever_is_selected_on_them():
+    rule = "positive while pruning.beta is null: the search is judged on held-out images"
+    refused(f"dataset.held_out_fraction=0.0: must be {rule}", dataset__held_out_fraction=0.0)
+    fixed = changed(configured(), pruning__beta=0.3, dataset__held_out_fraction=0.0)
+    assert changed(configured(), pruning__over_budget=0.0, dataset__held_out_fraction=0.0)
+    with pytest.raises(ConfigError, match="dataset.held_out_fraction=0.0: .* while evaluation.curve_points is set"):
+        changed(fixed, evaluation__curve_points=2)
+
+
+def test_evaluating_needs_an_artifact():
+    refused("artifact=null: must be given for mode=evaluate", mode="evaluate")
+
+
+# From the command line
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("+foo=1", "foo: unknown key; valid are mode, seed, artifact, "),
+        ("+network.foo=1", "network.foo: unknown key; valid are name, width, depth"),
+        ("+plan.foo=1", "plan.foo: unknown key; valid are format"),
+        ("~memory", "memory: give it a value"),
+        ("~memory.images_per_class", "memory.images_per_class: give it a value"),
+        ("memory.images_per_class=???", "memory.images_per_class: give it a value"),
+        ("plan.format=xml", "plan.format=xml: must be one of text, json"),
+        ("seed=-1", "seed=-1: must be at least 0"),
+    ],
+)
+def test_what_an_override_adds_or_takes_away_is_said(override, line):
+    with pytest.raises(ConfigError) as caught:
+        configured(override)
+    assert str(caught.value).startswith(line)
+
+
+# The run id
+
+BASE = ("dataset=cifar10", "memory=ipc10")
+
+# Another value for every setting, by whether it changes what mode=run computes.
+SCIENCE: dict[str, dict[str, Any]] = {
+    "dataset": {
+        "kind": "svhn",
+        "name": "mine",
+        "image_size": 64,
+        "channels": None,  # below: mean and std go with it
+        "classes": None,
+        "mean": None,
+        "std": None,
+        "flip": False,
+        "held_out_fraction": 0.2,
+        "test_fraction": 0.5,
+    },
+    "memory": {"images_per_class": 11},
+    "container": {
+        "name": None,  # there is only one
+        "preset": "p1",
+        "latent_side": 4,
+        "dataset_channels": 4,
+        "feature_channels": 4,
+        "feature_kernel": 1,
+        "class_channels": 4,
+        "instance_channels": 3,
+        "decoder_width": 32,
+        "decoder": "transposed",
+        "decoder_norm": True,
+        "init": "fit_real",
+        "instance_init_scale": 2.0,
+        "fit_steps": 7,
+        "fit_batch": 7,
+        "fit_learning_rate": 0.1,
+    },
+    "objective": {
+        "name": None,  # there is only one
+        "metric": "l1",
+        "outer_steps": 7,
+        "inner_steps": 7,
+        "real_batch": 7,
+        "synthetic_batch": 7,
+        "classes_per_step": 7,
+        "strategy": "none",
+        "step_policy": "per_class",
+        "memory_lr": 0.1,
+        "weights_lr": 0.1,
+        "beta1": 0.1,
+        "beta2": 0.1,
+        "final_lr_fraction": 0.2,
+        "network_samples": 7,
+        "network_batch": 7,
+        "network_lr": 0.1,
+        "network_momentum": 0.1,
+        "network_weight_decay": 0.1,
+        "network_strategy": "none",
+        "network_cutmix": 0.1,
+    },
+    "pruning": {
+        "over_budget": 0.2,
+        "score": "random",
+        "beta": 0.3,
+        "score_networks": 7,
+        "score_epochs": 7,
+        "search_epochs": 7,
+    },
+    "network": {"name": None, "width": 7, "depth": 2},
+    "evaluation": {
+        "profile": "mine",
+        "networks": 7,
+        "epochs": 7,
+        "batch": 7,
+        "lr": 0.1,
+        "momentum": 0.1,
+        "weight_decay": 0.1,
+        "schedule": "multistep",
+        "strategy": "none",
+        "cutmix": 0.1,
+        "test_points": 7,
+        "curve_points": 7,
+        "curve_epochs": 7,
+    },
+    "compute": {"precision": "bf16"},
+}
+CIRCUMSTANCE: dict[str, dict[str, Any]] = {
+    "dataset": {"root": "/elsewhere", "download": False},
+    "evaluation": {"full_data_epochs": 7},
+    "tracking": {
+        "mode": "disabled",
+        "project": "mine",
+        "entity": "me",
+        "group": "ours",
+        "log_every_steps": 7,
+        "images_every_steps": 7,
+    },
+    "compute": {
+        "device": "cpu",
+        "deterministic": False,
+        "matching": "loop",
+        "threads": 7,
+        "keep_heap": False,
+        "checkpoint_every_seconds": 7.0,
+    },
+    "paths": {"runs_dir": "/elsewhere", "data_dir": "/elsewhere"},
+    "plan": {"format": "json"},
+}
+
+
+def pairs(table: dict[str, dict[str, Any]]) -> list[tuple[str, Any]]:
+    return [(f"{section}__{name}", value) for section, names in table.items() for name, value in names.items()]
+
+
+def test_every_setting_is_either_science_or_circumstance():
+    named = sorted(key for key, _ in pairs(SCIENCE) + pairs(CIRCUMSTANCE))
+    fields = [(section, dataclasses.fields(getattr(configured(), section))) for section in SECTIONS]
+    assert named == sorted(f"{section}__{item.name}" for section, items in fields for item in items)
+
+
+def identity(config: Config) -> str:
+    return digest(scientific(config))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, value in pairs(SCIENCE) if value is not None or "__m" in key]
+)
+def test_another_experiment_has_another_id(key, value):
+    config = configured(*BASE)
+    assert identity(changed(config, **{key: value})) != identity(config)
+
+
+def test_so_have_another_seed_mode_number_of_channels_and_deviation():
+    config = configured(*BASE)
+    grey = changed(config, dataset__mean=None, dataset__std=None)
+    others = [changed(config, seed=1), changed(config, mode="full_data"), changed(config, dataset__std=None)]
+    others += [grey, changed(grey, dataset__channels=1), changed(config, dataset__classes=None)]
+    assert len({identity(other) for other in [config, *others]}) == 7
+
+
+@pytest.mark.parametrize(("key", "value"), pairs(CIRCUMSTANCE))
+def test_the_same_experiment_elsewhere_has_the_same_id(key, value):
+    config = configured(*BASE)
+    assert identity(changed(config, **{key: value})) == identity(config)
+
+
+@pytest.mark.parametrize("kind", ["svhn", "cifar10", "cifar100", "tiny_imagenet", "imagenet10"])
+def test_official_data_are_the_same_wherever_they_lie(kind):
+    here, there = (configured(f"dataset={kind}", f"dataset.root={root}") for root in ("/here", "/there"))
+    assert identity(here) == identity(there)
+
+
+@pytest.mark.parametrize("kind", ["folder", "arrays"])
+def test_a_users_data_are_others_elsewhere(kind):
+    here, there = (configured(f"dataset={kind}", f"dataset.root={root}") for root in ("/here", "/there"))
+    assert identity(here) != identity(there)
+
+
+def test_the_id_does_not_depend_on_the_order_of_keys():
+    assert digest({"a": 1, "b": {"c": 2, "d": 3}}) == digest({"b": {"d": 3, "c": 2}, "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2})
+
+
+def plan_of(*overrides: str) -> Plan:
+    return make_plan(configured(*BASE, *overrides))
+
+
+def test_the_same_settings_said_otherwise_have_the_same_id():
+    """The automatic preset and its name, a group's file and its field, an integer for a float."""
+    ids = {plan_of(*given).run_id for given in ([], ["container=hmn_p2"], ["container.preset=p2"])}
+    ids |= {plan_of(given).run_id for given in ("container.latent_side=8", "container.decoder_width=64")}
+    ids |= {plan_of("memory=ipc1", "memory.images_per_class=10").run_id, plan_of("mode=plan").run_id}
+    assert len(ids) == 1
+    assert plan_of("pruning.over_budget=0").run_id == plan_of("pruning=none").run_id
+    assert plan_of("container=hmn_p1").run_id not in ids
+
+
+def test_the_id_says_what_it_is():
+    head, _, tail = plan_of().run_id.rpartition("-")
+    assert (head, len(tail), int(tail, 16) >= 0) == ("cifar10-ipc10-hmn", 8, True)
+    assert plan_of("mode=full_data").run_id.startswith("cifar10-full_data-")
+    assert plan_of("mode=random_subset").run_id.startswith("cifar10-ipc10-random_subset-")
+    assert plan_of("dataset.name=a/b").run_id.startswith("a_b-ipc10-hmn-")
+    assert plan_of("paths.runs_dir=there").folder == Path("there") / plan_of().run_id
+
+
+OTHER_RUN = ("container=hmn_p1", "container.decoder_width=8", "objective.metric=l1", "pruning=none")
+
+
+def test_the_full_data_reference_is_shared_by_all_memories_and_containers():
+    shared = {plan_of("mode=full_data", *given).run_id for given in ([], ["memory=ipc50"], OTHER_RUN)}
+    assert len(shared) == 1
+    others = ["network.width=64", "evaluation.epochs=10", "evaluation.full_data_epochs=10", "seed=1"]
+    others += ["dataset.held_out_fraction=0.2", "compute.precision=bf16"]
+    ids = {plan_of("mode=full_data", other).run_id for other in others}
+    assert len(ids | shared) == 7
+
+
+def test_the_random_subset_reference_is_shared_by_all_containers_of_a_memory():
+    shared = {plan_of("mode=random_subset", *given).run_id for given in ([], OTHER_RUN)}
+    shared |= {plan_of("mode=random_subset", "evaluation.full_data_epochs=10", "evaluation.curve_points=3").run_id}
+    assert len(shared) == 1
+    ids = {plan_of("mode=random_subset", other).run_id for other in ("memory=ipc50", "network.width=64", "seed=1")}
+    assert len(ids | shared) == 4
