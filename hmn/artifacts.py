@@ -97,7 +97,9 @@ def load_condensed(path: str | Path) -> CondensedSet:
         with torch.device("meta"):
             container = rebuild(card["container"])
         container.load_state_dict(tensors, assign=True)
-    except (KeyError, TypeError, RuntimeError) as error:
+        if others := {str(tensor.dtype) for tensor in tensors.values()} - {"torch.float32"}:
+            raise TypeError(f"{', '.join(sorted(others))} instead of torch.float32")  # a budget counts float32 numbers
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise ArtifactError(f"{tensors_path}: its tensors are not the container its card describes: {reason}") from None
     if storage_floats(container) > card["budget"]["floats"]:
@@ -117,7 +119,7 @@ def tensors_file(path: str | Path) -> Path:
 
 
 def read_card(tensors_path: Path) -> dict[str, Any]:
-    """The card beside ``tensors_path``. Raises ``ArtifactError`` if it is missing or of another schema version."""
+    """The card beside ``tensors_path``. Raises ``ArtifactError`` if it is missing, incomplete or of another version."""
     path = tensors_path.with_name(CARD)
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
@@ -128,4 +130,6 @@ def read_card(tensors_path: Path) -> dict[str, Any]:
     version = card.get("schema_version") if isinstance(card, dict) else None
     if version != SCHEMA_VERSION:
         raise ArtifactError(f"{path}: schema version {version}, this program reads {SCHEMA_VERSION}")
+    if missing := [key for key in ("sha256", "container", "budget", "data") if key not in card]:
+        raise ArtifactError(f"{path}: lacks {', '.join(missing)}; fetch it again")
     return card

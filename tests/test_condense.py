@@ -533,7 +533,7 @@ VARIANTS = {
     "renewal_at_resuming": {"outer_steps": 2, "inner_steps": 2},
     "per_class": {"inner_steps": 3, "step_policy": "per_class", "classes_per_step": 2, "synthetic_batch": 3},
     "groups": {"inner_steps": 3, "classes_per_step": 1, "network_samples": 0},
-    "uneven": {"inner_steps": 3, "network_batch": 64, "network_cutmix": 1.0, "network_strategy": "color_crop_cutout"},
+    "no_renewal": {"inner_steps": 4, "network_batch": 64, "network_cutmix": 1.0, "network_strategy": "color_crop"},
 }
 
 
@@ -659,6 +659,10 @@ def test_the_curve_is_measured_at_its_steps_once_even_by_a_run_that_is_resumed(t
     assert torch.equal(measured[0][1], start)
     assert torch.equal(measured[2][1], rest.container.instances)
     assert Checkpoints(tmp_path, 1e9).load("condense")["curve"] == rest.curve
+    finished = make_run(config(), container_seed=99)
+    finished.load_state_dict(Checkpoints(tmp_path, 1e9).load("condense"))
+    run_all(finished, Checkpoints(tmp_path, 1e9), curve_points=3, on_curve=curve_of(finished))
+    assert len(measured) == 3
 
 
 def test_measuring_the_curve_does_not_touch_the_run(tmp_path: Path):

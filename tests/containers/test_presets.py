@@ -10,7 +10,7 @@ import torch
 
 from hmn.budget import budget_floats
 from hmn.config import HmnConfig
-from hmn.containers import Storage, hmn_shape, storage, with_preset
+from hmn.containers import Storage, hmn_shape, presets, storage, with_preset
 from hmn.containers.base import storage_floats, tier_floats
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape, make_decoder
 from hmn.containers.presets import PRESETS, latent_side, nearest
@@ -235,6 +235,11 @@ def test_auto_takes_the_row_nearest_in_side_then_classes_then_memory(size, class
         filled = with_preset(configured(), classes=classes, image_size=size, images_per_class=ipc)
         assert filled.preset == name
         assert filled.decoder_width == PRESETS[name].decoder_width
+
+
+def test_a_variant_is_used_by_name_alone_wherever_it_stands_in_the_table(monkeypatch):
+    monkeypatch.setattr(presets, "PRESETS", dict(reversed(PRESETS.items())))
+    assert [nearest(32, 10, 1), nearest(32, 100, 50), nearest(224, 10, 1)] == ["p1", "p6", "p9"]
 
 
 @pytest.mark.parametrize(

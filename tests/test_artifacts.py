@@ -1,0 +1,276 @@
+"""Kept sets load as they were saved, bit for bit; what was changed, cut, pickled or is too large is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+
+import hmn
+from hmn import artifacts
+from hmn.artifacts import CARD, TENSORS, decode_all, load_condensed, sha256
+from hmn.containers.base import storage_floats
+from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
+from hmn.errors import ArtifactError
+from tests.command import ROOT
+
+SHAPE = {"classes": 3, "channels": 3, "image_size": 8, "latent_side": 2, "dataset_channels": 2, "feature_channels": 2}
+SHAPE |= {"feature_kernel": 1, "class_channels": 1, "instance_channels": 2, "decoder_width": 4}
+
+
+def container(seed: int = 0, **changes: Any) -> HierarchicalMemory:
+    made = HierarchicalMemory(HmnShape(**SHAPE | changes), images_per_class=4)
+    made.initialise(torch.Generator().manual_seed(seed))
+    return made
+
+
+def save(folder: Path, made: HierarchicalMemory | None = None, **card: Any) -> Path:
+    made = made or container()
+    artifacts.save(folder, made, {"budget": {"floats": storage_floats(made)}, "data": {}, **card})
+    return folder
+
+
+def edit_card(folder: Path, **values: Any) -> None:
+    path = folder / CARD
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def replace_tensors(folder: Path, data: bytes) -> None:
+    """Other bytes that the card's checksum fits: only what is in them can give them away."""
+    (folder / TENSORS).write_bytes(data)
+    edit_card(folder, sha256=sha256(folder / TENSORS))
+
+
+def refused(folder: Path, *parts: str) -> None:
+    """Loading says one line that names the file and has all ``parts``."""
+    with pytest.raises(ArtifactError) as caught:
+        load_condensed(folder)
+    (line,) = str(caught.value).splitlines()
+    for part in (str(folder), *parts):
+        assert part in line
+
+
+# Saving and loading
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"channels": 1}, {"feature_channels": 0, "class_channels": 0}, {"decoder": "transposed"}]
+)
+def test_what_is_saved_loads_bit_for_bit(tmp_path, changes):
+    made = container(**changes)
+    loaded = load_condensed(save(tmp_path, made))
+    expected = made.state_dict()
+    found = loaded.container.state_dict()
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    images, labels = decode_all(made)
+    assert torch.equal(loaded.tensors()[0], images)
+    assert torch.equal(loaded.tensors()[1], labels)
+
+
+def test_images_come_class_by_class_in_the_range_of_pixels(tmp_path):
+    images, labels = load_condensed(save(tmp_path)).tensors()
+    assert (images.shape, images.dtype, labels.dtype) == ((12, 3, 8, 8), torch.float32, torch.int64)
+    assert labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert 0 <= images.min() < images.max() <= 1
+    assert not images.requires_grad
+
+
+def test_it_is_a_data_set_for_a_loader(tmp_path):
+    condensed = load_condensed(save(tmp_path))
+    assert len(condensed) == 12
+    image, label = condensed[5]
+    assert (label, type(label), torch.equal(image, condensed.tensors()[0][5])) == (1, int, True)
+    batches = list(DataLoader(condensed, batch_size=5))
+    assert [batch.shape for batch, _ in batches] == [(5, 3, 8, 8), (5, 3, 8, 8), (2, 3, 8, 8)]
+    assert torch.equal(torch.cat([batch for batch, _ in batches]), condensed.tensors()[0])
+    assert torch.equal(torch.cat([labels for _, labels in batches]), condensed.tensors()[1])
+
+
+def test_the_order_of_images_does_not_depend_on_how_many_are_decoded_at_once():
+    made = container()
+    whole, labels = decode_all(made)
+    parts, part_labels = decode_all(made, chunk=5)
+    torch.testing.assert_close(parts, whole)
+    assert torch.equal(labels, part_labels)
+
+
+def test_the_folder_and_the_file_are_both_its_path(tmp_path):
+    save(tmp_path)
+    for path in (tmp_path, str(tmp_path), tmp_path / TENSORS):
+        assert len(load_condensed(path)) == 12
+
+
+def test_the_card_tells_checksum_shape_and_floats(tmp_path):
+    made = container()
+    card = artifacts.save(tmp_path, made, {"budget": {"floats": 10**6}, "data": {"name": "toy"}})
+    assert json.loads((tmp_path / CARD).read_text()) == card == load_condensed(tmp_path).card
+    assert (card["schema_version"], card["sha256"]) == (1, sha256(tmp_path / TENSORS))
+    decoder = {"decoder": "upsample", "decoder_norm": False}
+    assert card["container"] == {"name": "hmn", "images_per_class": 4, **SHAPE, **decoder}
+    assert card["stored_floats"] == sum(tensor.numel() for tensor in load_file(tmp_path / TENSORS).values())
+    assert card["data"] == {"name": "toy"}
+
+
+def test_the_same_set_makes_the_same_bytes(tmp_path):
+    first, again, other = (save(tmp_path / name, container(seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    for name in (TENSORS, CARD):
+        assert (first / name).read_bytes() == (again / name).read_bytes()
+        assert (first / name).read_bytes() != (other / name).read_bytes()
+
+
+def test_nothing_but_float32_tensors_is_in_the_file(tmp_path):
+    tensors = load_file(save(tmp_path) / TENSORS)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    header = json.loads((tmp_path / TENSORS).read_bytes()[8:].split(b"}}")[0] + b"}}")
+    assert "__metadata__" not in header
+
+
+def test_saving_that_fails_leaves_the_kept_set_alone(tmp_path, monkeypatch):
+    save(tmp_path)
+
+    def full(_tensors, path):
+        Path(path).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(artifacts, "save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        save(tmp_path, container(1))
+    assert torch.equal(load_condensed(tmp_path).tensors()[0], decode_all(container(0))[0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CARD, TENSORS]
+
+
+def test_new_tensors_beside_an_old_card_are_refused(tmp_path, monkeypatch):
+    """A kill between the two files must not pass for a set."""
+    save(tmp_path)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(artifacts, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, container(1))
+    refused(tmp_path, "SHA-256")
+
+
+def test_one_line_loads_it_and_importing_the_package_stays_quick(tmp_path):
+    assert hmn.load_condensed is load_condensed
+    with pytest.raises(AttributeError, match="no attribute 'load'"):
+        _ = hmn.load
+    code = "import hmn, sys; assert 'torch' not in sys.modules; assert 'load_condensed' in hmn.__all__"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+# What is refused
+
+
+def test_a_changed_file_is_refused(tmp_path):
+    path = save(tmp_path) / TENSORS
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    refused(tmp_path, TENSORS, "SHA-256", "fetch it again")
+
+
+def test_a_file_cut_short_is_refused_whatever_its_checksum(tmp_path):
+    data = (save(tmp_path) / TENSORS).read_bytes()
+    (tmp_path / TENSORS).write_bytes(data[:-4])
+    refused(tmp_path, "SHA-256")
+    for length in (len(data) - 4, 100, 7, 0):
+        replace_tensors(tmp_path, data[:length])
+        refused(tmp_path, "not a safetensors file")
+
+
+class Bomb:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("dump", [torch.save, pickle.dump])
+def test_a_pickle_under_its_name_is_refused_and_never_unpickled(tmp_path, dump):
+    folder, trap = save(tmp_path / "kept"), tmp_path / "unpickled"
+    with (tmp_path / "pickle").open("wb") as file:
+        dump({"instances": Bomb(trap)}, file)
+    data = (tmp_path / "pickle").read_bytes()
+    (folder / TENSORS).write_bytes(data)
+    refused(folder, "SHA-256")
+    replace_tensors(folder, data)
+    refused(folder, "not a safetensors file", "pickled tensors are never loaded")
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("version", [0, 2, None, "1", 1.5])
+def test_another_schema_version_is_refused(tmp_path, version):
+    edit_card(save(tmp_path), schema_version=version)
+    refused(tmp_path, CARD, f"schema version {version}", "reads 1")
+
+
+def test_a_card_that_is_missing_or_damaged_is_refused(tmp_path):
+    path = save(tmp_path) / CARD
+    card = json.loads(path.read_text())
+    for text, reason in (("{", "not JSON"), ("\xff", "not JSON"), ("[1]", "schema version None")):
+        path.write_text(text, encoding="latin-1")
+        refused(tmp_path, CARD, reason)
+    for key in ("sha256", "container", "budget", "data"):
+        path.write_text(json.dumps({name: value for name, value in card.items() if name != key}))
+        refused(tmp_path, CARD, key)
+    path.unlink()
+    refused(tmp_path, CARD, "missing")
+
+
+def test_no_set_at_the_path_is_said(tmp_path):
+    refused(tmp_path, f"no {TENSORS} there")
+    refused(tmp_path / "absent", f"no {TENSORS} there")
+
+
+def edited(folder: Path, **tensors: torch.Tensor | None) -> None:
+    """Other tensors in the kept file, ``None`` for one that is left out."""
+    kept = load_file(folder / TENSORS) | tensors
+    save_file({name: tensor for name, tensor in kept.items() if tensor is not None}, folder / TENSORS)
+    replace_tensors(folder, (folder / TENSORS).read_bytes())
+
+
+def test_tensors_that_the_card_does_not_describe_are_refused(tmp_path):
+    kept = load_file(save(tmp_path) / TENSORS)
+    others = {
+        "one more image": {"instances": torch.zeros(3, 5, 2, 2, 2)},
+        "missing": {"class_memory": None},
+        "extra": {"stowaway": torch.zeros(1000)},
+        "double": {"instances": kept["instances"].double()},
+        "half": {"instances": kept["instances"].half()},
+        "integers": {"instances": kept["instances"].long()},
+    }
+    for tensors in others.values():
+        edited(save(tmp_path), **tensors)
+        refused(tmp_path, TENSORS, "not the container its card describes")
+
+
+@pytest.mark.parametrize(
+    "specification",
+    [{"name": "pixels"}, {"classes": 4}, {"latent_side": 0}, {"image_size": -8}, {"classes": "three"}, {"unknown": 1}],
+)
+def test_a_card_that_describes_no_container_or_another_is_refused(tmp_path, specification):
+    card = json.loads((save(tmp_path) / CARD).read_text())
+    edit_card(tmp_path, container=card["container"] | specification)
+    refused(tmp_path, "not the container its card describes")
+
+
+def test_a_set_over_its_budget_is_refused(tmp_path):
+    floats = storage_floats(container())
+    save(tmp_path, budget={"floats": floats - 1})
+    refused(tmp_path, f"stores {floats} floats", f"over the budget of {floats - 1}")
+    assert load_condensed(save(tmp_path, budget={"floats": floats}))

@@ -1,0 +1,549 @@
+"""The command line end to end: what a finished run keeps and prints, and what bad input gets."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.metadata
+import json
+import re
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors.torch import load_file
+
+import hmn
+from hmn import cli, experiment
+from hmn.config import Config
+from hmn.containers.base import storage_floats
+from tests.command import TINY, Outcome, planned, run, start
+from tests.wandb_reader import read_offline_run, without_login
+
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+KEPT = {".lock", "card.json", "condensed.png", "condensed.safetensors", "config.yaml", "metrics.jsonl", "result.json"}
+
+
+def toy(path: Path, classes: int = 3) -> str:
+    """Grey 8 x 8 images of ``classes`` noisy patterns, 40 of each for training and 10 to test; the override for it."""
+    random = np.random.default_rng(0)
+    patterns = random.integers(0, 200, (classes, 8, 8))
+    arrays = {}
+    for split, count in (("train", 40), ("test", 10)):
+        labels = np.arange(classes).repeat(count)
+        arrays[f"x_{split}"] = (patterns[labels] + random.integers(0, 56, (len(labels), 8, 8))).astype(np.uint8)
+        arrays[f"y_{split}"] = labels
+    np.savez(path, **arrays)
+    return f"dataset.root={path}"
+
+
+TOY = (*TINY, "dataset=arrays", "dataset.channels=1", "objective.real_batch=16", "memory=ipc10")
+
+
+@dataclass
+class Finished:
+    """A finished run in ``folder``, started in ``where``."""
+
+    where: Path
+    arguments: tuple[str, ...]
+    outcome: Outcome
+    folder: Path
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return json.loads((self.folder / "result.json").read_text())
+
+
+def finish(where: Path, *arguments: str) -> Finished:
+    outcome = run(where, *arguments)
+    assert outcome.code == 0, outcome.err
+    (folder,) = re.findall(r"^run folder: (.*)$", outcome.out, re.MULTILINE)
+    return Finished(where, arguments, outcome, where / folder)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Finished:
+    where = tmp_path_factory.mktemp("run")
+    return finish(where, *TOY, toy(where / "toy.npz"))
+
+
+def row(printed: str, name: str) -> list[str]:
+    """The cells of the printed table's row ``name``."""
+    (line,) = [line for line in printed.splitlines() if line.startswith(f"{name}  ")]
+    return re.split(r"\s{2,}", line)
+
+
+# What a finished run leaves
+
+
+def test_a_run_keeps_its_files_in_a_folder_of_its_id_and_nothing_else(finished):
+    plan = planned(*finished.arguments)
+    assert finished.folder == finished.where / "runs" / plan.run_id
+    kept = {f"runs/{plan.run_id}/{name}" for name in KEPT}
+    assert set(finished.outcome.files) == {"toy.npz", "runs", f"runs/{plan.run_id}"} | kept
+
+
+def test_the_result_tells_what_was_measured_with_which_code_on_what(finished):
+    result, plan = finished.result, planned(*finished.arguments)
+    assert (result["schema_version"], result["run_id"], result["mode"]) == (1, plan.run_id, "run")
+    assert set(result) >= {"commit", "dirty", "packages", "python", "device", "wall_seconds", "peak_bytes"}
+    assert result["packages"]["torch"] == importlib.metadata.version("torch")
+    assert result["device"] == "cpu, 1 threads"
+    assert set(result["wall_seconds"]) == {"condense", "score", "search_beta", "evaluate"}
+    assert all(seconds > 0 for seconds in result["wall_seconds"].values())
+    assert 10**7 < result["peak_bytes"] < 10**11
+    assert (result["network"], result["profile"]) == ("ConvNet-D2-W4", "hmn_cosine")
+    assert result["condense_steps"] == 6
+
+    accuracy = result["accuracy"]
+    last = [points[-1] for points in accuracy["by_network"]]
+    assert (len(last), len(set(accuracy["seeds"])), accuracy["test_epochs"]) == (2, 2, [1, 2])
+    assert accuracy["mean"] == pytest.approx(np.mean(last))
+    assert accuracy["std"] == pytest.approx(np.std(last, ddof=1))
+    assert accuracy["best_mean"] == pytest.approx(np.mean([max(points) for points in accuracy["by_network"]]))
+
+
+def test_storage_stays_in_the_budget_and_the_counts_agree(finished):
+    result, plan = finished.result, planned(*finished.arguments)
+    assert result["budget_floats"] == 10 * 3 * 8 * 8
+    assert result["stored_floats"] == plan.storage.stored_floats(3) <= result["budget_floats"]
+    assert result["stored_floats"] == sum(result["tier_floats"].values())
+    assert result["images_per_class"] == str(plan.storage.images_per_class)
+    assert result["over_budget_images_per_class"] == plan.storage.over_budget_images_per_class
+    cut = plan.storage.over_budget_images_per_class - plan.storage.images_per_class
+    assert result["pruning"]["cut_per_class"] == cut > 0
+    searched = {float(beta): value for beta, value in result["pruning"]["searched"].items()}
+    assert searched[result["pruning"]["beta"]] == max(searched.values())
+    tensors = load_file(finished.folder / "condensed.safetensors")
+    assert sum(tensor.numel() for tensor in tensors.values()) == result["stored_floats"]
+
+
+def test_the_one_line_loader_loads_it(finished):
+    condensed = hmn.load_condensed(finished.folder)
+    images, labels = condensed.tensors()
+    count = planned(*finished.arguments).storage.images_per_class
+    assert (images.shape, images.dtype) == ((3 * count, 1, 8, 8), torch.float32)
+    assert labels.bincount().tolist() == [count] * 3
+    assert storage_floats(condensed.container) == finished.result["stored_floats"]
+    loader = torch.utils.data.DataLoader(condensed, batch_size=len(condensed), shuffle=False)
+    (batch, batch_labels), *rest = list(loader)
+    assert (torch.equal(batch, images), torch.equal(batch_labels, labels), rest) == (True, True, [])
+
+
+def test_the_card_tells_budget_preprocessing_profile_accuracy_checksum_and_provenance(finished):
+    card, result = json.loads((finished.folder / "card.json").read_text()), finished.result
+    tensors = (finished.folder / "condensed.safetensors").read_bytes()
+    assert card["sha256"] == result["artifact_sha256"] == hashlib.sha256(tensors).hexdigest()
+    assert card["budget"] == {"images_per_class": 10, "floats": 1920}
+    assert (card["stored_floats"], card["run_id"]) == (result["stored_floats"], result["run_id"])
+    data = card["data"]
+    assert (data["class_names"], data["image_size"], data["channels"]) == (["0", "1", "2"], 8, 1)
+    assert (len(data["mean"]), len(data["std"])) == (1, 1)
+    assert data["fingerprint"] == result["data"]["fingerprint"]
+    assert card["evaluation"]["accuracy"] == result["accuracy"]
+    assert (card["evaluation"]["profile"], card["evaluation"]["network"]) == ("hmn_cosine", "ConvNet-D2-W4")
+    assert card["provenance"]["packages"] == result["packages"]
+    assert card["container"]["images_per_class"] == planned(*finished.arguments).storage.images_per_class
+
+
+def test_metrics_hold_every_stage(finished):
+    records = [json.loads(line) for line in (finished.folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "condense/step" in record]
+    assert [record["condense/step"] for record in steps] == [1, 2, 3, 4, 5, 6]
+    layers = ["condense/loss_layer1", "condense/loss_layer2"]
+    for record in steps:
+        assert record["condense/loss"] == pytest.approx(sum(record[layer] for layer in layers))
+        assert "condense/loss_layer3" not in record
+        tiers = {"instances", "class", "dataset", "extractors", "decoder"}
+        assert {key.split("/")[-1] for key in record if "gradient_norm" in key} == tiers
+        assert all(record[f"condense/{name}"] > 0 for name in ("steps_per_second", "images_per_second", "peak_bytes"))
+    (aum,) = [record["prune/aum"] for record in records if "prune/aum" in record]
+    assert sum(aum["counts"]) == 3 * finished.result["over_budget_images_per_class"]
+    candidates = [record for record in records if "prune/candidate" in record]
+    searched = {str(record["prune/beta"]): record["prune/held_out_accuracy"] for record in candidates}
+    assert searched == finished.result["pruning"]["searched"]
+    accuracies = [record["evaluate/accuracy"] for record in records if "evaluate/network" in record]
+    assert accuracies == [points[-1] for points in finished.result["accuracy"]["by_network"]]
+
+
+def test_the_picture_has_a_row_per_class(finished):
+    picture = Image.open(finished.folder / "condensed.png")
+    assert (picture.mode, picture.size) == ("RGB", (8 * (10 * 9 - 1), 8 * (3 * 9 - 1)))
+    corner = np.asarray(picture)[:8, :8]
+    image = hmn.load_condensed(finished.folder).tensors()[0][0]
+    assert (corner == round(255 * float(image[0, 0, 0]))).all()
+
+
+def test_the_kept_configuration_makes_the_same_run(finished):
+    kept = OmegaConf.to_container(OmegaConf.load(finished.folder / "config.yaml"))
+    config = planned(*finished.arguments).config
+    sections = {name: type(getattr(config, name))(**value) for name, value in kept.items() if isinstance(value, dict)}
+    assert Config(**kept | sections) == config
+    assert kept == finished.result["config"]
+
+
+def test_the_printed_table_has_the_accuracy_of_the_result(finished):
+    result, printed = finished.result, finished.outcome.out
+    accuracy = result["accuracy"]
+    mean, std, best = (f"{100 * accuracy[name]:.2f}" for name in ("mean", "std", "best_mean"))
+    expected = [result["images_per_class"], f"{result['stored_floats']:,}", f"{mean} ± {std}", best, "2"]
+    assert row(printed, "condensed") == ["condensed", *expected]
+    assert "toy, ConvNet-D2-W4, profile hmn_cosine, test accuracy of the last epoch" in printed.splitlines()
+    assert f"run folder: runs/{result['run_id']}" in printed.splitlines()
+    assert f"images:     runs/{result['run_id']}/condensed.png" in printed.splitlines()
+
+
+# The same command again, and its references
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_the_same_command_again_does_no_work_and_prints_the_kept_result(finished):
+    before = stamps(finished.folder)
+    # However fast, wherever computed and however logged: the same result.
+    again = run(finished.where, *finished.arguments, "compute.threads=2", "tracking=offline", "compute.device=auto")
+    assert (again.code, again.err) == (0, "")
+    assert f"{finished.result['run_id']} is finished" in again.out
+    assert row(again.out, "condensed") == row(finished.outcome.out, "condensed")
+    assert stamps(finished.folder) == before
+
+
+def test_references_are_hinted_at_until_they_are_measured_and_then_printed_beside(tmp_path):
+    arguments = (*TOY, toy(tmp_path / "toy.npz"))
+    hints = dict(re.findall(r"^(.*): not measured yet; (.*)$", finish(tmp_path, *arguments).outcome.out, re.MULTILINE))
+    assert set(hints) == {"random real subset", "full training set"}
+    for name, floats, images in (("random real subset", "1,920", "10"), ("full training set", "6,912", "36")):
+        program, script, *typed = shlex.split(hints[name])
+        assert (program, script, tuple(typed[:-1])) == ("python", "run.py", arguments)
+        reference = finish(tmp_path, *typed)
+        assert row(reference.outcome.out, name)[1:3] == [images, floats]
+        assert {path.name for path in reference.folder.iterdir()} <= KEPT - {"condensed.safetensors", "card.json"}
+        printed = run(tmp_path, *arguments).out
+        assert row(printed, name) == row(reference.outcome.out, name)
+        assert f"{name}: not measured yet" not in printed
+    assert "not measured yet" not in printed
+
+
+# A kept artifact
+
+
+def test_an_artifact_is_evaluated_without_naming_its_data_on_any_network(finished, tmp_path):
+    other = finish(tmp_path, *TINY, "mode=evaluate", f"artifact={finished.folder}", "network.width=6")
+    assert (other.result["mode"], other.result["network"]) == ("evaluate", "ConvNet-D2-W6")
+    assert other.result["artifact_sha256"] == finished.result["artifact_sha256"]
+    assert other.result["data"] == finished.result["data"]
+    assert row(other.outcome.out, "condensed")[1:3] == row(finished.outcome.out, "condensed")[1:3]
+    assert {path.name for path in other.folder.iterdir()} == KEPT - {"condensed.safetensors", "card.json"}
+
+    by_file = f"artifact={finished.folder / 'condensed.safetensors'}"
+    again = run(tmp_path, *TINY, "mode=evaluate", by_file, "network.width=6")
+    assert f"{other.result['run_id']} is finished" in again.out
+
+
+def test_an_artifact_is_trained_as_its_own_run_trained_it(finished, tmp_path):
+    """The same networks from the same seeds: the accuracy on the card can be measured again."""
+    again = finish(tmp_path, *TINY, "mode=evaluate", f"artifact={finished.folder}")
+    assert again.result["accuracy"] == finished.result["accuracy"]
+
+
+def test_an_artifact_of_other_classes_is_refused(finished, tmp_path):
+    outcome = run(tmp_path, *TINY, "mode=evaluate", f"artifact={finished.folder}", "dataset=digits")
+    assert (outcome.code, "its classes are not those of digits" in outcome.complaint) == (2, True)
+
+
+def flip_last_bit(folder: Path) -> None:
+    data = bytearray((folder / "condensed.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "condensed.safetensors").write_bytes(data)
+
+
+def other_version(folder: Path) -> None:
+    card = json.loads((folder / "card.json").read_text())
+    (folder / "card.json").write_text(json.dumps(card | {"schema_version": 99}))
+
+
+def pickled(folder: Path) -> None:
+    torch.save({"instances": torch.zeros(3)}, folder / "condensed.safetensors")
+    card = json.loads((folder / "card.json").read_text())
+    card["sha256"] = hashlib.sha256((folder / "condensed.safetensors").read_bytes()).hexdigest()
+    (folder / "card.json").write_text(json.dumps(card))
+
+
+@pytest.mark.parametrize(
+    ("damage", "file", "reason"),
+    [
+        (flip_last_bit, "condensed.safetensors", "its SHA-256 is not the card's"),
+        (other_version, "card.json", "schema version 99, this program reads 1"),
+        (pickled, "condensed.safetensors", "pickled tensors are never loaded"),
+        (lambda folder: (folder / "card.json").unlink(), "card.json", "missing"),
+    ],
+)
+def test_a_damaged_artifact_is_refused(finished, tmp_path, damage, file, reason):
+    folder = tmp_path / "kept"
+    shutil.copytree(finished.folder, folder)
+    damage(folder)
+    outcome = run(tmp_path, *TINY, "mode=evaluate", f"artifact={folder}")
+    assert outcome.code == 2
+    assert outcome.complaint.startswith(f"{folder / file}: ")
+    assert reason in outcome.complaint
+
+
+# Sweeps
+
+
+def test_a_multirun_makes_one_run_per_cell_that_a_single_command_knows(tmp_path):
+    arguments = (*TOY, toy(tmp_path / "toy.npz"))
+    outcome = run(tmp_path, "-m", *arguments, "pruning.over_budget=0,0.1", "memory.images_per_class=10,12")
+    assert outcome.code == 0, outcome.err
+    cells = [(f"pruning.over_budget={p}", f"memory.images_per_class={ipc}") for p in ("0", "0.1") for ipc in (10, 12)]
+    plans = [planned(*arguments, *cell) for cell in cells]
+    folders = sorted(path.name for path in (tmp_path / "runs").iterdir() if path.is_dir())
+    assert folders == sorted(plan.run_id for plan in plans)
+    assert re.findall(r"^run folder: runs/(.*)$", outcome.out, re.MULTILINE) == [plan.run_id for plan in plans]
+    for plan in plans:
+        result = json.loads((tmp_path / plan.folder / "result.json").read_text())
+        assert result["images_per_class"] == str(plan.storage.images_per_class)
+        assert (result["pruning"]["cut_per_class"] > 0) == (plan.config.pruning.over_budget > 0)
+    single = run(tmp_path, *arguments, "pruning=none", "memory.images_per_class=12")
+    assert f"{plans[1].run_id} is finished" in single.out
+
+
+def test_a_sweep_with_a_bad_cell_starts_none(tmp_path):
+    outcome = run(tmp_path, "-m", *TINY, "seed=1,abc")
+    assert (outcome.code, outcome.out, outcome.files) == (2, "", ["runs", "runs/multirun.yaml"])
+    assert "seed=abc" in outcome.complaint
+
+
+def test_the_runs_of_a_sweep_are_one_group_whatever_the_order_of_its_words(tmp_path, monkeypatch):
+    started = []
+
+    def record(plan, *, command, group):
+        started.append((plan.run_id, command, group))
+        return {"accuracy": {"mean": 0.5}}
+
+    def groups(*arguments: str) -> set[str | None]:
+        started.clear()
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        cli.main()
+        return {group for _, _, group in started}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiment, "run", record)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    (group,) = groups("-m", "seed=0,1", "memory=ipc1,ipc10")
+    assert group.startswith("sweep-")
+    assert len({run_id for run_id, _, _ in started}) == 4
+    assert groups("memory=ipc1,ipc10", "seed=0,1", "-m") == {group}
+    assert groups("-m", "seed=0,2", "memory=ipc1,ipc10") != {group}
+    assert groups("seed=1") == {None}
+    assert started[0][1] == "python run.py seed=1"
+
+
+# What bad input gets: one line and exit code 2, before anything is read or left on disk
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ("foo=1", ["foo: unknown key", "mode, seed", "experiment"]),
+        ("+foo=1", ["foo: unknown key", "mode, seed"]),
+        ("objective.metrc=l1", ["objective.metrc: unknown key", "did you mean objective.metric?"]),
+        ("+network.foo=1", ["network.foo: unknown key", "width, depth"]),
+        ("dataset=mnist", ["dataset=mnist: must be one of arrays, cifar10,"]),
+        ("experiment=nope", ["experiment=nope: must be one of", "demo"]),
+        ("debug=nope", ["debug=nope: must be one of smoke"]),
+        ("nope=cifar10", ["nope: unknown key"]),
+        ("seed=abc", ["seed=abc", "'abc'", "Integer"]),
+        ("seed=0.5", ["seed=0.5", "Integer"]),
+        ("dataset.flip=maybe", ["dataset.flip=maybe", "'maybe'"]),
+        ("network.width=null", ["network.width=null", "not Optional"]),
+        ("dataset=[", ["an override cannot be read"]),
+        ("pruning.over_budget=1", ["pruning.over_budget=1.0: must be in [0, 1)"]),
+        ("evaluation.strategy=colour", ["evaluation.strategy=colour: must be none, or some of color, crop"]),
+        ("container.latent_side=3", ["container.latent_side=3: must be", "dataset.image_size=8"]),
+        ("container=hmn_p3", ["over the budget of 640", "the smallest budget that fits is 138,841"]),
+        ("compute.device=cuda", ["compute.device=cuda: must be cpu or auto: this machine has no such GPU"]),
+        ("mode=train", ["mode=train: must be one of run, plan, evaluate, full_data, random_subset"]),
+        ("mode=evaluate", ["artifact=null: must be given for mode=evaluate"]),
+        ("mode=evaluate artifact=absent", ["artifact=absent: no condensed.safetensors there"]),
+        ("dataset=folder", ["dataset.root=null: must be given for dataset=folder"]),
+        ("dataset=folder dataset.root=absent", ["dataset.root: absent cannot be listed"]),
+        ("dataset=arrays dataset.root=absent.npz", ["dataset.root=absent.npz: no such file"]),
+    ],
+)
+def test_bad_settings_get_one_line_and_leave_nothing(tmp_path, arguments, parts):
+    outcome = run(tmp_path, *TINY, *arguments.split(), **NO_GPU)
+    assert (outcome.code, outcome.out, outcome.files) == (2, "", [])
+    for part in parts:
+        assert part in outcome.complaint
+
+
+def tree(root: Path) -> Path:
+    """Two classes of noise with 20 images to train on and 5 to test."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 5)):
+        for name in ("ant", "bee"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+def truncate(root: Path) -> None:
+    path = root / "train" / "bee" / "7.png"
+    path.write_bytes(path.read_bytes()[:-60])
+
+
+def fake(root: Path) -> None:
+    (root / "test" / "ant" / "3.png").write_text("not an image")
+
+
+def empty(root: Path) -> None:
+    for path in (root / "train" / "ant").iterdir():
+        path.unlink()
+
+
+def extra_class(root: Path) -> None:
+    (root / "test" / "wasp").mkdir()
+
+
+BAD_DATA = {
+    "truncated image": (truncate, "", "{root}/train/bee/7.png cannot be read"),
+    "no image": (fake, "", "{root}/test/ant/3.png cannot be read"),
+    "empty class": (empty, "", "class ant has no images in {root}/train/ant"),
+    "classes differ": (extra_class, "", "dataset.root={root}: the class folders differ, only in test/: wasp"),
+    "few to match": (None, "objective.real_batch=19", "objective.real_batch=19: class ant has only 18 training images"),
+    "few to draw": (
+        None,
+        "mode=random_subset memory.images_per_class=19",
+        "memory.images_per_class=19: class ant has only 18 training images",
+    ),
+}
+FOLDER = (*TINY, "dataset=folder", "dataset.image_size=8", "objective.real_batch=8", "memory=ipc10")
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_images_get_one_line_that_names_them(tmp_path, name):
+    damage, arguments, line = BAD_DATA[name]
+    root = tree(tmp_path / "images")
+    if damage:
+        damage(root)
+    outcome = run(tmp_path, *FOLDER, f"dataset.root={root}", *arguments.split())
+    assert outcome.code == 2
+    assert outcome.complaint.startswith(line.format(root=root))
+    assert not [name for name in outcome.files if name.endswith(("result.json", "safetensors"))]
+
+
+def test_a_run_that_diverges_names_step_and_tier_and_keeps_its_last_checkpoint(tmp_path):
+    given = (*TOY, toy(tmp_path / "toy.npz"), "objective.weights_lr=1e30", "compute.checkpoint_every_seconds=0")
+    outcome = run(tmp_path, *given)
+    assert outcome.code == 1
+    line = outcome.err.splitlines()[-1]
+    found = re.search(r"the matching loss is (nan|inf) at step (\d+) \((.*)\); the last checkpoint is kept", line)
+    assert found, line
+    assert "tier" in found[3]
+    (kept,) = (tmp_path / "runs").glob("*/checkpoints/condense.pt")
+    state = torch.load(kept, weights_only=True)
+    assert state["step"] == int(found[2]) - 1
+    assert all(bool(tensor.isfinite().all()) for tensor in state["container"].values())
+
+
+def test_help_shows_groups_and_settings(tmp_path):
+    outcome = run(tmp_path, "--help")
+    assert (outcome.code, outcome.err, outcome.files) == (0, "", [])
+    assert "dataset: arrays, cifar10, cifar100" in outcome.out
+    assert "over_budget: 0.1" in outcome.out
+
+
+# W&B
+
+
+@pytest.fixture
+def wandb_home(monkeypatch, tmp_path_factory) -> dict[str, str]:
+    home = tmp_path_factory.mktemp("home")
+    without_login(monkeypatch, home)
+    return {"HOME": str(home), "WANDB_ERROR_REPORTING": "false"}
+
+
+def test_what_a_run_sends_to_wandb_is_really_in_it(tmp_path, wandb_home):
+    given = (*TOY, "tracking=offline", "evaluation.curve_points=2", "evaluation.curve_epochs=1")
+    outcome = run(tmp_path, *given, toy(tmp_path / "toy.npz"), **wandb_home)
+    assert outcome.code == 0, outcome.err
+    (folder,) = (tmp_path / "runs").glob("*/")
+    result = json.loads((folder / "result.json").read_text())
+    logged = read_offline_run(folder)
+    assert (logged["run"]["id"], logged["run"]["job_type"], logged["run"]["project"]) == (folder.name, "run", "hmn")
+    assert logged["exit_code"] == 0
+    for section in ("dataset", "memory", "container", "objective", "pruning", "network", "evaluation"):
+        assert logged["config"][section] == result["config"][section]
+
+    def rows(name: str) -> list[Any]:
+        return [entry[name] for entry in logged["history"] if name in entry]
+
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rates = ("steps_per_second", "images_per_second", "peak_bytes")
+    for name in ("loss", "loss_layer1", "loss_layer2", "gradient_norm/decoder", "gradient_norm/instances", *rates):
+        assert len(rows(f"condense/{name}")) == 6
+        assert rows(f"condense/{name}") == [
+            record[f"condense/{name}"] for record in records if "condense/loss" in record
+        ]
+    assert rows("curve/held_out_accuracy") == [point["held_out_accuracy"] for point in result["curve"]]
+    assert rows("prune/held_out_accuracy") == list(result["pruning"]["searched"].values())
+    assert rows("evaluate/accuracy") == [points[-1] for points in result["accuracy"]["by_network"]]
+    assert logged["metrics"]["evaluate/accuracy"] == "evaluate/network"
+
+    (aum,) = rows("prune/aum")
+    assert (aum["_type"], sum(aum["values"])) == ("histogram", 3 * result["over_budget_images_per_class"])
+    grids = [entry for entry in logged["history"] if "condense/images" in entry]
+    assert [entry["condense/step"] for entry in grids] == [0, 0, 3, 6, 6, 6]
+    files = [logged["files_dir"] / image["path"] for image in rows("condense/images")]
+    assert all(Image.open(file).mode == "RGB" for file in files)
+
+    (table,) = rows("result")
+    stored = json.loads((logged["files_dir"] / table["path"]).read_text())
+    assert [stored["columns"], *stored["data"]] == [list(cells) for cells in printed_table(outcome.out)]
+    assert logged["summary"]["accuracy_mean"] == result["accuracy"]["mean"]
+    (artifact,) = [entry for entry in logged["artifacts"] if entry["type"] == "condensed-set"]
+    assert artifact["name"] == folder.name
+    assert artifact["metadata"]["sha256"] == result["artifact_sha256"]
+    for name in ("condensed.safetensors", "card.json", "condensed.png"):
+        digest = base64.b64decode(artifact["files"][name]["digest"])
+        assert digest == hashlib.md5((folder / name).read_bytes()).digest()
+
+
+def printed_table(printed: str) -> list[list[str]]:
+    lines = printed.splitlines()
+    ruler = next(index for index, line in enumerate(lines) if line.startswith("---"))
+    return [re.split(r"\s{2,}", lines[index]) for index in (ruler - 1, ruler + 1)]
+
+
+def test_a_crash_leaves_its_exit_code_in_wandb(tmp_path, wandb_home):
+    root = tree(tmp_path / "images")
+    truncate(root)
+    outcome = run(tmp_path, *FOLDER, "tracking=offline", f"dataset.root={root}", **wandb_home)
+    assert (outcome.code, "7.png" in outcome.complaint) == (2, True)
+    (folder,) = (tmp_path / "runs").glob("*/")
+    assert read_offline_run(folder)["exit_code"] == 2
+
+
+def test_a_stopped_run_leaves_its_exit_code_in_wandb(tmp_path, wandb_home):
+    given = (*TOY, "tracking=offline", toy(tmp_path / "toy.npz"), "objective.outer_steps=100000")
+    command = start(tmp_path, *given, "compute.checkpoint_every_seconds=0", **wandb_home)
+    command.wait_for(lambda: any(tmp_path.glob("runs/*/checkpoints/condense.pt")))
+    command.process.terminate()
+    assert command.finish().code == 143
+    (folder,) = (tmp_path / "runs").glob("*/")
+    logged = read_offline_run(folder)
+    assert logged["exit_code"] == 143
+    assert any("condense/loss" in entry for entry in logged["history"])

@@ -1,0 +1,202 @@
+"""``mode=plan``: what a run will store and cost, counted by hand, without data and without leaving anything behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hmn.data.official import IMAGENET10
+from hmn.errors import ConfigError, DataError
+from hmn.plan import make_plan
+from tests.command import ROOT, configured, planned
+
+# ConvNet-D3-W128 on 32 x 32 (Zhao & Bilen, ICLR 2021): multiply-adds of its layers at 32, 16, 8 and 1 pixels, times 2.
+CONVOLUTIONS = (2 * 32**2 * 128 * 27, 2 * 16**2 * 128 * 1152, 2 * 8**2 * 128 * 1152)
+CLASSIFIER = 2 * 2048 * 10
+FORWARD = sum(CONVOLUTIONS) + CLASSIFIER
+# The gradient of the weights costs each layer's forward pass once more, that of its input too but for the pixels.
+TRAINING = 3 * FORWARD - CONVOLUTIONS[0]
+
+# Shared floats: dataset memory + ten extractors + ten class memories + decoder (convolutions k*k*in*out + out).
+PRESETS = {
+    "ipc1": {  # P1: s = 4, 8 -> 4 channels by 1x1, decoder 8 -> 16 -> 16 -> 8 -> 3
+        "budget_floats": 30_720,
+        "shared_floats": 8 * 16 + 10 * (8 * 4 + 4) + 10 * 2 * 16 + (1168 + 2320 + 1160 + 219),
+        "instance_floats": 32,
+        "stored_floats": 30_635,
+        "images_per_class": 78,
+        "over_budget_images_per_class": 87,
+    },
+    "ipc10": {  # P2: s = 8, 8 -> 8 channels by 3x3, decoder 18 -> 64 -> 32 -> 3
+        "budget_floats": 307_200,
+        "shared_floats": 8 * 64 + 10 * (9 * 8 * 8 + 8) + 10 * 8 * 64 + (10432 + 18464 + 867),
+        "instance_floats": 128,
+        "stored_floats": 306_195,
+        "images_per_class": 207,
+        "over_budget_images_per_class": 231,
+    },
+    "ipc50": {  # P3: s = 8, 16 -> 16 channels by 3x3, decoder 35 -> 128 -> 64 -> 3
+        "budget_floats": 1_536_000,
+        "shared_floats": 16 * 64 + 10 * (9 * 16 * 16 + 16) + 10 * 16 * 64 + (40448 + 73792 + 1731),
+        "instance_floats": 192,
+        "stored_floats": 1_534_755,
+        "images_per_class": 721,
+        "over_budget_images_per_class": 801,
+    },
+}
+
+
+@pytest.mark.parametrize("memory", PRESETS)
+def test_storage_of_cifar10_is_the_hand_count(memory):
+    summary = planned("mode=plan", "dataset=cifar10", f"memory={memory}").summary()
+    expected = PRESETS[memory]
+    assert {key: summary[key] for key in expected} == expected
+    assert sum(summary["tier_floats"].values()) == summary["stored_floats"] <= summary["budget_floats"]
+    assert summary["tier_floats"]["instances"] == 10 * expected["images_per_class"] * expected["instance_floats"]
+    assert summary["network_parameters"] == 320_010
+    one_more = summary["stored_floats"] + 10 * expected["instance_floats"]
+    assert one_more > summary["budget_floats"]
+
+
+@pytest.mark.parametrize(("dataset", "parameters"), [("cifar100", 504_420), ("tiny_imagenet", 857_160)])
+def test_networks_of_other_data_have_the_published_sizes(dataset, parameters):
+    """ConvNet-D3 with 100 classes, ConvNet-D4 at 64 pixels with 200."""
+    assert planned("mode=plan", f"dataset={dataset}").summary()["network_parameters"] == parameters
+
+
+def test_flops_are_the_hand_count():
+    plan = planned("mode=plan", "dataset=cifar10")
+    assert plan.network_flops == FORWARD == 101_490_688
+    assert plan.training_flops == TRAINING == 297_394_176
+    assert round(TRAINING / FORWARD, 2) == 2.93
+    # 2,000 samples in batches of 64 are 32 batches.
+    assert plan.update_flops == 32 * 64 * TRAINING
+    # A matching step differentiates convolution weights only, on real images once and on decoded ones twice.
+    weights, inputs = sum(CONVOLUTIONS), sum(CONVOLUTIONS[1:]) + CLASSIFIER
+    once = FORWARD + weights + inputs
+    twice = once + 2 * weights + inputs + FORWARD
+    per_class = 64 * once + 87 * twice
+    assert 1 <= plan.matching_flops / (10 * per_class) < 1.15  # the counter sees some terms that nothing needs
+
+
+def test_flops_follow_batches_and_classes():
+    plan = planned("mode=plan", "dataset=cifar100")
+    group = planned("mode=plan", "dataset=cifar100", "objective.classes_per_step=20")
+    assert plan.matching_flops == 5 * group.matching_flops
+    few = planned("mode=plan", "dataset=cifar100", "objective.synthetic_batch=10", "objective.real_batch=10")
+    assert few.matching_flops < plan.matching_flops / 5
+    assert planned("mode=plan", "objective.network_samples=0").update_flops == 0
+
+
+def test_expected_flops_are_those_of_condensing_and_of_training_the_judges():
+    small = ("dataset=cifar10", "objective.outer_steps=2", "objective.inner_steps=3", "evaluation.networks=4")
+    plan = planned(*small, "evaluation.epochs=5")
+    condensing = 6 * (plan.matching_flops + plan.update_flops)
+    assert plan.expected_flops == condensing + 4 * 5 * 780 * TRAINING
+    assert planned(*small, "evaluation.epochs=5", "mode=random_subset").expected_flops == 4 * 5 * 10 * TRAINING
+    full = planned(*small, "evaluation.full_data_epochs=2", "mode=full_data")
+    assert full.expected_flops == 4 * 2 * 50_000 * TRAINING
+
+
+def test_the_plan_as_json_comes_from_an_empty_folder_and_leaves_it_empty(tmp_path):
+    command = [sys.executable, str(ROOT / "run.py"), "mode=plan", "plan.format=json", "dataset=cifar10", "memory=ipc10"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    summary = json.loads(done.stdout)
+    assert list(tmp_path.iterdir()) == []
+
+    assert {key: summary[key] for key in PRESETS["ipc10"]} == PRESETS["ipc10"]
+    assert summary["run_id"] == planned("dataset=cifar10", "memory=ipc10").run_id
+    assert summary["dataset"] == {"name": "cifar10", "classes": 10, "channels": 3, "image_size": 32}
+    assert (summary["network"], summary["network_parameters"]) == ("ConvNet-D3-W128", 320_010)
+    assert summary["container"]["preset"] == "p2"
+    assert set(summary["tier_floats"]) == {"dataset", "class", "instances", "extractors", "decoder"}
+    assert summary["network_update_flops"] == 32 * 64 * TRAINING
+    assert summary["matching_step_flops"] > 10 * (64 + 128) * TRAINING
+    assert summary["matching_steps"] == 200 * 100
+    assert summary["evaluation_steps_per_network"] == 1000 * 33  # 2,070 images in batches of 64
+
+
+def test_the_plan_as_text_has_a_line_for_each_number():
+    text = planned("mode=plan", "dataset=cifar10").text("text")
+    lines = dict(line.split(maxsplit=1) for line in text.splitlines())
+    expected = {"budget_floats": "30,720", "images_per_class": "78", "network_parameters": "320,010"}
+    assert {key: lines[key] for key in expected} == expected
+    assert lines["tier_floats"] == "instances=24,960  class=320  dataset=128  extractors=360  decoder=4,867"
+    assert len(lines) == len(planned("mode=plan", "dataset=cifar10").summary())
+
+
+def test_class_folders_are_enough_for_a_plan(tmp_path):
+    for split in ("train", "test"):
+        for name in ("ant", "bee", "cat"):
+            (tmp_path / split / name).mkdir(parents=True)
+    given = ("mode=plan", "dataset=folder", f"dataset.root={tmp_path}", "memory=ipc10")
+    summary = planned(*given).summary()
+    assert summary["dataset"] == {"name": tmp_path.name, "classes": 3, "channels": 3, "image_size": 32}
+    assert summary["budget_floats"] == 10 * 3 * 3 * 32 * 32
+    assert sum(path.is_file() for path in tmp_path.rglob("*")) == 0
+    assert planned(*given, "dataset.name=insects").summary()["dataset"]["name"] == "insects"
+
+
+def test_a_plan_shares_the_id_of_its_run():
+    assert planned("mode=plan", "dataset=cifar10").run_id == planned("dataset=cifar10").run_id
+
+
+# What has no plan
+
+
+def test_a_budget_too_small_names_the_smallest_that_fits():
+    """P3's shared tiers, 150,435 floats, and ten images of 192 in the storage of one real image per class."""
+    with pytest.raises(ConfigError) as caught:
+        planned("dataset=cifar10", "memory=ipc1", "container=hmn_p3")
+    line = str(caught.value)
+    assert "\n" not in line
+    assert "150,435 floats" in line
+    assert "over the budget of 30,720" in line
+    assert "the smallest budget that fits is 152,355" in line
+    assert "memory.images_per_class" in line
+    per_image = 10 * 3 * 32 * 32
+    enough = -(-152_355 // per_image)
+    given = ("dataset=cifar10", "container=hmn_p3")
+    assert planned(*given, f"memory.images_per_class={enough}").storage.images_per_class >= 1
+    with pytest.raises(ConfigError, match="smallest budget"):
+        planned(*given, f"memory.images_per_class={enough - 1}")
+
+
+@pytest.mark.parametrize(("side", "latent"), [(32, 5), (32, 12), (32, 32), (30, 4), (32, 64)])
+def test_an_image_side_that_doubling_cannot_reach_is_named(side, latent):
+    with pytest.raises(ConfigError, match=rf"^container.latent_side={latent}: must be .*dataset.image_size={side} "):
+        planned("dataset=cifar10", f"dataset.image_size={side}", f"container.latent_side={latent}")
+
+
+def test_what_the_data_contradict_is_refused(tmp_path):
+    refused = {
+        "network.depth=4": ("dataset=digits", r"^network.depth=4: must be small enough .* 8-pixel image"),
+        "container.preset=p12": ("dataset=cifar10", r"^container.preset=p12: must be auto or one of p1, p1b, "),
+        "objective.classes_per_step=11": ("dataset=cifar10", r"^objective.classes_per_step=11: must be at most 10"),
+        "dataset.test_fraction=0.5": ("dataset=cifar10", r"^dataset.test_fraction=0.5: must be null"),
+        "dataset.root=there": ("dataset=digits", r"^dataset.root=there: must be null"),
+        "dataset.test_fraction=null": ("dataset=digits", r"^dataset.test_fraction=null: must be given"),
+    }
+    for override, (dataset, line) in refused.items():
+        with pytest.raises(ConfigError, match=line):
+            planned(dataset, override)
+    with pytest.raises(DataError, match=r"^dataset.classes=11: .* has 10"):
+        planned("dataset=cifar10", "dataset.classes=11")
+    with pytest.raises(DataError, match="lacks the class folder n02869837"):
+        for split in ("train", "val"):
+            for wnid in list(IMAGENET10)[1:]:
+                (tmp_path / split / wnid).mkdir(parents=True)
+        planned("dataset=imagenet10", f"dataset.root={tmp_path}")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_asked_for_where_there_is_none_is_refused_but_may_be_planned_for():
+    config = configured("dataset=cifar10", "compute.device=cuda:1")
+    with pytest.raises(ConfigError, match=r"^compute.device=cuda:1: must be cpu or auto: this machine has no such GPU"):
+        make_plan(config)
+    assert planned("mode=plan", "dataset=cifar10", "compute=cuda").storage.images_per_class == 78

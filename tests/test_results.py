@@ -1,0 +1,102 @@
+"""``result.json``: written whole, read back, and telling which code measured it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+from hmn import results
+from hmn.errors import ArtifactError
+
+RESULT = {"run_id": "digits-ipc1-hmn-00000000", "accuracy": {"mean": 0.5, "std": None, "by_network": [[0.25, 0.5]]}}
+
+
+def test_what_is_written_is_read_back_with_its_version(tmp_path):
+    written = results.write(tmp_path / "new", RESULT)
+    assert written == results.read(tmp_path / "new") == {"schema_version": 1, **RESULT}
+    assert json.loads((tmp_path / "new" / "result.json").read_text()) == written
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["result.json"]
+
+
+def test_a_folder_without_a_result_has_none(tmp_path):
+    assert results.read(tmp_path) is None
+    assert results.read(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize("version", [0, 2, None])
+def test_a_result_of_another_version_is_refused(tmp_path, version):
+    (tmp_path / "result.json").write_text(json.dumps(RESULT | {"schema_version": version}))
+    with pytest.raises(ArtifactError, match=rf"result.json: schema version {version}, this program reads 1") as caught:
+        results.read(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_result_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    results.write(tmp_path, RESULT)
+    with pytest.raises(TypeError):
+        results.write(tmp_path, RESULT | {"accuracy": object()})
+    assert results.read(tmp_path) == {"schema_version": 1, **RESULT}
+
+
+def test_provenance_names_versions_and_machine():
+    found = results.provenance()
+    assert found["packages"]["torch"] == metadata.version("torch")
+    assert {"torchvision", "numpy", "hydra-core", "wandb", "safetensors"} <= set(found["packages"])
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["platform"].split()[0] == os.uname().sysname
+    assert json.loads(json.dumps(found)) == found
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    done = subprocess.run(["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A checkout with one commit that the module takes for its own."""
+    folder = tmp_path / "checkout"
+    (folder / "hmn").mkdir(parents=True)
+    code = folder / "hmn" / "results.py"
+    code.write_text("pass\n")
+    git(folder, "init", "-q")
+    git(folder, "add", ".")
+    git(folder, "commit", "-q", "-m", "first")
+    monkeypatch.setattr(results, "__file__", str(code))
+    return folder
+
+
+def test_commit_and_dirty_flag_are_the_checkouts(checkout):
+    found = results.provenance()
+    assert (found["commit"], found["dirty"]) == (git(checkout, "rev-parse", "HEAD"), False)
+    (checkout / "notes.txt").write_text("not part of the code\n")
+    assert results.provenance()["dirty"] is False
+    (checkout / "hmn" / "results.py").write_text("changed\n")
+    found = results.provenance()
+    assert (found["commit"], found["dirty"]) == (git(checkout, "rev-parse", "HEAD"), True)
+
+
+def test_installed_code_has_no_commit_even_inside_another_checkout(checkout, monkeypatch):
+    installed = checkout / "env" / "hmn" / "results.py"
+    monkeypatch.setattr(results, "__file__", str(installed))
+    installed.parent.mkdir(parents=True)
+    found = results.provenance()
+    assert (found["commit"], found["dirty"]) == (None, None)
+
+
+def test_without_git_there_is_no_commit(checkout, monkeypatch):
+    monkeypatch.setenv("PATH", str(checkout))
+    found = results.provenance()
+    assert (found["commit"], found["dirty"]) == (None, None)
+
+
+def test_a_cpu_is_named_with_its_threads():
+    assert results.device_name(torch.device("cpu")) == f"cpu, {torch.get_num_threads()} threads"
