@@ -123,6 +123,7 @@ class Condensation:
         self.step = 0
         self.seconds = 0.0
         self.curve: dict[int, float] = {}  # accuracy by step
+        self.unreported: list[Tensor] = []  # distances per layer of the steps since the last report
         self._renew_network()
 
     def _renew_network(self) -> None:
@@ -212,6 +213,7 @@ class Condensation:
             "step": self.step,
             "seconds": self.seconds,
             "curve": self.curve,
+            "unreported": list(self.unreported),
             "data": self.real.fingerprint,
             "container": self.container.state_dict(),
             "adam": self.optimizer.adam.state_dict(),
@@ -224,6 +226,7 @@ class Condensation:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
+        self.unreported = [loss.to(self.compute.device) for loss in state["unreported"]]
         self.container.load_state_dict(state["container"])
         self.optimizer.adam.load_state_dict(state["adam"])
         self.update.load_state_dict(state["update"])
@@ -255,11 +258,10 @@ def condense(
     """
     due = curve_steps(run.total_steps, curve_points)
     watch = _Stopwatch(run)
-    losses: list[Tensor] = []
     norms: dict[str, Tensor] = {}
 
     def state_of_finite_run() -> dict[str, Any]:
-        _require_finite(run, losses, norms)
+        _require_finite(run, norms)
         return run.state_dict()
 
     with tqdm(total=run.total_steps, initial=run.step, desc="condense", unit="step") as bar:
@@ -270,21 +272,22 @@ def condense(
             if run.step >= run.total_steps:
                 break
             loss, norms = run.run_step()
-            losses.append(loss)
+            run.unreported.append(loss)
             watch.lap()
             bar.update()
             if run.step % log_every_steps == 0 or run.step == run.total_steps:
-                _require_finite(run, losses, norms)
-                report = watch.report(losses, norms)
-                losses = []
+                _require_finite(run, norms)
+                report = watch.report(run.unreported, norms)
+                run.unreported = []
                 on_report(report)
                 bar.set_postfix(loss=f"{sum(report.losses):.4g}")
             checkpoints.tick(SLOT, state_of_finite_run)
     checkpoints.save(SLOT, run.state_dict())
 
 
-def _require_finite(run: Condensation, losses: list[Tensor], norms: dict[str, Tensor]) -> None:
+def _require_finite(run: Condensation, norms: dict[str, Tensor]) -> None:
     """Raise ``Diverged`` with the first step whose loss or gradient is not finite, and the tiers it concerns."""
+    losses = run.unreported
     if not losses:
         return
     broken = [name for name, value in norms.items() if not value.isfinite()]

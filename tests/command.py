@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import itertools
 import multiprocessing
 import os
 import runpy
@@ -32,6 +33,7 @@ config.register()
 # Importing torch takes seconds. The server that processes are forked from has done it once and for all.
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["hmn.cli", "sklearn.datasets"])
+_started = itertools.count()
 
 
 def compose(*overrides: str) -> DictConfig:
@@ -67,8 +69,9 @@ class Command:
 
     def __init__(self, folder: Path, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
         self.folder = folder
-        self._outputs = Path(os.path.realpath(folder) + ".output")  # beside the folder, whose files tests count
-        self._outputs.mkdir(exist_ok=True)
+        # Beside the folder, whose files tests count.
+        self._outputs = folder.with_name(f"{folder.name}.output-{next(_started)}")
+        self._outputs.mkdir()
         self.process = _processes.Process(
             target=_run, args=(str(folder), list(arguments), str(self._outputs), dict(environment))
         )

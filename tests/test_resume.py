@@ -165,10 +165,8 @@ def test_a_second_process_is_refused_and_harms_nothing(task, uninterrupted):
     command = task.start_until(lambda: task.state("condense"))
     second = run(task.where, *task.arguments)
     assert second.code == 1
-    assert (
-        second.complaint
-        == f"{task.folder.relative_to(task.where)}: another process is working on this run; wait for it or stop it"
-    )
+    reason = "another process is working on this run; wait for it or stop it"
+    assert second.complaint == f"{task.folder.relative_to(task.where)}: {reason}"
     assert command.finish().code == 0
     assert ended(task.folder) == uninterrupted
 
