@@ -173,7 +173,7 @@ def make_plan(config: Config, typed: Sequence[str] = ()) -> Plan:
         device_of(config.compute)  # a missing GPU is said before a folder is made or data are read
     if config.mode in ("run", "plan"):
         ipc = config.memory.images_per_class
-        filled = with_preset(config.container, classes=data.classes, image_size=data.image_size, images_per_class=ipc)
+        filled = with_preset(config.container, images_per_class=ipc, **dataclasses.asdict(data))
         # A plan is a plan of the run: it shares the run's id.
         config = dataclasses.replace(config, container=filled, mode="run")
         shape = hmn_shape(filled, **dataclasses.asdict(data))

@@ -72,6 +72,8 @@ class Command:
         # Beside the folder, whose files tests count.
         self._outputs = folder.with_name(f"{folder.name}.output-{next(_started)}")
         self._outputs.mkdir()
+        for name in ("out", "err"):
+            (self._outputs / name).touch()
         self.process = _processes.Process(
             target=_run, args=(str(folder), list(arguments), str(self._outputs), dict(environment))
         )
@@ -107,7 +109,7 @@ def files_below(folder: Path) -> list[str]:
 
 def _run(folder: str, arguments: list[str], outputs: str, environment: dict[str, str]) -> None:
     for descriptor, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(os.path.join(outputs, name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        os.dup2(os.open(os.path.join(outputs, name), os.O_WRONLY), descriptor)
     os.chdir(folder)
     os.environ.update(environment)
     sys.argv = ["run.py", *arguments]

@@ -200,7 +200,7 @@ def test_beta_0_cuts_only_easy_images_and_1_only_hard_ones(beta: float, gone: li
 
 @pytest.mark.parametrize("cut", range(1, 121))
 def test_the_hard_share_is_the_exact_floor_whatever_float_arithmetic_says(cut: int):
-    """Among them 0.7 * 10 = 7.000000000000001 - ..., 0.3 * 10 and 0.1 * 3 * 10: exact tenths as integers decide."""
+    """Integers decide: 0.3 * 10 and 0.7 * 10 are 3 and 7, and 0.7 * 90, in floats 62.99999999999999, is 63."""
     assert [hardest_count(beta, cut) for beta in prune.BETAS] == [tenths * cut // 10 for tenths in range(11)]
 
 

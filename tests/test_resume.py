@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -126,15 +127,16 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(task, u
     generator = random.Random(0)
 
     def saved() -> set[tuple[str, int]]:
-        return {(path.name, path.stat().st_ino) for path in task.where.glob("runs/*/checkpoints/*") if path.exists()}
+        return {(path.name, path.stat().st_ino) for path in task.where.glob("runs/*/checkpoints/*.pt")}
 
     kills = 0
     while kills < 5:
-        seen, wanted = saved(), generator.randint(2, 12)
+        before, new, wanted = saved(), set(), generator.randint(2, 12)
 
-        def enough(seen: set = seen, wanted: int = wanted) -> bool:
-            seen |= saved()
-            return len(seen) >= wanted
+        def enough(before: set = before, new: set = new, wanted: int = wanted) -> bool:
+            with contextlib.suppress(FileNotFoundError):  # a file that was there when it was listed
+                new |= saved() - before
+            return len(new) >= wanted
 
         command = task.start_until(enough)
         command.process.kill()

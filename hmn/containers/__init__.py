@@ -11,18 +11,31 @@ from torch import nn
 from hmn.budget import budget_floats, images_that_fit
 from hmn.config import HmnConfig, require
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape, shared_floats
-from hmn.containers.presets import PRESETS, latent_side, nearest
+from hmn.containers.presets import PRESETS, by_distance, latent_side
 
 
-def with_preset(config: HmnConfig, *, classes: int, image_size: int, images_per_class: int) -> HmnConfig:
+def with_preset(
+    config: HmnConfig, *, classes: int, image_size: int, images_per_class: int, channels: int = 3
+) -> HmnConfig:
     """``config`` with every null field taken from its preset; ``preset`` becomes the row's name.
 
-    Raises ``ConfigError`` for an unknown preset or a latent side from which doubling cannot reach the image's side.
+    ``auto`` is the row of the nearest data that the budget pays for. Raises ``ConfigError`` for an unknown preset or a
+    latent side from which doubling cannot reach the image's side.
     """
-    name = config.preset
-    if name == "auto":
-        name = nearest(image_size, classes, images_per_class)
-    require("container.preset", name in PRESETS, name, f"auto or one of {', '.join(PRESETS)}")
+
+    def fits(name: str) -> bool:
+        shape = hmn_shape(_filled(config, name, image_size), classes=classes, channels=channels, image_size=image_size)
+        needed = shared_floats(shape) + classes * shape.instance_floats
+        return needed <= budget_floats(images_per_class, classes, channels, image_size)
+
+    if config.preset != "auto":
+        require("container.preset", config.preset in PRESETS, config.preset, f"auto or one of {', '.join(PRESETS)}")
+        return _filled(config, config.preset, image_size)
+    ranked = by_distance(image_size, classes, images_per_class)
+    return _filled(config, next(filter(fits, ranked), ranked[0]), image_size)
+
+
+def _filled(config: HmnConfig, name: str, image_size: int) -> HmnConfig:
     row = dataclasses.asdict(PRESETS[name]) | {"latent_side": latent_side(PRESETS[name], image_size)}
     fields = ("latent_side", "dataset_channels", "feature_channels", "feature_kernel", "class_channels")
     fields += ("instance_channels", "decoder_width")
@@ -30,9 +43,8 @@ def with_preset(config: HmnConfig, *, classes: int, image_size: int, images_per_
     config = dataclasses.replace(config, preset=name, **filled)
     factor = image_size / config.latent_side
     doubles = factor >= 2 and math.log2(factor).is_integer()
-    rule = (
-        f"the image side divided by a power of two: dataset.image_size={image_size} is not {config.latent_side} doubled"
-    )
+    rule = "the image side divided by a power of two: "
+    rule += f"dataset.image_size={image_size} is not {config.latent_side} doubled"
     require("container.latent_side", doubles, config.latent_side, rule)
     return config
 

@@ -13,7 +13,7 @@ from hmn.config import HmnConfig
 from hmn.containers import Storage, hmn_shape, presets, storage, with_preset
 from hmn.containers.base import storage_floats, tier_floats
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape, make_decoder
-from hmn.containers.presets import PRESETS, latent_side, nearest
+from hmn.containers.presets import PRESETS, by_distance, latent_side
 from hmn.errors import ConfigError
 
 
@@ -230,7 +230,7 @@ def test_without_over_budget_both_counts_are_the_same():
     ],
 )
 def test_auto_takes_the_row_nearest_in_side_then_classes_then_memory(size, classes, rows):
-    assert {ipc: nearest(size, classes, ipc) for ipc in rows} == rows
+    assert {ipc: by_distance(size, classes, ipc)[0] for ipc in rows} == rows
     for ipc, name in rows.items():
         filled = with_preset(configured(), classes=classes, image_size=size, images_per_class=ipc)
         assert filled.preset == name
@@ -239,7 +239,19 @@ def test_auto_takes_the_row_nearest_in_side_then_classes_then_memory(size, class
 
 def test_a_variant_is_used_by_name_alone_wherever_it_stands_in_the_table(monkeypatch):
     monkeypatch.setattr(presets, "PRESETS", dict(reversed(PRESETS.items())))
-    assert [nearest(32, 10, 1), nearest(32, 100, 50), nearest(224, 10, 1)] == ["p1", "p6", "p9"]
+    nearest = [by_distance(*data)[0] for data in ((32, 10, 1), (32, 100, 50), (224, 10, 1))]
+    assert nearest == ["p1", "p6", "p9"]
+
+
+@pytest.mark.parametrize(("size", "classes"), [(64, 5), (64, 2), (48, 5)])
+def test_auto_passes_over_rows_that_the_budget_does_not_pay_for(size, classes):
+    first, *_ = by_distance(size, classes, 1)
+    data = dict(classes=classes, channels=3, image_size=size)
+    with pytest.raises(ConfigError, match="over the budget"):
+        named = with_preset(configured(preset=first), images_per_class=1, **data)
+        storage(hmn_shape(named, **data), 1, 0.1)
+    filled = with_preset(configured(), images_per_class=1, **data)
+    assert storage(hmn_shape(filled, **data), 1, 0.1).images_per_class >= 1
 
 
 @pytest.mark.parametrize(
