@@ -111,7 +111,7 @@ def uninterrupted(tmp_path_factory, data) -> Ended:
 
 
 def test_a_run_that_was_killed_in_every_stage_ends_as_if_it_had_not_been(task, uninterrupted):
-    for slot in ("fit", "condense", "score", "search_beta_*", "evaluate"):
+    for slot in ("fit", "curve_0", "condense", "score", "search_beta_*", "evaluate"):
         command = task.start_until(lambda slot=slot: task.state(slot))
         command.process.kill()
         assert command.finish().code == 128 + signal.SIGKILL

@@ -55,9 +55,9 @@ def fit_real(
             if batch < len(targets):
                 index = torch.randperm(len(targets), generator=generator, device=targets.device)[:batch]
             error = (container.decode(index) - unit_range(targets[index])).square().mean()
-            optimizer.zero_grad()
             error.backward()
             optimizer.step()
+            optimizer.zero_grad()  # after the step: what is left would be added to the first matching gradient
             schedule.step()
             done += 1
             bar.update()
