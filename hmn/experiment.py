@@ -137,7 +137,7 @@ class Session:
         if config.evaluation.curve_points:
             epochs = config.evaluation.curve_epochs
             pruned = quick_accuracy(self.judge, Images(images, labels), self.held_out, epochs, "curve_pruned")
-            self.tracker.log({"curve/pruned_accuracy": pruned}, step_key="curve/step", step=work.step)
+            self.tracker.log({"curve/pruned_accuracy": pruned}, step_key="prune/step", step=0)
             pruning["held_out_accuracy"] = pruned
         self._keep_picture(images, labels)
         accuracies = self._evaluate(Images(images, labels))

@@ -168,6 +168,10 @@ def make_plan(config: Config, typed: Sequence[str] = ()) -> Plan:
         artifact = card["sha256"]
         config = dataclasses.replace(config, dataset=_evaluated_dataset(config.dataset, card["data"]["config"], typed))
     data = datasets.peek(config.dataset, Path(config.paths.data_dir))
+    if artifact:
+        for name in ("channels", "image_size"):
+            found, kept = getattr(data, name), card["data"][name]
+            require(f"dataset.{name}", found == kept, found, f"{kept}, as in artifact={config.artifact}")
     stored = None
     if config.mode != "plan":
         device_of(config.compute)  # a missing GPU is said before a folder is made or data are read

@@ -53,7 +53,7 @@ def area_under_margin(judge: Judge, decoded: Images, score: str, networks: int, 
 
 def hardest_count(beta: float, cut: int) -> int:
     """floor(beta * k): how many of the ``cut`` images come from the hard end."""
-    return int(beta * cut + 1e-9)  # 0.7 * 10 is 6.999…
+    return int(beta * cut + 1e-9)  # 0.7 * 90 is 62.999…
 
 
 def kept_instances(scores: Tensor, keep: int, beta: float) -> Tensor:

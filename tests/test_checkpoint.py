@@ -263,6 +263,7 @@ from hmn.checkpoint import Checkpoints
 
 folder, rounds = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 random.seed(0)
+torch.set_num_threads(1)  # OpenMP's threads do not outlive a fork: a child that used two would wait forever
 for _ in range(rounds):
     reading, writing = os.pipe()
     child = os.fork()
