@@ -75,7 +75,7 @@ class Command:
         for name in ("out", "err"):
             (self._outputs / name).touch()
         self.process = _processes.Process(
-            target=_run, args=(str(folder), list(arguments), str(self._outputs), dict(environment))
+            target=_run, args=(str(folder), list(arguments), str(self._outputs), dict(environment)), daemon=True
         )
         self.process.start()
 

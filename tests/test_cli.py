@@ -559,7 +559,7 @@ def test_a_crash_leaves_its_exit_code_in_wandb(tmp_path, wandb_home):
 
 
 def test_a_stopped_run_leaves_its_exit_code_in_wandb(tmp_path, wandb_home):
-    given = (*TOY, "tracking=offline", toy(tmp_path / "toy.npz"), "objective.outer_steps=100000")
+    given = (*TOY, "tracking=offline", toy(tmp_path / "toy.npz"), "objective.outer_steps=1000")
     command = start(tmp_path, *given, "compute.checkpoint_every_seconds=0", **wandb_home)
     command.wait_for(lambda: any(tmp_path.glob("runs/*/checkpoints/condense.pt")))
     command.process.terminate()

@@ -289,7 +289,7 @@ def test_tiny_imagenet_trees_with_parts_missing_are_refused(tmp_path):
 
 # ImageNet-10
 
-TEN = [  # label order, methods.md 8.2
+TEN = [  # in IDC's label order
     ("n02869837", "bonnet"),
     ("n01749939", "green mamba"),
     ("n02488291", "langur"),
