@@ -32,7 +32,7 @@ TINY = ("debug=smoke", "network.width=4", "compute.threads=1", "compute.device=c
 config.register()
 # Importing torch takes seconds. The server that processes are forked from has done it once and for all.
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["hmn.cli", "sklearn.datasets"])
+_processes.set_forkserver_preload(["hmn.cli", "sklearn.datasets", "torch._dynamo"])
 _started = itertools.count()
 
 
