@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -51,14 +52,17 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for this process. Raises ``HmnError`` if another one is working in it."""
+def exclusive(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold ``folder`` for this process. If another one holds it: ``wait``, or raise ``HmnError``."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise HmnError(f"{folder}: another process is working on this run; wait for it or stop it") from None
+            if not wait:
+                raise HmnError(f"{folder}: another process is working on this run; wait for it or stop it") from None
+            print(f"{folder}: waiting for the process that is working on it", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
@@ -83,6 +87,11 @@ class Stop:
         finally:
             for signum, handler in previous.items():
                 signal.signal(signum, handler)
+
+    def check(self, what_now: str = "the same command goes on from here") -> None:
+        """Raise ``Interrupted`` once a signal has asked; call it where all that matters is kept."""
+        if self.signum is not None:
+            raise Interrupted(f"stopped by {signal.Signals(self.signum).name}; {what_now}", self.signum)
 
 
 class Checkpoints:
@@ -136,8 +145,7 @@ class Checkpoints:
         """At a step boundary: save if it is time. Once a signal has asked: save, then raise ``Interrupted``."""
         if self.stop.signum is not None:
             self.save(slot, state())
-            name = signal.Signals(self.stop.signum).name
-            raise Interrupted(f"stopped by {name}; the same command goes on from here", self.stop.signum)
+            self.stop.check()
         if time.monotonic() - self.saved_at >= self.every_seconds:
             self.save(slot, state())
 

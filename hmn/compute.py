@@ -8,8 +8,10 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from hmn.config import ComputeConfig, require
 
@@ -18,7 +20,9 @@ from hmn.config import ComputeConfig, require
 class Compute:
     device: torch.device
     precision: str = "fp32"
-    compiled: bool = False
+    matching: str = "loop"  # a key of hmn.objectives.gradient.FORMS
+    compiled: bool = False  # all steps, of matching and of training
+    classes_per_call: int = 1  # of the matching step
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -33,6 +37,21 @@ class Compute:
         units = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * units
 
+    def current_bytes(self) -> int:
+        """Held now: of the device's memory, or by the process on a CPU (Linux; elsewhere the peak so far)."""
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        try:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+        except OSError:
+            return self.peak_bytes()
+        return pages * resource.getpagesize()
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In fp32 at least: what autocast made bf16 before it is summed or exponentiated."""
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+
 
 def device_of(config: ComputeConfig) -> torch.device:
     """The configured device, or the best there is. Raises ``ConfigError`` for a GPU that this machine lacks."""
@@ -46,21 +65,32 @@ def device_of(config: ComputeConfig) -> torch.device:
     return device
 
 
-def choose(config: ComputeConfig, expected_flops: float) -> Compute:
-    """Device, precision and whether to compile; ``expected_flops`` of the whole run decide whether compiling pays.
+def choose(config: ComputeConfig, expected_flops: float, classes: int) -> Compute:
+    """Everything that ``config`` leaves open; ``expected_flops`` of the whole run decide whether compiling pays.
 
-    Raises ``ConfigError`` if a GPU is asked for where there is none, or compiling where no C++ compiler is.
+    Sets the process's threads and float32 arithmetic. Raises ``ConfigError`` for what this machine lacks, or what does
+    not go together.
     """
     device = device_of(config)
     if config.threads:
         torch.set_num_threads(config.threads)
-    can_compile = device.type == "cuda" or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
-    if config.matching == "compiled":
-        require("compute.matching", can_compile, "compiled", "loop or auto: no C++ compiler was found")
+    on_gpu = device.type == "cuda"
+    require("compute.precision", config.precision != "tf32" or on_gpu, "tf32", "fp32 or bf16 on a CPU")
+    # cuDNN's own default is tf32: without this, fp32 would not be.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
+    can_compile = on_gpu or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+    if config.matching in ("compiled", "r_operator"):
+        require("compute.matching", can_compile, config.matching, "loop or auto: no C++ compiler was found")
     # Compiling takes about two minutes; eager code does some 2e11 operations a second on two cores, 1e13 on a GPU.
-    eager_seconds = expected_flops / (2e11 if device.type == "cpu" else 1e13)
-    compiled = config.matching == "compiled" or (config.matching == "auto" and can_compile and eager_seconds > 600)
-    return Compute(device, config.precision, compiled)
+    eager_seconds = expected_flops / (1e13 if on_gpu else 2e11)
+    matching = config.matching
+    if matching == "auto":
+        matching = "compiled" if can_compile and eager_seconds > 600 else "loop"
+    # A GPU waits for launches, so it takes all classes at once; a CPU for memory, so it takes one.
+    width = config.classes_per_call or (classes if on_gpu and matching != "loop" else 1)
+    require("compute.classes_per_call", width == 1 or matching != "loop", width, "1 for compute.matching=loop")
+    require("compute.classes_per_call", width <= classes, width, f"at most {classes}")
+    return Compute(device, config.precision, matching, compiled=matching != "loop", classes_per_call=width)
 
 
 def keep_heap_pages() -> bool:

@@ -18,14 +18,11 @@ from hmn.compute import Compute
 from hmn.config import GradientMatchingConfig
 from hmn.containers.base import Container
 from hmn.data import augment
-from hmn.data.datasets import RealData
 from hmn.data.preprocess import Normalise
-from hmn.data.sampling import GroupSampler, per_class
 from hmn.errors import Diverged
-from hmn.networks import Builder, initialise
 from hmn.objectives.gradient import MatchingStep
+from hmn.realside import Choice, RealSide
 from hmn.seeding import generator
-from hmn.training import NetworkUpdate, TrainingStep
 
 SLOT = "condense"
 
@@ -87,112 +84,76 @@ class Report:
 
 
 class Condensation:
-    """One condensation run: its state, its step, and what a checkpoint holds. ``step`` counts matching steps."""
+    """One condensation run: its state, its step, and what a checkpoint holds. ``step`` counts matching steps.
+
+    ``chunk`` classes are decoded and matched at a time: what is computed does not depend on it, the memory does.
+    """
 
     def __init__(
         self,
         container: Container,
-        real: RealData,
+        side: RealSide,
         config: GradientMatchingConfig,
         *,
-        build: Builder,
         match: MatchingStep,
-        train: TrainingStep,
+        normalise: Normalise,
         compute: Compute,
         seed: int,
-        flip: bool,
+        fingerprint: str,
+        chunk: int | None = None,
     ) -> None:
-        self.container, self.real, self.config = container, real, config
-        self.build, self.match, self.train, self.compute, self.seed = build, match, train, compute, seed
-        device = compute.device
-        self.normalise = Normalise(real.mean, real.std, device)
-        self.strategy, self.network_strategy = (
-            strategy if flip else augment.without_flip(strategy)
-            for strategy in (config.strategy, config.network_strategy)
-        )
+        self.container, self.side, self.config, self.match = container, side, config, match
+        self.normalise, self.compute, self.fingerprint = normalise, compute, fingerprint
         self.total_steps = config.outer_steps * config.inner_steps
         self.group = min(config.classes_per_step or container.classes, container.classes)
+        self.chunk = chunk or self.group
         by_class = config.step_policy == "per_class" or self.group < container.classes
         self.optimizer = ContainerOptimizer(container, config, self.total_steps, by_class=by_class)
-        streams = {name: generator(seed, SLOT, name, device=device) for name in ("real", "network", "augment", "rows")}
-        self.generators = {name: streams[name] for name in ("augment", "rows")}
-        self.generators["classes"] = generator(seed, SLOT, "classes")  # on the host: it steers which calls are made
-        self.real_batches = per_class(real.train.labels, real.class_names, config.real_batch, streams["real"])
-        whole = torch.tensor([len(real.train.labels)])
-        self.network_batches = GroupSampler(whole, min(config.network_batch, int(whole)), streams["network"])
+        self.generators = {
+            "rows": generator(seed, SLOT, "rows", device=compute.device),
+            "classes": generator(seed, SLOT, "classes"),  # on the host: it steers which calls are made
+        }
         self.step = 0
         self.seconds = 0.0
         self.curve: dict[int, float] = {}  # accuracy by step
         self.unreported: list[Tensor] = []  # distances per layer of the steps since the last report
-        self._renew_network()
-
-    def _renew_network(self) -> None:
-        network = self.build().to(self.compute.device, memory_format=torch.channels_last)
-        outer = self.step // self.config.inner_steps
-        stream = generator(self.seed, SLOT, "matched_network", outer, device=self.compute.device)
-        self.network = initialise(network, stream)
-        self.update = NetworkUpdate(
-            network,
-            self.train,
-            self.normalise,
-            stream,
-            batch=self.network_batches.batch,
-            lr=self.config.network_lr,
-            momentum=self.config.network_momentum,
-            weight_decay=self.config.network_weight_decay,
-            strategy=self.network_strategy,
-            cutmix=self.config.network_cutmix,
-        )
 
     def run_step(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """One matching step of every class, or of a random group, then the network's update on real images.
+        """One matching step of every class, or of a random group, then the real side's update.
 
         Returns the distance per layer summed over those classes, and the gradient's norm per tier; neither is read.
         """
-        if self.step and self.step % self.config.inner_steps == 0:
-            self._renew_network()
+        self.side.begin(self.step)
         classes = torch.arange(self.container.classes)
         if self.group < len(classes):
             classes = torch.randperm(len(classes), generator=self.generators["classes"])[: self.group].sort().values
         together = self.config.step_policy == "accumulate"
         losses, norms = [], {}
         for group in [classes] if together else classes.split(1):
-            losses.append(self._match(group))
+            losses.append(self._match(group, self.side.choose(group)))
             norms = self._gradient_norms()
             self.optimizer.step(self.step, group)
-        batches = math.ceil(self.config.network_samples / self.update.batch)
-        for _ in range(batches):
-            index = self.network_batches.draw(torch.zeros(1, dtype=torch.int64))[0]
-            self.update(self.real.train.images[index], self.real.train.labels[index])
+        self.side.update(self.side.choose_update())
         self.step += 1
         return torch.stack(losses).sum(0), norms
 
-    def _match(self, classes: Tensor) -> Tensor:
+    def _match(self, classes: Tensor, choice: Choice) -> Tensor:
         """Add to the container the mean gradient over ``classes`` (k,); returns the distances per layer, summed."""
         k, total = len(classes), self.container.images_per_class
-        n, batch = min(self.config.synthetic_batch, total), self.config.real_batch
-        device, stream = self.compute.device, self.generators["augment"]
-        on_device = classes.to(device)
-        drawn = augment.draw(self.strategy, k, self.real.train.images.shape[-1], stream, one_choice=False)
-        real = self.real.train.images[self.real_batches.draw(classes)].flatten(0, 1)
-        real = augment.apply(self.normalise(real), drawn.repeat(batch)).unflatten(0, (k, batch))
-        decoded = self.container.decode(self._rows(on_device, n, total).flatten())
-        synthetic = augment.apply(self.normalise(decoded), drawn.repeat(n)).unflatten(0, (k, n))
-
-        parameters = {name: value.detach() for name, value in self.network.named_parameters()}
-        pixels = synthetic.detach()
-        pixel_gradients, distances = torch.empty_like(pixels), []
-        for position in range(k):
-            label = on_device[position]
-            layers, pixel_gradients[position] = self.match(
-                parameters,
-                real[position].contiguous(memory_format=torch.channels_last),
-                label.expand(batch),
-                pixels[position].contiguous(memory_format=torch.channels_last),
-                label.expand(n),
-            )
+        n = min(self.config.synthetic_batch, total)
+        on_device = classes.to(self.compute.device)
+        drawn = self.side.draw(choice, k)
+        rows = self._rows(on_device, n, total)
+        parameters = self.side.parameters(choice)
+        distances = []
+        for start in range(0, k, self.chunk):
+            part = slice(start, start + self.chunk)
+            real = self.side.real(choice, drawn, part)
+            decoded = self.normalise(self.container.decode(rows[part].flatten()))
+            synthetic = augment.apply(decoded, drawn[part].repeat(n)).unflatten(0, (-1, n))
+            layers, pixel_gradients = self.match(parameters, real, synthetic.detach(), on_device[part])
+            synthetic.backward(pixel_gradients / k)
             distances.append(layers)
-        synthetic.backward(pixel_gradients / k)
         return torch.stack(distances).sum(0)
 
     def _rows(self, classes: Tensor, n: int, total: int) -> Tensor:
@@ -214,13 +175,10 @@ class Condensation:
             "seconds": self.seconds,
             "curve": self.curve,
             "unreported": list(self.unreported),
-            "data": self.real.fingerprint,
+            "data": self.fingerprint,
             "container": self.container.state_dict(),
             "adam": self.optimizer.adam.state_dict(),
-            "update": self.update.state_dict(),
-            "update_generator": self.update.generator.get_state(),
-            "real_batches": self.real_batches.state_dict(),
-            "network_batches": self.network_batches.state_dict(),
+            "side": self.side.state_dict(),
             "generators": {name: stream.get_state() for name, stream in self.generators.items()},
         }
 
@@ -229,10 +187,7 @@ class Condensation:
         self.unreported = [loss.to(self.compute.device) for loss in state["unreported"]]
         self.container.load_state_dict(state["container"])
         self.optimizer.adam.load_state_dict(state["adam"])
-        self.update.load_state_dict(state["update"])
-        self.update.generator.set_state(state["update_generator"])
-        self.real_batches.load_state_dict(state["real_batches"])
-        self.network_batches.load_state_dict(state["network_batches"])
+        self.side.load_state_dict(state["side"])
         for name, value in state["generators"].items():
             self.generators[name].set_state(value)
 

@@ -135,6 +135,20 @@ class ObjectiveConfig:
 
 
 @dataclass(kw_only=True)
+class BankConfig:
+    """Network snapshots with their augmentation draws and real gradients, computed once and shared by many runs."""
+
+    networks: int = 0  # trained from scratch for the bank; 0: no bank, every run trains its own networks
+    snapshots: int = 10  # of each network, spread over its inner_steps
+    seed: int = 0  # its own, so that runs of other seeds share it
+
+    def __post_init__(self) -> None:
+        require("objective.bank.networks", self.networks >= 0, self.networks, "at least 0")
+        require("objective.bank.snapshots", self.snapshots >= 1, self.snapshots, "at least 1")
+        require("objective.bank.seed", self.seed >= 0, self.seed, "at least 0")
+
+
+@dataclass(kw_only=True)
 class GradientMatchingConfig(ObjectiveConfig):
     """IDC's gradient matching (Kim et al., ICML 2022) as HMN uses it."""
 
@@ -158,6 +172,7 @@ class GradientMatchingConfig(ObjectiveConfig):
     network_weight_decay: float = 5e-4
     network_strategy: str = "color_crop"
     network_cutmix: float = 0.5  # probability per batch
+    bank: BankConfig = field(default_factory=BankConfig)
 
     def __post_init__(self) -> None:
         one_of("objective.name", self.name, ("gradient_matching",))
@@ -178,6 +193,9 @@ class GradientMatchingConfig(ObjectiveConfig):
         require("objective.network_weight_decay", decay >= 0, decay, "at least 0")
         for key in ("strategy", "network_strategy"):
             check_strategy(f"objective.{key}", getattr(self, key))
+        snapshots = self.bank.snapshots
+        fits = not self.bank.networks or snapshots <= self.inner_steps
+        require("objective.bank.snapshots", fits, snapshots, f"at most objective.inner_steps={self.inner_steps}")
 
 
 @dataclass(kw_only=True)
@@ -266,17 +284,24 @@ class TrackingConfig:
 @dataclass(kw_only=True)
 class ComputeConfig:
     device: str = unscientific("auto")  # auto, cpu, cuda or cuda:N
-    precision: str = "fp32"  # bf16: convolutions only; statistics, softmax, distances and memories stay fp32
+    # tf32 (CUDA), bf16: convolutions and matrix products; statistics, softmax, distances and memories stay fp32
+    precision: str = "fp32"
     deterministic: bool = unscientific(True)
-    # loop: autograd twice; compiled: one compiled function, for training networks too; auto: by cost
+    # loop: autograd twice; compiled: nested derivatives; r_operator: written out, for ConvNet only; auto: by cost.
+    # All but loop are compiled, and so is the training of networks then.
     matching: str = unscientific("auto")
+    classes_per_call: int | None = unscientific(None)  # of a matching step; null: 1 on a CPU, all on a GPU
+    memory_limit: float | None = unscientific(None)  # GiB: classes are condensed in chunks that fit; null: all at once
     threads: int | None = unscientific(None)  # CPU threads; null: torch's own choice
     keep_heap: bool = unscientific(True)  # Linux: freed memory stays with the process instead of being mapped anew
     checkpoint_every_seconds: float = unscientific(60.0)
 
     def __post_init__(self) -> None:
-        one_of("compute.precision", self.precision, ("fp32", "bf16"))
-        one_of("compute.matching", self.matching, ("auto", "loop", "compiled"))
+        one_of("compute.precision", self.precision, ("fp32", "tf32", "bf16"))
+        one_of("compute.matching", self.matching, ("auto", "loop", "compiled", "r_operator"))
+        width, limit = self.classes_per_call, self.memory_limit
+        require("compute.classes_per_call", width is None or width >= 1, width, "null or at least 1")
+        require("compute.memory_limit", limit is None or limit > 0, limit, "null or positive")
         known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
         require("compute.device", known, self.device, "auto, cpu, cuda or cuda:N")
         require("compute.threads", self.threads is None or self.threads >= 1, self.threads, "null or at least 1")
@@ -288,6 +313,7 @@ class ComputeConfig:
 class PathsConfig:
     runs_dir: str = "runs"
     data_dir: str = "data"
+    cache_dir: str = ".cache"  # compiled functions and snapshot banks: may be removed, is then made again
 
 
 @dataclass(kw_only=True)
@@ -388,7 +414,8 @@ def scientific(config: Config) -> dict[str, Any]:
         for item in dataclasses.fields(section):
             modes = item.metadata.get("modes", MODES)
             if item.metadata.get("scientific", True) and config.mode in modes:
-                values[item.name] = getattr(section, item.name)
+                value = getattr(section, item.name)
+                values[item.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
         return values
 
     sections = {name: kept(getattr(config, name)) for name in SECTIONS[config.mode]}
@@ -396,6 +423,16 @@ def scientific(config: Config) -> dict[str, Any]:
     if config.dataset.kind not in ("folder", "arrays"):
         sections["dataset"].pop("root")  # official data are the same wherever they lie
     return own | sections
+
+
+def bank_identity(config: Config) -> dict[str, Any]:
+    """What the contents of a snapshot bank depend on, as plain values: runs that agree on it share one bank."""
+    objective = config.objective
+    names = ("strategy", "real_batch", "inner_steps", "bank")
+    kept = {k: v for k, v in dataclasses.asdict(objective).items() if k in names or k.startswith("network_")}
+    dataset = scientific(config)["dataset"]
+    network = dataclasses.asdict(config.network)
+    return {"dataset": dataset, "network": network, "objective": kept, "precision": config.compute.precision}
 
 
 def digest(values: dict[str, Any]) -> str:

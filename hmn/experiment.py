@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,22 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from hmn import artifacts, compute, condense, networks, pictures, prune, report, results, tracking
+from hmn import artifacts, bank, compute, condense, networks, pictures, prune, report, results, tracking
 from hmn.artifacts import decode_all
 from hmn.checkpoint import Checkpoints, Stop, atomic_write, clear, exclusive, write_text
-from hmn.config import Config
+from hmn.config import Config, bank_identity, digest
 from hmn.containers.base import storage_floats, tier_floats
 from hmn.containers.fit import fit_real
 from hmn.data import datasets
+from hmn.data.augment import without_flip
 from hmn.data.preprocess import Normalise
 from hmn.data.sampling import random_subset, repeated_subset
 from hmn.errors import ArtifactError, DataError
 from hmn.evaluate import Accuracies, Images, Judge, evaluate, quick_accuracy, recipe_of
-from hmn.objectives.gradient import matching_step
+from hmn.memory import classes_per_chunk
+from hmn.objectives.gradient import MatchingStep, matching_step, real_gradients, stored_step
 from hmn.plan import Plan, make_plan
+from hmn.realside import LiveSide, RealSide
 from hmn.seeding import generator, set_deterministic
 from hmn.training import training_step
 
@@ -50,7 +54,7 @@ def run(plan: Plan, *, command: str, group: str | None) -> dict[str, Any]:
 
 def _work(plan: Plan, folder: Path, stop: Stop, group: str | None) -> dict[str, Any]:
     config = plan.config
-    chosen = compute.choose(config.compute, plan.expected_flops)
+    chosen = compute.choose(config.compute, plan.expected_flops, plan.data.classes)
     set_deterministic(config.compute.deterministic)
     if config.compute.keep_heap:
         compute.keep_heap_pages()
@@ -168,16 +172,28 @@ class Session:
         state = self.checkpoints.load(condense.SLOT)
         if state is None and config.container.init == "fit_real":
             self._fit(container)
+        flip = config.dataset.flip
+        strategy = config.objective.strategy if flip else without_flip(config.objective.strategy)
+        network = self.plan.build().to(self.compute.device)
+        chunk = classes_per_chunk(
+            container,
+            network,
+            config.objective,
+            self.compute,
+            limit=config.compute.memory_limit,
+            strategy=strategy,
+        )
+        side, make_step = self._real_side(strategy, chunk)
         work = condense.Condensation(
             container,
-            self.data,
+            side,
             config.objective,
-            build=self.plan.build,
-            match=matching_step(self.plan.build().to(self.compute.device), config.objective.metric, self.compute),
-            train=self.train_step,
+            match=make_step(network, config.objective.metric, self.compute),
+            normalise=self.judge.normalise,
             compute=self.compute,
             seed=config.seed,
-            flip=config.dataset.flip,
+            fingerprint=self.data.fingerprint,
+            chunk=chunk,
         )
         if state is not None:
             if state["data"] != self.data.fingerprint:
@@ -220,6 +236,38 @@ class Session:
             )
         self._log_grid(container, work.step)
         return work
+
+    def _real_side(self, strategy: str, chunk: int) -> tuple[RealSide, Callable[..., MatchingStep]]:
+        """Networks and real images as the run goes, or from a bank, which is made first if it is missing."""
+        objective, device = self.config.objective, self.compute.device
+
+        def live(seed: int, stream: str) -> LiveSide:
+            return LiveSide(
+                self.data,
+                objective,
+                build=self.plan.build,
+                train=self.train_step,
+                compute=self.compute,
+                seed=seed,
+                flip=self.config.dataset.flip,
+                stream=stream,
+            )
+
+        if not objective.bank.networks:
+            return live(self.config.seed, "condense"), matching_step
+        with self.checkpoints.timed("bank"):
+            paths = bank.build(
+                Path(self.config.paths.cache_dir) / "banks" / digest(bank_identity(self.config)),
+                lambda number: live(objective.bank.seed, f"bank/{number}"),
+                real_gradients(self.plan.build().to(device), self.compute),
+                objective,
+                classes=self.plan.data.classes,
+                fingerprint=self.data.fingerprint,
+                chunk=chunk,
+                stop=self.checkpoints.stop,
+            )
+        size = self.plan.data.image_size
+        return bank.BankSide(paths, objective.bank, strategy, size, device, self.config.seed), stored_step
 
     def _fit(self, container: nn.Module) -> None:
         settings = self.config.container

@@ -22,7 +22,7 @@ from hmn.containers import Storage, hmn_shape, storage, with_preset
 from hmn.containers.base import tier_floats
 from hmn.containers.hierarchical import HierarchicalMemory
 from hmn.data import datasets
-from hmn.objectives.gradient import matching_nested
+from hmn.objectives.gradient import nested
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +81,11 @@ class Plan:
         side = (self.data.channels, self.data.image_size, self.data.image_size)
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
             network = self.build()
-            step = matching_nested(network, objective.metric, Compute(torch.device("cpu")))
+            form = nested(network, objective.metric, Compute(torch.device("cpu")))
             real, synthetic = torch.empty(objective.real_batch, *side), torch.empty(count, *side)
             labels = [torch.zeros(len(images), dtype=torch.int64) for images in (real, synthetic)]
-            step(dict(network.named_parameters()), real, labels[0], synthetic, labels[1])
+            parameters = dict(network.named_parameters())
+            form.match(parameters, form.gradients(parameters, real, labels[0]), synthetic, labels[1])
         return counter.get_total_flops() * min(objective.classes_per_step or self.data.classes, self.data.classes)
 
     @property

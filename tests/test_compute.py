@@ -71,35 +71,35 @@ def test_auto_compiles_what_would_run_for_more_than_ten_minutes(gpus, compilers,
     gpus(1)
     compilers("g++")
     config = ComputeConfig(device=device)
-    assert not choose(config, 0.99 * WORTH_IT[device]).compiled
-    assert choose(config, 1.01 * WORTH_IT[device]).compiled
+    assert not choose(config, 0.99 * WORTH_IT[device], 10).compiled
+    assert choose(config, 1.01 * WORTH_IT[device], 10).compiled
 
 
 @pytest.mark.parametrize("flops", [0.0, 1e20])
 def test_a_choice_other_than_auto_is_kept_whatever_it_costs(compilers, flops: float):
     compilers("clang++")
-    assert not choose(ComputeConfig(device="cpu", matching="loop"), flops).compiled
-    assert choose(ComputeConfig(device="cpu", matching="compiled"), flops).compiled
+    assert not choose(ComputeConfig(device="cpu", matching="loop"), flops, 10).compiled
+    assert choose(ComputeConfig(device="cpu", matching="compiled"), flops, 10).compiled
 
 
 def test_compiling_without_a_compiler_is_refused_and_auto_does_without(compilers):
     compilers()
     with pytest.raises(ConfigError) as raised:
-        choose(ComputeConfig(device="cpu", matching="compiled"), 0)
+        choose(ComputeConfig(device="cpu", matching="compiled"), 0, 10)
     assert str(raised.value) == "compute.matching=compiled: must be loop or auto: no C++ compiler was found"
-    assert not choose(ComputeConfig(device="cpu"), 1e20).compiled
+    assert not choose(ComputeConfig(device="cpu"), 1e20, 10).compiled
 
 
 @pytest.mark.parametrize("name", ["g++", "clang++", "c++"])
 def test_any_of_the_usual_compilers_will_do(compilers, name: str):
     compilers(name)
-    assert choose(ComputeConfig(device="cpu"), 1e20).compiled
+    assert choose(ComputeConfig(device="cpu"), 1e20, 10).compiled
 
 
 def test_a_gpu_needs_no_cpp_compiler(gpus, compilers):
     gpus(1)
     compilers()
-    assert choose(ComputeConfig(device="cuda", matching="compiled"), 0).compiled
+    assert choose(ComputeConfig(device="cuda", matching="compiled"), 0, 10).compiled
 
 
 def test_only_a_compiling_run_wraps_functions(monkeypatch: pytest.MonkeyPatch):
@@ -115,7 +115,7 @@ def test_only_a_compiling_run_wraps_functions(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_precision_is_that_of_convolutions_and_nothing_stored(precision: str, dtype: torch.dtype):
-    chosen = choose(ComputeConfig(device="cpu", precision=precision), 0)
+    chosen = choose(ComputeConfig(device="cpu", precision=precision), 0, 10)
     convolution = torch.nn.Conv2d(1, 1, 3)
     with chosen.autocast():
         assert convolution(torch.ones(1, 1, 4, 4)).dtype == dtype
@@ -126,9 +126,9 @@ def test_the_number_of_threads_is_the_configured_one():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        choose(ComputeConfig(device="cpu", threads=2), 0)
+        choose(ComputeConfig(device="cpu", threads=2), 0, 10)
         assert torch.get_num_threads() == 2
-        choose(ComputeConfig(device="cpu"), 0)  # null leaves it
+        choose(ComputeConfig(device="cpu"), 0, 10)  # null leaves it
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

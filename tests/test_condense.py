@@ -8,6 +8,7 @@ import math
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hmn import condense as condensing
+from hmn import realside
 from hmn.checkpoint import Checkpoints, Stop
 from hmn.compute import Compute
 from hmn.condense import Condensation, ContainerOptimizer, Report, condense, curve_steps, grid_rows
@@ -27,7 +29,8 @@ from hmn.data.sampling import per_class
 from hmn.errors import DataError, Diverged, Interrupted
 from hmn.networks import initialise
 from hmn.networks.convnet import ConvNet
-from hmn.objectives.gradient import matching_loop
+from hmn.objectives.gradient import matching_step
+from hmn.realside import LiveSide
 from hmn.seeding import generator
 from hmn.training import training_step
 
@@ -90,9 +93,16 @@ def build() -> nn.Module:
 
 
 def make_run(settings: GradientMatchingConfig, *, container_seed: int = 0, flip: bool = True, **parts: Any):
-    parts = {"match": matching_loop(build(), settings.metric, CPU), "train": training_step(build(), CPU), **parts}
+    parts = {"match": matching_step(build(), settings.metric, CPU), **parts}
+    side = live_side(settings, flip=flip, train=parts.pop("train", training_step(build(), CPU)))
     container = make_container(container_seed)
-    return Condensation(container, REAL, settings, build=build, compute=CPU, seed=SEED, flip=flip, **parts)
+    shared = {"normalise": side.normalise, "compute": CPU, "seed": SEED, "fingerprint": REAL.fingerprint}
+    return Condensation(container, side, settings, **shared, **parts)
+
+
+def live_side(settings: GradientMatchingConfig, *, flip: bool = True, train: Any = None, seed: int = SEED) -> LiveSide:
+    train = train or training_step(build(), CPU)
+    return LiveSide(REAL, settings, build=build, train=train, compute=CPU, seed=seed, flip=flip)
 
 
 def fresh_network(outer: int) -> nn.Module:
@@ -330,7 +340,7 @@ def test_a_step_is_that_of_a_naive_loop_over_classes(changes: dict[str, Any], mo
     run, oracle = make_run(settings), Oracle(settings)
     recorder = Recorder(run, monkeypatch)
     for _ in range(3):  # across the renewal of the network at 2
-        network = fresh_network(run.step // 2) if run.step % 2 == 0 else copy.deepcopy(run.network)
+        network = fresh_network(run.step // 2) if run.step % 2 == 0 else copy.deepcopy(run.side.network)
         recorder.turns.clear()
         losses, norms = run.run_step()
         expected = []
@@ -427,7 +437,7 @@ def test_without_a_cap_every_image_is_matched_in_order(monkeypatch: pytest.Monke
 
 def test_the_network_is_renewed_every_inner_steps_and_trains_in_between(monkeypatch: pytest.MonkeyPatch):
     matched: list[dict[str, Tensor]] = []
-    match = matching_loop(build(), "mse", CPU)
+    match = matching_step(build(), "mse", CPU)
 
     def watched(parameters: dict[str, Tensor], *batch: Tensor):
         matched.append({name: value.clone() for name, value in parameters.items()})
@@ -436,20 +446,19 @@ def test_the_network_is_renewed_every_inner_steps_and_trains_in_between(monkeypa
     run = make_run(config(outer_steps=3), match=watched)
     for _ in range(6):
         run.run_step()
-    assert len(matched) == 6 * CLASSES
+    assert len(matched) == 6
     for step in range(6):
-        for other in matched[step * CLASSES + 1 : (step + 1) * CLASSES]:
-            assert_same(other, matched[step * CLASSES])  # all classes of a step see one network
         fresh = clone_of(fresh_network(step // 2))
-        untrained = all(torch.equal(value, matched[step * CLASSES][name]) for name, value in fresh.items())
+        untrained = all(torch.equal(value, matched[step][name]) for name, value in fresh.items())
         assert untrained == (step % 2 == 0)
-    assert run.update.optimizer.param_groups[0]["lr"] == 0.01
+    assert run.side.updates.optimizer.param_groups[0]["lr"] == 0.01
 
 
 class Updates:
     """Stands for :class:`NetworkUpdate`: notes the images that a network is shown."""
 
     shown: list[tuple[Tensor, Tensor]]
+    optimizer = SimpleNamespace(state={})
 
     def __init__(self, network: nn.Module, *_: Any, batch: int, **settings: Any) -> None:
         self.batch, self.settings = batch, settings
@@ -466,7 +475,7 @@ def test_a_network_is_updated_until_at_least_network_samples_were_seen(
     monkeypatch: pytest.MonkeyPatch, samples: int, batch: int, updates: int, size: int
 ):
     """ceil(samples / batch), the batch no larger than the training set of 39 images."""
-    monkeypatch.setattr(condensing, "NetworkUpdate", Updates)
+    monkeypatch.setattr(realside, "NetworkUpdate", Updates)
     monkeypatch.setattr(Updates, "shown", [], raising=False)
     run = make_run(config(network_samples=samples, network_batch=batch))
     for _ in range(2):
@@ -475,7 +484,7 @@ def test_a_network_is_updated_until_at_least_network_samples_were_seen(
 
 
 def test_updates_see_real_images_of_all_classes_each_once_in_a_pass(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(condensing, "NetworkUpdate", Updates)
+    monkeypatch.setattr(realside, "NetworkUpdate", Updates)
     monkeypatch.setattr(Updates, "shown", [], raising=False)
     run = make_run(config(network_samples=32, network_batch=8))  # 4 of the 4.9 batches that there are
     index = {image.numpy().tobytes(): position for position, image in enumerate(REAL.train.images)}
@@ -494,13 +503,13 @@ def test_updates_see_real_images_of_all_classes_each_once_in_a_pass(monkeypatch:
 def test_the_updates_follow_the_configuration_and_the_mirror_only_where_it_keeps_the_class(
     monkeypatch: pytest.MonkeyPatch, flip: bool
 ):
-    monkeypatch.setattr(condensing, "NetworkUpdate", Updates)
+    monkeypatch.setattr(realside, "NetworkUpdate", Updates)
     settings = config(strategy="flip_cutout", network_strategy="color_flip", network_lr=0.3, network_cutmix=0.25)
     run = make_run(settings, flip=flip)
-    assert run.strategy == ("flip_cutout" if flip else "cutout")
+    assert run.side.strategy == ("flip_cutout" if flip else "cutout")
     strategy = "color_flip" if flip else "color"
     expected = {"lr": 0.3, "momentum": 0.9, "weight_decay": 5e-4, "strategy": strategy, "cutmix": 0.25}
-    assert run.update.settings == expected
+    assert run.side.updates.settings == expected
 
 
 def test_a_class_with_fewer_images_than_a_real_batch_is_named():
@@ -564,20 +573,19 @@ def test_the_seed_decides_everything_and_another_one_differs():
     runs = [make_run(settings) for _ in range(2)]
     other = Condensation(
         make_container(),
-        REAL,
+        live_side(settings, seed=SEED + 1),
         settings,
-        build=build,
-        match=matching_loop(build(), "mse", CPU),
-        train=training_step(build(), CPU),
+        match=matching_step(build(), "mse", CPU),
+        normalise=runs[0].normalise,
         compute=CPU,
         seed=SEED + 1,
-        flip=True,
+        fingerprint=REAL.fingerprint,
     )
     for run in (*runs, other):
         run.run_step()
     assert_same(runs[0].state_dict(), runs[1].state_dict())
     assert not torch.equal(runs[0].container.instances, other.container.instances)
-    assert not torch.equal(runs[0].network.classifier.weight, other.network.classifier.weight)
+    assert not torch.equal(runs[0].side.network.classifier.weight, other.side.network.classifier.weight)
 
 
 # The whole loop
@@ -727,12 +735,12 @@ def test_rates_count_the_seconds_of_steps_and_not_of_the_curve(tmp_path: Path, m
 
 def spoilt_from(step: int, what: str):
     """A matching step whose distances, pixel gradient or both stop being finite at ``step``."""
-    match, calls = matching_loop(build(), "mse", CPU), [0]
+    match, calls = matching_step(build(), "mse", CPU), [0]
 
     def matching(*arguments: Any) -> tuple[Tensor, Tensor]:
         layers, gradient = match(*arguments)
         calls[0] += 1
-        if calls[0] > (step - 1) * CLASSES:
+        if calls[0] >= step:
             layers = layers * torch.nan if "loss" in what else layers
             gradient = gradient * torch.inf if "gradient" in what else gradient
         return layers, gradient

@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from hmn.config import Config, digest, scientific
+from hmn.config import BankConfig, Config, digest, scientific
 from hmn.errors import ConfigError
 from hmn.plan import Plan, make_plan
 from tests.command import configured
@@ -116,8 +116,10 @@ REFUSED = {
         "device": {
             device: "auto, cpu, cuda or cuda:N" for device in ("tpu", "cuda:", "cuda:x", "cuda:0:1", "cpu:0", "")
         },
-        "precision": {"fp16": "one of fp32, bf16"},
-        "matching": {"fast": "one of auto, loop, compiled"},
+        "precision": {"fp16": "one of fp32, tf32, bf16"},
+        "matching": {"fast": "one of auto, loop, compiled, r_operator"},
+        "classes_per_call": {0: "null or at least 1"},
+        "memory_limit": {0.0: "null or positive"},
         "threads": {0: "null or at least 1"},
         "checkpoint_every_seconds": {-1.0: "at least 0"},
     },
@@ -286,6 +288,7 @@ SCIENCE: dict[str, dict[str, Any]] = {
         "network_weight_decay": 0.1,
         "network_strategy": "none",
         "network_cutmix": 0.1,
+        "bank": BankConfig(networks=7),
     },
     "pruning": {
         "over_budget": 0.2,
@@ -328,11 +331,13 @@ CIRCUMSTANCE: dict[str, dict[str, Any]] = {
         "device": "cpu",
         "deterministic": False,
         "matching": "loop",
+        "classes_per_call": 7,
+        "memory_limit": 7.0,
         "threads": 7,
         "keep_heap": False,
         "checkpoint_every_seconds": 7.0,
     },
-    "paths": {"runs_dir": "/elsewhere", "data_dir": "/elsewhere"},
+    "paths": {"runs_dir": "/elsewhere", "data_dir": "/elsewhere", "cache_dir": "/elsewhere"},
     "plan": {"format": "json"},
 }
 

@@ -41,10 +41,16 @@ class Draw:
 
     def repeat(self, counts: int | Tensor) -> Draw:
         """The draw with image i's parameters repeated ``counts`` times: one siamese draw for a whole group."""
-        grown = {
-            name: value.repeat_interleave(counts, dim=0) for name, value in vars(self).items() if torch.is_tensor(value)
-        }
+        grown = {name: value.repeat_interleave(counts, dim=0) for name, value in self.tensors().items()}
         return Draw(**{**vars(self), **grown})
+
+    def __getitem__(self, part: slice) -> Draw:
+        """The draw of the images ``part``."""
+        return Draw(**{**vars(self), **{name: value[part] for name, value in self.tensors().items()}})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters that the strategy draws; with :func:`drawn`, all it takes to have the draw again."""
+        return {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
 
 
 def operators(strategy: str) -> tuple[str, ...]:
@@ -76,7 +82,7 @@ def draw(strategy: str, n: int, size: int, generator: torch.Generator, *, one_ch
         values["flip"] = uniform(n) < 0.5
     if "color" in names:
         values |= {name: uniform(n) for name in ("brightness", "saturation", "contrast")}
-    geometric = tuple(name for name in GEOMETRIC if name in names)
+    geometric = geometric_of(strategy)
     if geometric:
         shape = (1,) if one_choice else (n,)
         values["chosen"] = torch.randint(len(geometric), shape, generator=generator, device=device).expand(n)
@@ -89,7 +95,16 @@ def draw(strategy: str, n: int, size: int, generator: torch.Generator, *, one_ch
         values["rotate"] = (uniform(n) * 2 - 1) * (MAX_DEGREES * torch.pi / 180)
     if "cutout" in names:
         values["cutout"] = integer(0, size - _cutout_side(size) % 2)
-    return Draw(size=size, geometric=geometric, **values)
+    return drawn(strategy, size, values)
+
+
+def drawn(strategy: str, size: int, tensors: dict[str, Tensor]) -> Draw:
+    """The draw for images of side ``size`` whose :meth:`Draw.tensors` are ``tensors``."""
+    return Draw(size=size, geometric=geometric_of(strategy), **tensors)
+
+
+def geometric_of(strategy: str) -> tuple[str, ...]:
+    return tuple(name for name in GEOMETRIC if name in operators(strategy))
 
 
 def apply(images: Tensor, drawn: Draw) -> Tensor:

@@ -13,89 +13,135 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
-from hmn.compute import Compute
+from hmn.compute import Compute, wide
+from hmn.objectives.distance import Form, Parameters, convolution_weights, distances
+from hmn.objectives.r_operator import r_operator
 
-EPSILON = 1e-6
-
-
-def squared(synthetic: Tensor, real: Tensor) -> Tensor:
-    """``mse``: summed squared difference of one layer's gradients."""
-    return (synthetic - real).square().sum()
-
-
-def absolute(synthetic: Tensor, real: Tensor) -> Tensor:
-    """``l1``: summed absolute difference."""
-    return (synthetic - real).abs().sum()
+# (parameters, real side (k, ...), synthetic (k, n, channels, H, W), labels (k,)) -> distance per layer, summed over the
+# k classes, and pixel gradients (k, n, channels, H, W). The real side are images, or gradients by parameter name.
+MatchingStep = Callable[[Parameters, Tensor | Parameters, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def cosine(synthetic: Tensor, real: Tensor) -> Tensor:
-    """``cosine``: one minus the cosine of every output channel's gradient, summed over output channels."""
-    synthetic, real = synthetic.flatten(1), real.flatten(1)
-    norms = synthetic.norm(dim=1) * real.norm(dim=1)
-    return (1 - (synthetic * real).sum(1) / (norms + EPSILON)).sum()
+def loop(network: nn.Module, metric: str, compute: Compute) -> Form:
+    """Autograd twice: the plain form that every faster one is tested against."""
+
+    def derivatives(parameters: Parameters, images: Tensor, labels: Tensor, *, create_graph: bool) -> Parameters:
+        parameters = {name: value.detach().requires_grad_(value.ndim == 4) for name, value in parameters.items()}
+        weights = convolution_weights(parameters)
+        loss = F.cross_entropy(wide(functional_call(network, parameters, (images,))), labels)
+        found = torch.autograd.grad(loss, list(weights.values()), create_graph=create_graph)
+        return dict(zip(weights, found, strict=True))
+
+    def gradients(parameters: Parameters, images: Tensor, labels: Tensor) -> Parameters:
+        with compute.autocast():
+            return derivatives(parameters, images, labels, create_graph=False)
+
+    def match(parameters: Parameters, targets: Parameters, synthetic: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with compute.autocast():
+            pixels = synthetic.detach().requires_grad_()
+            per_layer = distances(metric, derivatives(parameters, pixels, labels, create_graph=True), targets)
+            (pixel_gradient,) = torch.autograd.grad(per_layer.sum(), pixels)
+        return per_layer.detach(), pixel_gradient
+
+    return Form(gradients, match)
 
 
-METRICS = {"mse": squared, "l1": absolute, "cosine": cosine}
+def nested(network: nn.Module, metric: str, compute: Compute) -> Form:
+    """The same as nested ``torch.func.grad``: one graph with both derivatives, which a compiler can fuse whole."""
 
-Parameters = dict[str, Tensor]
-# (parameters, real images, real labels, synthetic images, synthetic labels) -> distance per layer, pixel gradient
-MatchingStep = Callable[[Parameters, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    def loss(weights: Parameters, others: Parameters, images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(wide(functional_call(network, (weights, others), (images,))), labels)
+
+    def derivatives(parameters: Parameters, images: Tensor, labels: Tensor) -> Parameters:
+        weights = convolution_weights(parameters)
+        others = {name: value for name, value in parameters.items() if name not in weights}
+        return grad(loss)(weights, others, images, labels)
+
+    def gradients(parameters: Parameters, images: Tensor, labels: Tensor) -> Parameters:
+        with compute.autocast():
+            return derivatives(parameters, images, labels)
+
+    def match(parameters: Parameters, targets: Parameters, synthetic: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        def matching(pixels: Tensor) -> tuple[Tensor, Tensor]:
+            per_layer = distances(metric, derivatives(parameters, pixels, labels), targets)
+            return per_layer.sum(), per_layer
+
+        with compute.autocast():
+            pixel_gradient, per_layer = grad(matching, has_aux=True)(synthetic)
+        return per_layer, pixel_gradient
+
+    return Form(gradients, match)
 
 
-def convolution_weights(parameters: Parameters) -> Parameters:
-    """What is matched: the 4-D parameters. Biases, norms (1-D) and the classifier (2-D) do not enter."""
-    return {name: value for name, value in parameters.items() if value.ndim == 4}
+FORMS = {"loop": loop, "compiled": nested, "r_operator": r_operator}
 
 
-def matching_loop(network: nn.Module, metric: str, compute: Compute) -> MatchingStep:
-    """Autograd twice, one class per call: the plain form that every faster one is tested against."""
-    distance = METRICS[metric]
+def matching_step(network: nn.Module, metric: str, compute: Compute) -> MatchingStep:
+    """The step on real images (k, B, channels, H, W), in the form and the number of classes per call of ``compute``.
 
-    def gradients(parameters: Parameters, images: Tensor, labels: Tensor, *, create_graph: bool) -> tuple[Tensor, ...]:
-        loss = F.cross_entropy(functional_call(network, parameters, (images,)).float(), labels)
-        return torch.autograd.grad(loss, list(convolution_weights(parameters).values()), create_graph=create_graph)
+    ``network`` gives the architecture; its own parameters are never read.
+    """
+    form = FORMS[compute.matching](network, metric, compute)
+
+    def one_class(parameters: Parameters, real: Tensor, synthetic: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        targets = form.gradients(parameters, real, label.expand(len(real)))
+        return form.match(parameters, targets, synthetic, label.expand(len(synthetic)))
+
+    return _over_classes(one_class, compute)
+
+
+def stored_step(network: nn.Module, metric: str, compute: Compute) -> MatchingStep:
+    """The step towards gradients that :func:`real_gradients` gave once, {name: (k, ...)}: no real branch."""
+    form = FORMS[compute.matching](network, metric, compute)
+
+    def one_class(
+        parameters: Parameters, targets: Parameters, synthetic: Tensor, label: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return form.match(parameters, targets, synthetic, label.expand(len(synthetic)))
+
+    return _over_classes(one_class, compute)
+
+
+def real_gradients(network: nn.Module, compute: Compute) -> Callable[[Parameters, Tensor, Tensor], Parameters]:
+    """A function of (parameters, images (k, B, ...), labels (k,)): every class's gradients {name: (k, ...)}."""
+    form = FORMS[compute.matching](network, "mse", compute)  # gradients know no metric
+
+    def one_class(parameters: Parameters, real: Tensor, label: Tensor) -> Parameters:
+        return form.gradients(parameters, real, label.expand(len(real)))
+
+    call = compute.maybe_compile(one_class)
+
+    def every_class(parameters: Parameters, real: Tensor, labels: Tensor) -> Parameters:
+        found = [call(parameters, _class(real, k), labels[k]) for k in range(len(labels))]
+        return {name: torch.stack([gradients[name] for gradients in found]) for name in found[0]}
+
+    return every_class
+
+
+def _over_classes(one_class: Callable[..., tuple[Tensor, Tensor]], compute: Compute) -> MatchingStep:
+    """``one_class`` for k classes, ``compute.classes_per_call`` of them in one call: the same numbers either way."""
+    width = compute.classes_per_call
+    if width == 1:
+        call = compute.maybe_compile(one_class)
+    else:
+        # Weights are common to all classes, so forward convolutions stay dense: only weight gradients become per class.
+        call = compute.maybe_compile(torch.vmap(one_class, in_dims=(None, 0, 0, 0)))
 
     def step(
-        parameters: Parameters, real: Tensor, real_labels: Tensor, synthetic: Tensor, synthetic_labels: Tensor
+        parameters: Parameters, real: Tensor | Parameters, synthetic: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
-        with compute.autocast():
-            parameters = {name: value.detach().requires_grad_(value.ndim == 4) for name, value in parameters.items()}
-            pixels = synthetic.detach().requires_grad_()
-            of_real = gradients(parameters, real, real_labels, create_graph=False)
-            of_synthetic = gradients(parameters, pixels, synthetic_labels, create_graph=True)
-            distances = torch.stack([distance(s, r) for s, r in zip(of_synthetic, of_real, strict=True)])
-            (pixel_gradient,) = torch.autograd.grad(distances.sum(), pixels)
-        return distances.detach(), pixel_gradient
+        total, pixel_gradients = None, torch.empty_like(synthetic)
+        for start in range(0, len(labels), width):
+            part = start if width == 1 else slice(start, start + width)
+            layers, pixel_gradients[part] = call(parameters, _class(real, part), _class(synthetic, part), labels[part])
+            layers = layers if width == 1 else layers.sum(0)
+            total = layers if total is None else total + layers
+        return total, pixel_gradients
 
     return step
 
 
-def matching_nested(network: nn.Module, metric: str, compute: Compute) -> MatchingStep:
-    """The same step as nested ``torch.func.grad``: one graph with both derivatives, which a compiler can fuse whole."""
-    distance = METRICS[metric]
-
-    def loss(weights: Parameters, others: Parameters, images: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(network, (weights, others), (images,)).float(), labels)
-
-    def step(
-        parameters: Parameters, real: Tensor, real_labels: Tensor, synthetic: Tensor, synthetic_labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        weights = convolution_weights(parameters)
-        others = {name: value for name, value in parameters.items() if name not in weights}
-        with compute.autocast():
-            of_real = grad(loss)(weights, others, real, real_labels)
-
-            def matching(pixels: Tensor) -> tuple[Tensor, Tensor]:
-                of_synthetic = grad(loss)(weights, others, pixels, synthetic_labels)
-                distances = torch.stack([distance(of_synthetic[name], of_real[name]) for name in weights])
-                return distances.sum(), distances
-
-            pixel_gradient, distances = grad(matching, has_aux=True)(synthetic)
-        return distances, pixel_gradient
-
-    return compute.maybe_compile(step)
-
-
-def matching_step(network: nn.Module, metric: str, compute: Compute) -> MatchingStep:
-    """The fastest form for ``compute``. ``network`` gives the architecture; its own parameters are never read."""
-    return (matching_nested if compute.compiled else matching_loop)(network, metric, compute)
+def _class(values: Tensor | Parameters, part: int | slice) -> Tensor | Parameters:
+    if isinstance(values, dict):
+        return {name: value[part] for name, value in values.items()}
+    return values[part].contiguous(memory_format=torch.channels_last) if isinstance(part, int) else values[part]

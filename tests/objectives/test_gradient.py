@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hmn.compute import Compute
+from hmn.errors import ConfigError
 from hmn.networks import initialise
 from hmn.networks.convnet import ConvNet
-from hmn.objectives.gradient import METRICS, convolution_weights, matching_loop, matching_nested, matching_step
+from hmn.objectives.distance import METRICS, convolution_weights
+from hmn.objectives.gradient import FORMS, matching_step, real_gradients, stored_step
 
 CPU = Compute(torch.device("cpu"))
-FORMS = {"loop": matching_loop, "nested": matching_nested}
+ANY_NETWORK = [form for form in FORMS if form != "r_operator"]  # that one is written for ConvNet
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -37,6 +39,14 @@ def batches(dtype: torch.dtype = torch.float64, *, channels: int = 3, real: int 
     images = [torch.randn(n, channels, 8, 8, generator=stream).to(dtype) for n in (real, synthetic)]
     labels = [torch.randint(5, (n,), generator=stream) for n in (real, synthetic)]
     return images[0], labels[0], images[1], labels[1]
+
+
+def one_class(form: str, network: nn.Module, metric: str, compute: Compute = CPU):
+    """The step as a function of (parameters, real, real labels, synthetic, synthetic labels)."""
+    gradients, match = FORMS[form](network, metric, compute)
+    return lambda parameters, real, labels, *synthetic: match(
+        parameters, gradients(parameters, real, labels), *synthetic
+    )
 
 
 # Metrics
@@ -80,10 +90,7 @@ def test_only_the_three_convolution_weights_of_convnet_d3_are_matched():
 
 
 def oracle(network: nn.Module, metric: str, real: Tensor, real_labels: Tensor, synthetic: Tensor, labels: Tensor):
-    """IDC's loss by plain autograd through the module itself: all parameters' gradients, the convolutions' distance.
-
-    The cross entropy takes fp32 logits, as the step's does.
-    """
+    """IDC's loss by plain autograd through the module itself: all parameters' gradients, the convolutions' distance."""
 
     def distance(s: Tensor, r: Tensor) -> Tensor:
         if metric == "mse":
@@ -96,7 +103,7 @@ def oracle(network: nn.Module, metric: str, real: Tensor, real_labels: Tensor, s
         return sum(parts)
 
     def gradients(images: Tensor, labels: Tensor) -> list[Tensor]:
-        loss = F.cross_entropy(network(images).float(), labels)
+        loss = F.cross_entropy(network(images), labels)
         found = torch.autograd.grad(loss, list(network.parameters()), create_graph=True)
         layers = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
         wanted = {id(layer.weight) for layer in layers}
@@ -114,7 +121,7 @@ def oracle(network: nn.Module, metric: str, real: Tensor, real_labels: Tensor, s
 def test_distance_per_layer_and_pixel_gradient_are_those_of_plain_autograd(form, metric):
     network, batch = convnet(), batches()
     expected, expected_gradient = oracle(network, metric, *batch)
-    layers, gradient = FORMS[form](network, metric, CPU)(parameters_of(network), *batch)
+    layers, gradient = one_class(form, network, metric)(parameters_of(network), *batch)
     assert layers.shape == (3,)
     assert gradient.shape == (4, 3, 8, 8)
     torch.testing.assert_close(layers, expected, rtol=1e-9, atol=1e-9)
@@ -122,21 +129,11 @@ def test_distance_per_layer_and_pixel_gradient_are_those_of_plain_autograd(form,
     assert gradient.abs().amax((1, 2, 3)).min() > 1e-4  # far above the tolerance, for every image
 
 
-@pytest.mark.parametrize("metric", METRICS)
-def test_the_nested_form_equals_the_loop(metric):
-    network, batch = convnet(width=6, depth=2), batches()
-    parameters = parameters_of(network)
-    loop = matching_loop(network, metric, CPU)(parameters, *batch)
-    nested = matching_nested(network, metric, CPU)(parameters, *batch)
-    for a, b in zip(loop, nested, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
-
-
 @pytest.mark.parametrize("metric", ["mse", "l1"])
 @pytest.mark.parametrize("form", FORMS)
 def test_the_distance_of_a_batch_to_itself_is_zero(form, metric):
     network, (real, labels, _, _) = convnet(), batches()
-    layers, gradient = FORMS[form](network, metric, CPU)(parameters_of(network), real, labels, real.clone(), labels)
+    layers, gradient = one_class(form, network, metric)(parameters_of(network), real, labels, real.clone(), labels)
     assert layers.abs().max() < 1e-9
     if metric == "mse":
         assert gradient.abs().max() < 1e-9
@@ -146,7 +143,7 @@ def test_the_distance_of_a_batch_to_itself_is_zero(form, metric):
 def test_the_distance_does_not_depend_on_the_order_or_repetition_of_images(form):
     network, (real, labels, _, _) = convnet(), batches()
     order = torch.tensor([3, 0, 6, 1, 5, 2, 4] * 2)  # the loss is a mean: twice every image is the same batch
-    layers, _ = FORMS[form](network, "mse", CPU)(parameters_of(network), real, labels, real[order], labels[order])
+    layers, _ = one_class(form, network, "mse")(parameters_of(network), real, labels, real[order], labels[order])
     assert layers.abs().max() < 1e-9
 
 
@@ -157,7 +154,7 @@ def test_a_gradient_that_only_the_classifier_has_does_not_enter(form):
     parameters = parameters_of(network)
     parameters["body.9.weight"].zero_()  # the last norm
     parameters["body.9.bias"].fill_(-1)
-    layers, _ = FORMS[form](network, "l1", CPU)(parameters, real, labels, synthetic, torch.zeros(4, dtype=torch.int64))
+    layers, _ = one_class(form, network, "l1")(parameters, real, labels, synthetic, torch.zeros(4, dtype=torch.int64))
     assert layers.tolist() == [0, 0, 0]
 
 
@@ -178,13 +175,13 @@ class Smooth(nn.Module):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ANY_NETWORK)
 def test_pixel_gradient_agrees_with_finite_differences(form, metric):
     network = initialise(Smooth(), generator(2)).double()
     stream = generator(3)
     real, synthetic = (torch.randn(2, 1, 8, 8, generator=stream, dtype=torch.float64) for _ in range(2))
     labels = torch.tensor([0, 2])
-    step = partial(FORMS[form](network, metric, CPU), parameters_of(network), real, labels)
+    step = partial(one_class(form, network, metric), parameters_of(network), real, labels)
     _, gradient = step(synthetic, labels)
     direction = torch.randn(synthetic.shape, generator=stream, dtype=torch.float64)
 
@@ -204,11 +201,11 @@ def test_pixel_gradient_agrees_with_finite_differences(form, metric):
 def test_the_network_gives_the_architecture_only(form):
     network, batch = convnet(), batches()
     parameters = parameters_of(network)
-    before = FORMS[form](network, "mse", CPU)(parameters, *batch)
+    before = one_class(form, network, "mse")(parameters, *batch)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.fill_(torch.nan)
-    after = FORMS[form](network, "mse", CPU)(parameters, *batch)
+    after = one_class(form, network, "mse")(parameters, *batch)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert all(parameter.grad is None and parameter.isnan().all() for parameter in network.parameters())
 
@@ -218,7 +215,7 @@ def test_nothing_that_a_step_is_given_changes_and_nothing_it_returns_is_attached
     network, batch = convnet(), batches()
     parameters = parameters_of(network)
     kept, kept_batch = {name: value.clone() for name, value in parameters.items()}, [part.clone() for part in batch]
-    returned = FORMS[form](network, "mse", CPU)(parameters, *batch)
+    returned = one_class(form, network, "mse")(parameters, *batch)
     assert all(torch.equal(value, kept[name]) for name, value in parameters.items())
     assert all(torch.equal(part, other) for part, other in zip(batch, kept_batch, strict=True))
     assert not any(value.requires_grad for value in (*parameters.values(), *batch, *returned))
@@ -229,9 +226,9 @@ def test_nothing_that_a_step_is_given_changes_and_nothing_it_returns_is_attached
 def test_bf16_is_finite_and_points_where_fp32_does(form, metric):
     network, batch = convnet(torch.float32, width=8, depth=2), batches(torch.float32, real=32, synthetic=8)
     parameters = parameters_of(network)
-    exact, exact_gradient = FORMS[form](network, metric, CPU)(parameters, *batch)
+    exact, exact_gradient = one_class(form, network, metric)(parameters, *batch)
     bf16 = Compute(torch.device("cpu"), precision="bf16")
-    layers, gradient = FORMS[form](network, metric, bf16)(parameters, *batch)
+    layers, gradient = one_class(form, network, metric, bf16)(parameters, *batch)
     assert layers.dtype == gradient.dtype == torch.float32
     assert layers.isfinite().all() and gradient.isfinite().all()
     assert not torch.equal(gradient, exact_gradient)  # the convolutions did run in another precision
@@ -239,19 +236,72 @@ def test_bf16_is_finite_and_points_where_fp32_does(form, metric):
     torch.testing.assert_close(layers, exact, rtol=0.1, atol=0)
 
 
-def test_a_run_that_does_not_compile_takes_the_loop(monkeypatch):
-    monkeypatch.setattr("hmn.objectives.gradient.matching_loop", lambda *_: "loop")
-    monkeypatch.setattr("hmn.objectives.gradient.matching_nested", lambda *_: "nested")
-    taken = [matching_step(convnet(), "mse", Compute(torch.device("cpu"), compiled=flag)) for flag in (False, True)]
-    assert taken == ["loop", "nested"]
+# All classes of a step
+
+
+def classes(depth: int, size: int, *, dtype: torch.dtype = torch.float64, k: int = 3):
+    """Parameters of a ConvNet with norms that do something, and (real, synthetic, labels) of k classes."""
+    stream = generator(4)
+    network = initialise(ConvNet(3, 5, size, width=4, depth=depth), stream).to(dtype)
+    for module in network.modules():
+        if isinstance(module, nn.GroupNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5, generator=stream)
+            nn.init.uniform_(module.bias, -0.3, 0.3, generator=stream)
+    real, synthetic = (torch.randn(k, n, 3, size, size, generator=stream).to(dtype) for n in (5, 4))
+    return network, parameters_of(network), real, synthetic, torch.tensor([3, 0, 4][:k])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("depth", "size"), [(3, 8), (4, 16), (2, 7), (3, 28)])  # 7: a side that pooling cuts off
+@pytest.mark.parametrize("per_call", [1, 2, 3])
+@pytest.mark.parametrize("form", ["compiled", "r_operator"])
+def test_every_form_and_number_of_classes_per_call_equals_the_loop(form, per_call, depth, size, metric):
+    network, parameters, real, synthetic, labels = classes(depth, size)
+    layers, gradient = matching_step(network, metric, CPU)(parameters, real, synthetic, labels)
+    assert layers.shape == (depth,) and gradient.shape == synthetic.shape
+    compute = Compute(torch.device("cpu"), matching=form, classes_per_call=per_call)
+    found = matching_step(network, metric, compute)(parameters, real, synthetic, labels)
+    torch.testing.assert_close(found[0], layers, rtol=1e-9, atol=0)
+    torch.testing.assert_close(found[1], gradient, rtol=0, atol=1e-9 * float(gradient.abs().max()))
+
+
+def test_the_loop_over_classes_is_one_oracle_per_class():
+    network, parameters, real, synthetic, labels = classes(3, 8)
+    layers, gradient = matching_step(network, "mse", CPU)(parameters, real, synthetic, labels)
+    one_by_one = [
+        oracle(network, "mse", real[k], labels[k].expand(5), synthetic[k], labels[k].expand(4)) for k in range(3)
+    ]
+    torch.testing.assert_close(layers, sum(found[0] for found in one_by_one), rtol=1e-9, atol=0)
+    torch.testing.assert_close(gradient, torch.stack([found[1] for found in one_by_one]), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("per_call", [1, 3])
+@pytest.mark.parametrize("form", FORMS)
+def test_stored_gradients_give_the_step_of_the_images_they_were_taken_on(form, per_call):
+    network, parameters, real, synthetic, labels = classes(3, 8)
+    compute = Compute(torch.device("cpu"), matching=form, classes_per_call=1 if form == "loop" else per_call)
+    stored = real_gradients(network, compute)(parameters, real, labels)
+    assert {name: tuple(value.shape) for name, value in stored.items()} == {
+        name: (3, *value.shape) for name, value in convolution_weights(parameters).items()
+    }
+    found = stored_step(network, "cosine", compute)(parameters, stored, synthetic, labels)
+    expected = matching_step(network, "cosine", CPU)(parameters, real, synthetic, labels)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_the_written_out_form_is_refused_for_another_network():
+    with pytest.raises(ConfigError, match="compute.matching=r_operator: must be loop or compiled for Smooth"):
+        FORMS["r_operator"](Smooth(), "mse", CPU)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler")
-def test_the_compiled_step_equals_the_loop():
-    network, batch = convnet(torch.float32, depth=1), batches(torch.float32)
-    parameters = parameters_of(network)
-    layers, gradient = matching_loop(network, "mse", CPU)(parameters, *batch)
-    compiled = matching_step(network, "mse", Compute(torch.device("cpu"), compiled=True))(parameters, *batch)
-    torch.testing.assert_close(compiled[0], layers, rtol=1e-4, atol=0)
-    torch.testing.assert_close(compiled[1], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
+@pytest.mark.parametrize(("form", "per_call"), [("compiled", 1), ("r_operator", 1), ("r_operator", 2)])
+def test_a_compiled_step_equals_the_loop(form, per_call):
+    network, parameters, real, synthetic, labels = classes(1, 8, dtype=torch.float32, k=2)
+    layers, gradient = matching_step(network, "mse", CPU)(parameters, real, synthetic, labels)
+    compute = Compute(torch.device("cpu"), matching=form, compiled=True, classes_per_call=per_call)
+    found = matching_step(network, "mse", compute)(parameters, real, synthetic, labels)
+    torch.testing.assert_close(found[0], layers, rtol=1e-4, atol=0)
+    torch.testing.assert_close(found[1], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))

@@ -1,0 +1,153 @@
+"""The snapshot bank: matched networks, augmentation draws and real gradients kept on disk and shared by many runs.
+
+Where every run trains its own networks on real images and takes its own real gradients, a bank holds those of a fixed
+number of steps. A run that reads it has neither a real branch nor network updates, and sees each snapshot again and
+again: a different algorithm, cheaper per step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from hmn.checkpoint import Stop, atomic_write, exclusive
+from hmn.config import BankConfig, GradientMatchingConfig
+from hmn.data import augment
+from hmn.errors import ArtifactError
+from hmn.objectives.distance import Parameters
+from hmn.realside import Choice, LiveSide
+from hmn.seeding import generator
+
+# (parameters, images (k, B, channels, H, W), labels (k,)) -> gradients {name: (k, ...)}
+RealGradients = Callable[[Parameters, Tensor, Tensor], Parameters]
+
+
+def snapshot_steps(snapshots: int, inner_steps: int) -> list[int]:
+    """The steps of a network's life, from 0, whose state is kept: evenly spread, the untrained network first."""
+    return [position * inner_steps // snapshots for position in range(snapshots)]
+
+
+def build(
+    folder: Path,
+    live: Callable[[int], LiveSide],
+    gradients: RealGradients,
+    config: GradientMatchingConfig,
+    *,
+    classes: int,
+    fingerprint: str,
+    chunk: int,
+    stop: Stop,
+) -> list[Path]:
+    """One file per network of the bank in ``folder``; those that are there already stay, so it can be stopped.
+
+    ``live(n)`` makes the real side of network n, with random streams of its own. ``chunk`` classes go through
+    ``gradients`` at once. Raises ``ArtifactError`` for a file made on other images.
+    """
+    paths = [folder / f"network-{number:04d}.safetensors" for number in range(config.bank.networks)]
+    with exclusive(folder, wait=True):
+        missing = [number for number, path in enumerate(paths) if not path.exists()]
+        for number in tqdm(missing, desc="snapshot bank", unit="network", disable=not missing):
+            tensors = _record(live(number), gradients, config, classes, chunk, stop)
+            with atomic_write(paths[number]) as temporary:
+                save_file(tensors, temporary, metadata={"data": fingerprint})
+    for path in paths:
+        with safe_open(path, "pt") as kept:
+            if kept.metadata()["data"] != fingerprint:
+                raise ArtifactError(f"{path}: made on other images; remove {folder}, it is then made anew")
+    return paths
+
+
+def _record(
+    side: LiveSide, gradients: RealGradients, config: GradientMatchingConfig, classes: int, chunk: int, stop: Stop
+) -> dict[str, Tensor]:
+    every_class = torch.arange(classes)
+    due = snapshot_steps(config.bank.snapshots, config.inner_steps)
+    tensors: dict[str, Tensor] = {}
+    side.begin(0)
+    for step in range(due[-1] + 1):
+        stop.check("the snapshot bank keeps its finished networks; the same command goes on from there")
+        if step in due:
+            choice = side.choose(every_class)
+            parameters, drawn = side.parameters(choice), side.draw(choice, classes)
+            parts = []
+            for start in range(0, classes, chunk):
+                part = slice(start, start + chunk)
+                labels = every_class[part].to(side.labels.device)
+                parts.append(gradients(parameters, side.real(choice, drawn, part), labels))
+            head = f"{due.index(step)}"
+            tensors |= {f"{head}/parameters/{name}": value.clone() for name, value in parameters.items()}
+            for name in parts[0]:
+                tensors[f"{head}/gradients/{name}"] = torch.cat([part[name] for part in parts])
+            tensors |= {f"{head}/draw/{name}": value for name, value in drawn.tensors().items()}
+        side.update(side.choose_update())
+    return {name: value.contiguous().cpu() for name, value in tensors.items()}
+
+
+class BankSide:
+    """The real side read from a bank: every step takes the next snapshot of a random order, pass after pass."""
+
+    def __init__(
+        self, paths: list[Path], config: BankConfig, strategy: str, size: int, device: torch.device, seed: int
+    ) -> None:
+        self.paths, self.snapshots, self.device = paths, config.snapshots, device
+        self.strategy, self.size = strategy, size
+        self.choosing = generator(seed, "condense", "bank")  # on the host: it decides what is read
+        self.order = torch.empty(0, dtype=torch.int64)
+        self.position = 0
+        self.current: dict[str, Tensor] = {}
+
+    def begin(self, step: int) -> None:
+        if self.position == len(self.order):
+            self.order = torch.randperm(len(self.paths) * self.snapshots, generator=self.choosing)
+            self.position = 0
+        network, snapshot = divmod(int(self.order[self.position]), self.snapshots)
+        self.position += 1
+        head = f"{snapshot}/"
+        with safe_open(self.paths[network], "pt", device=str(self.device)) as kept:
+            self.current = {
+                name.removeprefix(head): kept.get_tensor(name)
+                for name in kept.keys()  # noqa: SIM118
+                if name.startswith(head)
+            }
+
+    def choose(self, classes: Tensor) -> Choice:
+        classes = classes.to(self.device)
+        return {
+            name: value if name.startswith("parameters/") else value[classes] for name, value in self.current.items()
+        }
+
+    def parameters(self, choice: Choice) -> Parameters:
+        return _under("parameters", choice)
+
+    def draw(self, choice: Choice, count: int) -> augment.Draw:
+        return augment.drawn(self.strategy, self.size, _under("draw", choice))
+
+    def real(self, choice: Choice, drawn: augment.Draw, part: slice) -> Parameters:
+        return {name: value[part] for name, value in _under("gradients", choice).items()}
+
+    def choose_update(self) -> Choice:
+        return {}
+
+    def update(self, choice: Choice) -> None:
+        pass
+
+    def generators(self) -> list[torch.Generator]:
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"choosing": self.choosing.get_state(), "order": self.order, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.choosing.set_state(state["choosing"])
+        self.order, self.position = state["order"], state["position"]
+
+
+def _under(head: str, choice: Choice) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{head}/"): value for name, value in choice.items() if name.startswith(f"{head}/")}

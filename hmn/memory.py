@@ -1,0 +1,85 @@
+"""How many classes a condensing step can take at once within a memory limit, estimated before the first step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from hmn.compute import Compute
+from hmn.config import GradientMatchingConfig, require
+from hmn.containers.base import Container
+from hmn.data import augment
+from hmn.objectives.gradient import loop
+
+FLOAT = 4
+# What allocators hold beyond the tensors alive at once; from the measured table of benchmarks/memory.py.
+SLACK = 1.3
+
+
+def saved_bytes(function: Callable[[], object], owned: list[Tensor]) -> int:
+    """Bytes that autograd keeps for a backward pass through ``function``, the tensors ``owned`` aside."""
+    storages = {tensor.untyped_storage().data_ptr() for tensor in owned}
+    alive = []  # an address means nothing once its tensor is freed
+
+    def pack(tensor: Tensor) -> Tensor:
+        alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()
+    kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}
+    del result
+    return sum(size for address, size in kept.items() if address not in storages)
+
+
+def decoding_bytes(container: Container, strategy: str) -> int:
+    """Kept for one synthetic image between decoding and its backward pass, augmentation included."""
+    size = container.shape.image_size
+    index = torch.arange(2, device=next(container.parameters()).device)
+    drawn = augment.draw(strategy, 2, size, torch.Generator(index.device).manual_seed(0))
+    kept = saved_bytes(lambda: augment.apply(container.decode(index), drawn), list(container.parameters()))
+    return kept // 2
+
+
+def matching_bytes(network: nn.Module, pixels: tuple[int, int, int], metric: str) -> int:
+    """Kept for one synthetic image inside the matching step of its class, by the plain loop: an upper bound."""
+    parameters = {name: value.detach() for name, value in network.named_parameters()}
+    device = next(iter(parameters.values())).device
+    images, labels = torch.randn(2, *pixels, device=device), torch.zeros(2, dtype=torch.int64, device=device)
+    form = loop(network, metric, Compute(device))
+    targets = form.gradients(parameters, images, labels)
+    return saved_bytes(lambda: form.match(parameters, targets, images, labels), list(parameters.values())) // 2
+
+
+def classes_per_chunk(
+    container: Container,
+    network: nn.Module,
+    config: GradientMatchingConfig,
+    compute: Compute,
+    *,
+    limit: float | None,
+    strategy: str,
+) -> int:
+    """The most classes per chunk that stay under ``limit`` GiB, as small as one: what is computed is the same.
+
+    ``None`` takes all classes of a step at once. Raises ``ConfigError`` with the least limit if one does not fit.
+    """
+    group = min(config.classes_per_step or container.classes, container.classes)
+    if limit is None:
+        return group
+    shape = container.shape
+    pixels = (shape.channels, shape.image_size, shape.image_size)
+    synthetic = min(config.synthetic_batch, container.images_per_class)
+    image = FLOAT * math.prod(pixels)
+    # Of each class in a chunk: its graph of decoding, and about four copies of every image on its way to the step.
+    per_class = synthetic * decoding_bytes(container, strategy) + 4 * (config.real_batch + synthetic) * image
+    in_step = synthetic * matching_bytes(network, pixels, config.metric) * min(compute.classes_per_call, group)
+    free = limit * 2**30 - compute.current_bytes() - SLACK * in_step
+    least = (compute.current_bytes() + SLACK * (in_step + per_class)) / 2**30
+    chunk = int(free / (SLACK * per_class))
+    hint = f"at least {least:.1f}: one class needs that; or lower objective.synthetic_batch or compute.classes_per_call"
+    require("compute.memory_limit", chunk >= 1, limit, hint)
+    return min(chunk, group)
