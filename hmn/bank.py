@@ -102,20 +102,27 @@ class BankSide:
         self.order = torch.empty(0, dtype=torch.int64)
         self.position = 0
         self.current: dict[str, Tensor] = {}
+        self.resident: dict[int, dict[str, Tensor]] = {}
 
     def begin(self, step: int) -> None:
         if self.position == len(self.order):
             self.order = torch.randperm(len(self.paths) * self.snapshots, generator=self.choosing)
             self.position = 0
-        network, snapshot = divmod(int(self.order[self.position]), self.snapshots)
+        number = int(self.order[self.position])
         self.position += 1
+        if number not in self.resident:
+            # A CPU reads through the system's file cache; a GPU keeps what it has once read.
+            self.current = self._read(*divmod(number, self.snapshots))
+            if self.device.type == "cuda":
+                self.resident[number] = self.current
+        else:
+            self.current = self.resident[number]
+
+    def _read(self, network: int, snapshot: int) -> dict[str, Tensor]:
         head = f"{snapshot}/"
         with safe_open(self.paths[network], "pt", device=str(self.device)) as kept:
-            self.current = {
-                name.removeprefix(head): kept.get_tensor(name)
-                for name in kept.keys()  # noqa: SIM118
-                if name.startswith(head)
-            }
+            names = [name for name in kept.keys() if name.startswith(head)]  # noqa: SIM118
+            return {name.removeprefix(head): kept.get_tensor(name) for name in names}
 
     def choose(self, classes: Tensor) -> Choice:
         classes = classes.to(self.device)
@@ -139,6 +146,9 @@ class BankSide:
         pass
 
     def generators(self) -> list[torch.Generator]:
+        return []
+
+    def state_tensors(self) -> list[Tensor]:
         return []
 
     def state_dict(self) -> dict[str, Any]:

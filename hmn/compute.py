@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +32,9 @@ class Compute:
 
     def maybe_compile(self, function: Callable) -> Callable:
         """``function`` compiled for its fixed input shapes, where this run compiles."""
-        return torch.compile(function, fullgraph=True, dynamic=False) if self.compiled else function
+        if not self.compiled:
+            return function
+        return _timed_once(torch.compile(function, fullgraph=True, dynamic=False))
 
     def peak_bytes(self) -> int:
         if self.device.type == "cuda":
@@ -51,6 +56,30 @@ class Compute:
 def wide(tensor: Tensor) -> Tensor:
     """In fp32 at least: what autocast made bf16 before it is summed or exponentiated."""
     return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+
+
+compile_seconds: list[float] = []  # the first call of every compiled function of this process, one execution included
+
+
+def _timed_once(function: Callable) -> Callable:
+    called = False
+
+    def call(*arguments: Any) -> Any:
+        nonlocal called
+        if called:
+            return function(*arguments)
+        start = time.monotonic()
+        result = function(*arguments)
+        compile_seconds.append(time.monotonic() - start)
+        called = True
+        return result
+
+    return call
+
+
+def keep_compiled(folder: Path) -> None:
+    """Keep what torch.compile makes in ``folder``, for later runs; call it before anything is compiled."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.absolute()))
 
 
 def device_of(config: ComputeConfig) -> torch.device:

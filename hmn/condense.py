@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from hmn.capture import Replay, optimizer_tensors
 from hmn.checkpoint import Checkpoints
 from hmn.compute import Compute
 from hmn.config import GradientMatchingConfig
@@ -54,13 +55,25 @@ class ContainerOptimizer:
                     members.append(parameter)
             groups.append({"params": members, "lr": lr, "initial_lr": lr})
         self.parameters = [parameter for tier in container.tiers().values() for parameter in tier]
-        self.adam = torch.optim.Adam(groups, betas=(config.beta1, config.beta2), eps=1e-8)
+        # A recorded step reads its rates from the device.
+        self.on_gpu = self.parameters[0].is_cuda
+        if self.on_gpu:
+            for group in groups:
+                group["lr"] = torch.tensor(group["lr"], device=self.parameters[0].device)
+        self.adam = torch.optim.Adam(groups, betas=(config.beta1, config.beta2), eps=1e-8, capturable=self.on_gpu)
 
-    def step(self, done: int, classes: Tensor) -> None:
-        """Apply the gradients of ``classes`` (k,), ``done`` steps into the run, then clear them."""
+    def set_rates(self, done: int) -> None:
+        """The rates ``done`` steps into the run."""
         decay = self.final + (1 - self.final) * (1 + math.cos(math.pi * done / self.total_steps)) / 2
         for group in self.adam.param_groups:
-            group["lr"] = group["initial_lr"] * decay
+            rate = group["initial_lr"] * decay
+            if self.on_gpu:
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def step(self, classes: Tensor) -> None:
+        """Apply the gradients of ``classes`` (k,), which lie on the host, then clear them."""
         taking_part = set(classes.tolist()) if self.rows else set()
         for parameter, rows in self.rows:
             for index, row in enumerate(rows):
@@ -68,6 +81,19 @@ class ContainerOptimizer:
         self.adam.step()
         for parameter in self.parameters:
             parameter.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self.adam.state_dict()
+        groups = [{**group, "lr": float(group["lr"]), "capturable": False} for group in state["param_groups"]]
+        return {**state, "param_groups": groups}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        rates = [group["lr"] for group in self.adam.param_groups]
+        groups = [{**group, "capturable": self.on_gpu} for group in state["param_groups"]]
+        self.adam.load_state_dict({**state, "param_groups": groups})
+        if self.on_gpu:
+            for group, rate in zip(self.adam.param_groups, rates, strict=True):
+                group["lr"] = rate.fill_(group["lr"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +143,11 @@ class Condensation:
         self.seconds = 0.0
         self.curve: dict[int, float] = {}  # accuracy by step
         self.unreported: list[Tensor] = []  # distances per layer of the steps since the last report
+        # What the host decides within a step cannot be recorded: which rows of the container are stepped.
+        self.replay = None
+        if compute.device.type == "cuda" and not by_class:
+            generators = [self.generators["rows"], *side.generators()]
+            self.replay = Replay(self._whole_step, self._state_tensors, generators)
 
     def run_step(self) -> tuple[Tensor, dict[str, Tensor]]:
         """One matching step of every class, or of a random group, then the real side's update.
@@ -124,24 +155,45 @@ class Condensation:
         Returns the distance per layer summed over those classes, and the gradient's norm per tier; neither is read.
         """
         self.side.begin(self.step)
+        self.optimizer.set_rates(self.step)
         classes = torch.arange(self.container.classes)
         if self.group < len(classes):
             classes = torch.randperm(len(classes), generator=self.generators["classes"])[: self.group].sort().values
-        together = self.config.step_policy == "accumulate"
-        losses, norms = [], {}
-        for group in [classes] if together else classes.split(1):
-            losses.append(self._match(group, self.side.choose(group)))
-            norms = self._gradient_norms()
-            self.optimizer.step(self.step, group)
-        self.side.update(self.side.choose_update())
+        if self.replay:
+            measured = self.replay(self._chosen(classes) | self.side.choose_update())
+        else:
+            parts = [classes] if self.config.step_policy == "accumulate" else classes.split(1)
+            found = [self._match_and_apply(part, self._chosen(part)) for part in parts]
+            self.side.update(self.side.choose_update())
+            measured = {**found[-1], "losses": torch.stack([one["losses"] for one in found]).sum(0)}
         self.step += 1
-        return torch.stack(losses).sum(0), norms
+        losses = measured.pop("losses")
+        return losses, measured
 
-    def _match(self, classes: Tensor, choice: Choice) -> Tensor:
-        """Add to the container the mean gradient over ``classes`` (k,); returns the distances per layer, summed."""
-        k, total = len(classes), self.container.images_per_class
+    def _chosen(self, classes: Tensor) -> Choice:
+        return self.side.choose(classes) | {"classes": classes.to(self.compute.device, non_blocking=True)}
+
+    def _whole_step(self, choice: Choice) -> dict[str, Tensor]:
+        """A step of all classes, as device work alone."""
+        measured = self._match_and_apply(torch.arange(self.container.classes), choice)
+        self.side.update(choice)
+        return measured
+
+    def _match_and_apply(self, classes: Tensor, choice: Choice) -> dict[str, Tensor]:
+        """Match ``classes`` (k,), step the optimiser; returns ``losses`` per layer and the gradient norm by tier."""
+        losses = self._match(choice)
+        norms = self._gradient_norms()
+        self.optimizer.step(classes)
+        return {"losses": losses, **norms}
+
+    def _state_tensors(self) -> list[Tensor]:
+        return optimizer_tensors(self.optimizer.adam) + self.side.state_tensors()
+
+    def _match(self, choice: Choice) -> Tensor:
+        """Add to the container the mean gradient over the classes; returns their distances per layer, summed."""
+        on_device = choice["classes"]
+        k, total = len(on_device), self.container.images_per_class
         n = min(self.config.synthetic_batch, total)
-        on_device = classes.to(self.compute.device)
         drawn = self.side.draw(choice, k)
         rows = self._rows(on_device, n, total)
         parameters = self.side.parameters(choice)
@@ -177,7 +229,7 @@ class Condensation:
             "unreported": list(self.unreported),
             "data": self.fingerprint,
             "container": self.container.state_dict(),
-            "adam": self.optimizer.adam.state_dict(),
+            "adam": self.optimizer.state_dict(),
             "side": self.side.state_dict(),
             "generators": {name: stream.get_state() for name, stream in self.generators.items()},
         }
@@ -186,7 +238,7 @@ class Condensation:
         self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
         self.unreported = [loss.to(self.compute.device) for loss in state["unreported"]]
         self.container.load_state_dict(state["container"])
-        self.optimizer.adam.load_state_dict(state["adam"])
+        self.optimizer.load_state_dict(state["adam"])
         self.side.load_state_dict(state["side"])
         for name, value in state["generators"].items():
             self.generators[name].set_state(value)
@@ -292,7 +344,7 @@ class _Stopwatch:
             steps_per_second=rate,
             images_per_second=rate * per_step,
             peak_bytes=run.compute.peak_bytes(),
-            learning_rate=run.optimizer.adam.param_groups[0]["lr"],
+            learning_rate=float(run.optimizer.adam.param_groups[0]["lr"]),
         )
 
 

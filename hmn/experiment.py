@@ -58,6 +58,7 @@ def _work(plan: Plan, folder: Path, stop: Stop, group: str | None) -> dict[str, 
     set_deterministic(config.compute.deterministic)
     if config.compute.keep_heap:
         compute.keep_heap_pages()
+    compute.keep_compiled(Path(config.paths.cache_dir) / "compiled")
     print(f"{plan.run_id} on {results.device_name(chosen.device)}, {chosen.precision}, ", end="")
     print("compiled" if chosen.compiled else "not compiled")
     plain = dataclasses.asdict(config)
@@ -87,6 +88,7 @@ def _work(plan: Plan, folder: Path, stop: Stop, group: str | None) -> dict[str, 
             "profile": config.evaluation.profile,
             "device": results.device_name(chosen.device),
             "compiled": chosen.compiled,
+            "compile_seconds": compute.compile_seconds,
             "wall_seconds": checkpoints.seconds,
             "peak_bytes": chosen.peak_bytes(),
             "config": plain,

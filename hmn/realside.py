@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from hmn.capture import optimizer_tensors
 from hmn.compute import Compute
 from hmn.config import GradientMatchingConfig
 from hmn.data import augment
@@ -52,6 +53,9 @@ class RealSide(Protocol):
 
     def generators(self) -> list[torch.Generator]:
         """Those that the device draws from after a choice."""
+
+    def state_tensors(self) -> list[Tensor]:
+        """What an update changes in place."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -140,6 +144,9 @@ class LiveSide:
 
     def generators(self) -> list[torch.Generator]:
         return [self.augmenting, self.networks]
+
+    def state_tensors(self) -> list[Tensor]:
+        return optimizer_tensors(self.updates.optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         return {

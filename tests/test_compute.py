@@ -104,10 +104,69 @@ def test_a_gpu_needs_no_cpp_compiler(gpus, compilers):
 
 def test_only_a_compiling_run_wraps_functions(monkeypatch: pytest.MonkeyPatch):
     asked = []
-    monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or "compiled")
+    monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or function)
     assert Compute(CPU).maybe_compile(len) is len
-    assert Compute(CPU, compiled=True).maybe_compile(len) == "compiled"
+    Compute(CPU, compiled=True).maybe_compile(len)
     assert asked == [{"fullgraph": True, "dynamic": False}]
+
+
+def test_the_first_call_of_a_compiled_function_is_timed_and_the_others_are_not(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(compute, "compile_seconds", seconds := [])
+    step = Compute(CPU, compiled=True).maybe_compile(lambda a, b: a - b)
+    assert [step(5, 3), step(1, 2)] == [2, -1]
+    assert len(seconds) == 1 and seconds[0] >= 0
+
+
+def test_compiled_functions_are_kept_where_asked_unless_the_environment_says_where(monkeypatch, tmp_path: Path):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    compute.keep_compiled(tmp_path / "here")
+    compute.keep_compiled(tmp_path / "there")
+    assert compute.os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "here")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+
+
+# Classes per call
+
+
+@pytest.mark.parametrize(
+    ("device", "matching", "asked", "width"),
+    [
+        ("cpu", "compiled", None, 1),
+        ("cuda", "compiled", None, 10),
+        ("cuda", "loop", None, 1),
+        ("cpu", "r_operator", 4, 4),
+    ],
+)
+def test_a_cpu_takes_one_class_per_call_and_a_gpu_all(gpus, compilers, device, matching, asked, width):
+    gpus(1)
+    compilers("g++")
+    chosen = choose(ComputeConfig(device=device, matching=matching, classes_per_call=asked), 0, 10)
+    assert (chosen.matching, chosen.classes_per_call) == (matching, width)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"matching": "loop", "classes_per_call": 2},
+            "compute.classes_per_call=2: must be 1 for compute.matching=loop",
+        ),
+        ({"matching": "compiled", "classes_per_call": 11}, "compute.classes_per_call=11: must be at most 10"),
+        ({"precision": "tf32"}, "compute.precision=tf32: must be fp32 or bf16 on a CPU"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(compilers, settings, message):
+    compilers("g++")
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        choose(ComputeConfig(device="cpu", **settings), 0, 10)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_fp32_is_not_tf32_whatever_cudnn_would_do(gpus, precision):
+    gpus(1)
+    choose(ComputeConfig(device="cuda", precision=precision), 0, 10)
+    assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == (precision == "tf32")
 
 
 # Precision, threads, memory

@@ -93,16 +93,19 @@ def build() -> nn.Module:
 
 
 def make_run(settings: GradientMatchingConfig, *, container_seed: int = 0, flip: bool = True, **parts: Any):
-    parts = {"match": matching_step(build(), settings.metric, CPU), **parts}
-    side = live_side(settings, flip=flip, train=parts.pop("train", training_step(build(), CPU)))
-    container = make_container(container_seed)
-    shared = {"normalise": side.normalise, "compute": CPU, "seed": SEED, "fingerprint": REAL.fingerprint}
+    compute = Compute(torch.device(parts.pop("device", "cpu")))
+    parts = {"match": matching_step(build().to(compute.device), settings.metric, compute), **parts}
+    side = live_side(settings, flip=flip, compute=compute)
+    container = make_container(container_seed).to(compute.device)
+    shared = {"normalise": side.normalise, "compute": compute, "seed": SEED, "fingerprint": REAL.fingerprint}
     return Condensation(container, side, settings, **shared, **parts)
 
 
-def live_side(settings: GradientMatchingConfig, *, flip: bool = True, train: Any = None, seed: int = SEED) -> LiveSide:
-    train = train or training_step(build(), CPU)
-    return LiveSide(REAL, settings, build=build, train=train, compute=CPU, seed=seed, flip=flip)
+def live_side(
+    settings: GradientMatchingConfig, *, flip: bool = True, seed: int = SEED, compute: Compute = CPU
+) -> LiveSide:
+    train, real = training_step(build().to(compute.device), compute), REAL.to(compute.device)
+    return LiveSide(real, settings, build=build, train=train, compute=compute, seed=seed, flip=flip)
 
 
 def fresh_network(outer: int) -> nn.Module:
@@ -171,7 +174,8 @@ def test_accumulating_is_torch_adam_with_a_rate_for_memories_and_one_for_network
     optimizer, stream = ContainerOptimizer(container, SETTINGS, 6, by_class=False), torch.Generator().manual_seed(1)
     for done in range(6):
         gradients = random_gradients(container, stream)
-        optimizer.step(done, torch.arange(CLASSES))
+        optimizer.set_rates(done)
+        optimizer.step(torch.arange(CLASSES))
         assert all(parameter.grad is None for parameter in container.parameters())
         for name, value in reference.items():
             adams[name].param_groups[0]["lr"] = lr_at(done, 6, peak_lr(name), 0.2)
@@ -187,7 +191,8 @@ def test_rates_decay_by_a_cosine_from_their_peak_to_the_final_fraction():
     rates = []
     for done in (0, 5, 10):
         random_gradients(container, torch.Generator().manual_seed(0))
-        optimizer.step(done, torch.arange(CLASSES))
+        optimizer.set_rates(done)
+        optimizer.step(torch.arange(CLASSES))
         rates.append([group["lr"] for group in optimizer.adam.param_groups])
     for tier, index in zip(TIERS, range(5), strict=True):
         peak = 0.03 if tier in MEMORIES else 0.002
@@ -219,7 +224,8 @@ def test_stepping_classes_in_turn_equals_parameters_of_their_own():
     optimizer, stream = ContainerOptimizer(container, SETTINGS, 8, by_class=True), torch.Generator().manual_seed(1)
     for done, turn in enumerate(TURNS):
         gradients = random_gradients(container, stream)  # also in the rows of others, which must not matter
-        optimizer.step(done, torch.tensor(turn))
+        optimizer.set_rates(done)
+        optimizer.step(torch.tensor(turn))
         for name, value in shared.items():
             value.grad = gradients[name]
         for (name, c), value in rows.items():
@@ -240,7 +246,8 @@ def test_classes_that_do_not_take_part_keep_values_and_moments_bit_for_bit():
     for done, turn in enumerate(TURNS):
         before, moments = clone_of(container), copy.deepcopy(optimizer.adam.state_dict()["state"])
         random_gradients(container, stream)
-        optimizer.step(done, torch.tensor(turn))
+        optimizer.set_rates(done)
+        optimizer.step(torch.tensor(turn))
         after, later = clone_of(container), optimizer.adam.state_dict()["state"]
         for name in OWNED:
             moved = [not torch.equal(before[name][c], after[name][c]) for c in range(CLASSES)]
@@ -263,10 +270,10 @@ class Recorder:
         self.turns: list[tuple[list[int], nn.Module, dict[str, Tensor]]] = []
         step = run.optimizer.step
 
-        def recorded(done: int, classes: Tensor) -> None:
+        def recorded(classes: Tensor) -> None:
             gradients = {name: p.grad.clone() for name, p in run.container.named_parameters()}
             self.turns.append((classes.tolist(), copy.deepcopy(run.container), gradients))
-            step(done, classes)
+            step(classes)
 
         monkeypatch.setattr(run.optimizer, "step", recorded)
 

@@ -34,7 +34,7 @@ class GroupSampler:
             replaced = short.to(self.order.device)[self.groups]
             self.order = torch.where(replaced, self._shuffled(), self.order)
             self.cursors[short] = 0
-        first = (self.starts + self.cursors)[groups].to(self.order.device)
+        first = (self.starts + self.cursors)[groups].to(self.order.device, non_blocking=True)
         self.cursors[groups] += self.batch
         return self.order[first[:, None] + self._offsets]
 

@@ -1,0 +1,92 @@
+"""Device work recorded once as a CUDA graph and replayed: a step costs one launch instead of thousands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+WARM_UP = 3  # calls before recording: they compile, choose algorithms and make optimiser state
+
+
+class Replay:
+    """``function(inputs)`` on a GPU, recorded at its first call; where that fails it is called as it is.
+
+    ``function`` must do nothing but device work of fixed shapes: read ``inputs``, change the ``state()`` tensors in
+    place, draw from ``generators`` and return tensors. Optimiser state that its first calls make must start from zero.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Tensors], Tensors],
+        state: Callable[[], Iterable[Tensor]],
+        generators: list[torch.Generator],
+    ) -> None:
+        self.function, self.state, self.generators = function, state, generators
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.plain = False
+
+    def __call__(self, inputs: Tensors) -> Tensors:
+        if self.graph is None and not self.plain:
+            try:
+                self._record(inputs)
+            except RuntimeError as error:
+                self.plain = True
+                reason = str(error).splitlines()[0]
+                print(
+                    f"this step cannot be recorded as a CUDA graph, so it is launched anew: {reason}", file=sys.stderr
+                )
+        if self.plain:
+            return self.function(inputs)
+        for name, value in inputs.items():
+            self.inputs[name].copy_(value, non_blocking=True)
+        self.graph.replay()
+        return {name: value.clone() for name, value in self.outputs.items()}
+
+    def _record(self, inputs: Tensors) -> None:
+        self.inputs = {name: value.clone() for name, value in inputs.items()}
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            warm_up(self.function, self.inputs, self.state, self.generators)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        for generator in self.generators:
+            graph.register_generator_state(generator)
+        with torch.cuda.graph(graph):
+            self.outputs = self.function(self.inputs)
+        self.graph = graph
+
+
+def warm_up(
+    function: Callable[[Tensors], Tensors],
+    inputs: Tensors,
+    state: Callable[[], Iterable[Tensor]],
+    generators: list[torch.Generator],
+) -> None:
+    """Call ``function`` a few times and undo what that did: state that was there is put back, new state is zeroed."""
+    before = [(tensor, tensor.detach().clone()) for tensor in state()]
+    seeds = [generator.get_state() for generator in generators]
+    try:
+        for _ in range(WARM_UP):
+            function(inputs)
+    finally:
+        old = {id(tensor) for tensor, _ in before}
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
+            for tensor in state():
+                if id(tensor) not in old:
+                    tensor.zero_()
+        for generator, seed in zip(generators, seeds, strict=True):
+            generator.set_state(seed)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What an optimiser changes: its parameters and all it remembers of them."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    kept = [value for entry in optimizer.state.values() for value in entry.values() if torch.is_tensor(value)]
+    return parameters + kept

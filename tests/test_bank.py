@@ -1,0 +1,199 @@
+"""The snapshot bank: what it holds, who shares it, and a run that reads it."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from hmn.bank import BankSide, build, snapshot_steps
+from hmn.checkpoint import Checkpoints, Stop
+from hmn.condense import Condensation
+from hmn.config import BankConfig, bank_identity
+from hmn.errors import ArtifactError, Interrupted
+from hmn.objectives.gradient import matching_step, real_gradients, stored_step
+from hmn.realside import LiveSide
+from hmn.training import training_step
+from tests.command import configured
+from tests.test_condense import CLASSES, CPU, REAL, SEED, assert_same, config, make_container
+from tests.test_condense import build as build_network
+
+SETTINGS = config(inner_steps=4, bank=BankConfig(networks=2, snapshots=2))
+
+
+def live(number: int) -> LiveSide:
+    return LiveSide(
+        REAL,
+        SETTINGS,
+        build=build_network,
+        train=training_step(build_network(), CPU),
+        compute=CPU,
+        seed=0,
+        flip=True,
+        stream=f"bank/{number}",
+    )
+
+
+def make_bank(folder: Path, *, fingerprint: str = REAL.fingerprint, stop: Stop | None = None, chunk: int = 3):
+    gradients = real_gradients(build_network(), CPU)
+    options = {"classes": CLASSES, "fingerprint": fingerprint, "chunk": chunk, "stop": stop or Stop()}
+    return build(folder, live, gradients, SETTINGS, **options)
+
+
+def contents(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, "pt") as kept:
+        return {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
+
+
+def side(paths: list[Path], *, seed: int = SEED) -> BankSide:
+    return BankSide(paths, SETTINGS.bank, SETTINGS.strategy, 8, torch.device("cpu"), seed)
+
+
+def make_run(paths: list[Path], *, container_seed: int = 0) -> Condensation:
+    return Condensation(
+        make_container(container_seed),
+        side(paths),
+        SETTINGS,
+        match=stored_step(build_network(), "mse", CPU),
+        normalise=live(0).normalise,
+        compute=CPU,
+        seed=SEED,
+        fingerprint=REAL.fingerprint,
+    )
+
+
+@pytest.mark.parametrize(
+    ("snapshots", "inner", "steps"), [(1, 9, [0]), (2, 4, [0, 2]), (3, 10, [0, 3, 6]), (4, 4, [0, 1, 2, 3])]
+)
+def test_snapshots_are_spread_over_a_network_s_life(snapshots: int, inner: int, steps: list[int]):
+    assert snapshot_steps(snapshots, inner) == steps
+
+
+def test_a_snapshot_is_the_live_side_at_that_step(tmp_path: Path):
+    kept = contents(make_bank(tmp_path)[1])
+    reference, gradients = live(1), real_gradients(build_network(), CPU)
+    reference.begin(0)
+    for step in range(3):
+        if step in (0, 2):
+            choice = reference.choose(torch.arange(CLASSES))
+            drawn = reference.draw(choice, CLASSES)
+            images = reference.real(choice, drawn, slice(None))
+            parameters = reference.parameters(choice)
+            head = f"{step // 2}"
+            for name, value in parameters.items():
+                assert torch.equal(kept[f"{head}/parameters/{name}"], value)
+            for name, value in drawn.tensors().items():
+                assert torch.equal(kept[f"{head}/draw/{name}"], value)
+            for name, value in gradients(parameters, images, torch.arange(CLASSES)).items():
+                assert torch.equal(kept[f"{head}/gradients/{name}"], value)
+        reference.update(reference.choose_update())
+
+
+def test_a_banked_step_is_the_live_step_of_the_same_network_images_and_draw(tmp_path: Path):
+    run = make_run(make_bank(tmp_path))
+    run.side.order, run.side.position = torch.tensor([2]), 0  # network 1, untrained
+    reference = live(1)
+    lively = Condensation(
+        make_container(),
+        reference,
+        SETTINGS,
+        match=matching_step(build_network(), "mse", CPU),
+        normalise=reference.normalise,
+        compute=CPU,
+        seed=SEED,
+        fingerprint=REAL.fingerprint,
+    )
+    (losses, norms), (expected, expected_norms) = run.run_step(), lively.run_step()
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
+    for tier, value in expected_norms.items():
+        torch.testing.assert_close(norms[tier], value, rtol=1e-4, atol=0)
+
+
+def test_the_number_of_classes_taken_at_once_changes_nothing(tmp_path: Path):
+    whole, parts = make_bank(tmp_path / "whole")[0], make_bank(tmp_path / "parts", chunk=2)[0]
+    assert_same(contents(whole), contents(parts))
+
+
+def test_every_pass_takes_every_snapshot_once_in_an_order_of_its_own(tmp_path: Path):
+    reader = side(make_bank(tmp_path))
+    orders = []
+    for _ in range(6):
+        seen = []
+        for step in range(4):
+            reader.begin(step)
+            seen.append(int(reader.order[reader.position - 1]))
+        assert sorted(seen) == [0, 1, 2, 3]
+        orders.append(tuple(seen))
+    assert len(set(orders)) > 1
+
+
+def test_a_run_on_a_bank_resumes_bit_for_bit(tmp_path: Path):
+    paths = make_bank(tmp_path / "bank")
+    whole, half = make_run(paths), make_run(paths)
+    expected = [whole.run_step() for _ in range(7)]
+    for _ in range(3):
+        half.run_step()
+    Checkpoints(tmp_path, 0).save("condense", half.state_dict())
+    rest = make_run(paths, container_seed=99)
+    rest.load_state_dict(Checkpoints(tmp_path, 0).load("condense"))
+    assert_same([rest.run_step() for _ in range(4)], expected[3:])
+    assert_same(rest.state_dict(), whole.state_dict())
+
+
+def test_finished_networks_stay_and_a_stopped_bank_goes_on(tmp_path: Path):
+    stop = Stop()
+    stop.signum = signal.SIGTERM
+    with pytest.raises(Interrupted, match="stopped by SIGTERM; the snapshot bank keeps its finished networks"):
+        make_bank(tmp_path, stop=stop)
+    assert not list(tmp_path.glob("*.safetensors"))
+    first, second = make_bank(tmp_path)
+    kept, expected = first.stat().st_mtime_ns, contents(second)
+    second.unlink()
+    assert make_bank(tmp_path) == [first, second]
+    assert first.stat().st_mtime_ns == kept
+    assert_same(contents(second), expected)
+
+
+def test_a_bank_of_other_images_is_refused(tmp_path: Path):
+    make_bank(tmp_path)
+    with pytest.raises(ArtifactError, match="made on other images; remove"):
+        make_bank(tmp_path, fingerprint="0" * 64)
+
+
+SHARED = {
+    "seed": 3,
+    "objective.metric": "cosine",
+    "objective.memory_lr": 0.5,
+    "objective.outer_steps": 7,
+    "memory.images_per_class": 10,
+    "pruning.over_budget": 0.3,
+    "evaluation.epochs": 5,
+}
+OWN = {
+    "objective.real_batch": 8,
+    "objective.network_lr": 0.5,
+    "objective.strategy": "none",
+    "objective.inner_steps": 50,
+    "objective.bank.seed": 1,
+    "objective.bank.networks": 3,
+    "network.width": 8,
+    "dataset.held_out_fraction": 0.2,
+    "compute.precision": "bf16",
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [*SHARED.items(), *OWN.items()])
+def test_runs_share_a_bank_unless_what_it_holds_would_differ(key: str, value: object):
+    base = ("dataset=cifar10", "objective.bank.networks=2")
+    same = bank_identity(configured(*base)) == bank_identity(configured(*base, f"{key}={value}"))
+    assert same == (key in SHARED)
+
+
+def test_a_network_is_never_asked_for_more_snapshots_than_it_has_steps():
+    with pytest.raises(Exception, match="objective.bank.snapshots=9: must be at most objective.inner_steps=4"):
+        dataclasses.replace(SETTINGS, bank=BankConfig(networks=1, snapshots=9))

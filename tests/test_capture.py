@@ -1,0 +1,116 @@
+"""Recording a step: warming up leaves no trace, and what is recorded never asks the device for a number."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hmn.capture import Replay, optimizer_tensors, warm_up
+from tests.test_condense import config, make_run
+
+
+class Walk:
+    """A step with all kinds of state: a parameter, moments that its first step makes, and a random stream."""
+
+    def __init__(self) -> None:
+        self.parameter = nn.Parameter(torch.ones(3))
+        self.adam = torch.optim.Adam([self.parameter], lr=0.1)
+        self.stream = torch.Generator().manual_seed(7)
+
+    def step(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.parameter.grad = inputs["gradient"] + torch.rand(3, generator=self.stream)
+        self.adam.step()
+        return {"value": self.parameter.detach().clone()}
+
+    def state(self) -> list[Tensor]:
+        return optimizer_tensors(self.adam)
+
+
+INPUTS = {"gradient": torch.tensor([1.0, -2.0, 0.5])}
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_warming_up_leaves_no_trace(steps_before: int):
+    warmed, plain = Walk(), Walk()
+    for walk in (warmed, plain):
+        for _ in range(steps_before):
+            walk.step(INPUTS)
+    warm_up(warmed.step, INPUTS, warmed.state, [warmed.stream])
+    for _ in range(3):
+        assert torch.equal(warmed.step(INPUTS)["value"], plain.step(INPUTS)["value"])
+
+
+def test_a_step_that_cannot_be_recorded_is_called_as_it_is_and_says_so_once(capsys, monkeypatch):
+    def refuse(self: Replay, inputs: dict[str, Tensor]) -> None:
+        warm_up(self.function, inputs, self.state, self.generators)
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(Replay, "_record", refuse)
+    walk, plain = Walk(), Walk()
+    replay = Replay(walk.step, walk.state, [walk.stream])
+    for _ in range(2):
+        assert torch.equal(replay(INPUTS)["value"], plain.step(INPUTS)["value"])
+    assert capsys.readouterr().err.splitlines() == [
+        "this step cannot be recorded as a CUDA graph, so it is launched anew: operation not permitted"
+    ]
+
+
+class HostReads(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the operators whose result the host waits for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        aten, packet = torch.ops.aten, function.overloadpacket
+        self.count += packet in (aten._local_scalar_dense, aten.nonzero, aten.equal, aten.is_nonzero)
+        masks = args[1] if packet in (aten.index, aten.index_put_) else ()
+        self.count += any(mask is not None and mask.dtype == torch.bool for mask in masks)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_counted_read_is_counted():
+    with HostReads() as reads:
+        float(torch.ones(()))
+        torch.ones(3)[torch.tensor([True, False, True])]
+    assert reads.count == 2
+
+
+@pytest.mark.parametrize("changes", [{}, {"synthetic_batch": 2, "network_cutmix": 1.0}, {"network_samples": 0}])
+def test_a_whole_step_reads_nothing_back(changes, monkeypatch):
+    run = make_run(config(**changes))
+    run.run_step()
+    monkeypatch.setattr(run.optimizer.adam, "step", lambda: None)  # on a CPU, and only there, it reads its step count
+    run.side.begin(run.step)
+    choice = run._chosen(torch.arange(3)) | run.side.choose_update()
+    with HostReads() as reads:
+        run._whole_step(choice)
+    assert reads.count == 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"synthetic_batch": 2}, {"inner_steps": 3}])
+def test_a_whole_step_is_the_step_that_is_run_without_recording(changes):
+    plain, whole = make_run(config(**changes)), make_run(config(**changes))
+    whole.replay = whole._whole_step
+    for _ in range(4):
+        (losses, norms), (other, others) = plain.run_step(), whole.run_step()
+        assert torch.equal(losses, other) and norms.keys() == others.keys()
+    for one, other in zip(plain._state_tensors(), whole._state_tensors(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_recorded_step_does_not_wait_for_the_device_and_equals_the_launched_one():
+    runs = [make_run(config(inner_steps=3), device="cuda") for _ in range(2)]
+    runs[1].replay = None
+    for _ in range(7):
+        found = [run.run_step()[0] for run in runs]
+        torch.testing.assert_close(*found, rtol=1e-4, atol=0)
+    assert runs[0].replay.graph is not None
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        runs[0].run_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

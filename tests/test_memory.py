@@ -1,0 +1,86 @@
+"""Class chunks: what is computed does not depend on them, and the estimate follows the limit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hmn.compute import Compute
+from hmn.errors import ConfigError
+from hmn.memory import classes_per_chunk, saved_bytes
+from tests.test_condense import CLASSES, CPU, PER_CLASS, build, clone_of, config, make_container, make_run
+
+
+def test_saved_bytes_are_what_backward_needs():
+    x, weight = torch.randn(10, 4), torch.randn(4, 4, requires_grad=True)
+    # x @ w keeps x, tanh its result; the weight is owned, not kept for this call
+    assert saved_bytes(lambda: (x @ weight).tanh(), [weight]) == 4 * (10 * 4 + 10 * 4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"synthetic_batch": 2}, {"step_policy": "per_class"}, {"classes_per_step": 2}])
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_chunks_change_nothing_but_rounding(chunk: int, changes):
+    torch.set_default_dtype(torch.float64)
+    try:
+        whole, parts = make_run(config(**changes)), make_run(config(**changes), chunk=chunk)
+        for _ in range(3):
+            (losses, norms), (other, others) = whole.run_step(), parts.run_step()
+            torch.testing.assert_close(other, losses, rtol=1e-9, atol=0)
+        for name, value in clone_of(whole.container).items():
+            torch.testing.assert_close(clone_of(parts.container)[name], value, rtol=1e-9, atol=1e-9)
+        for name, value in norms.items():
+            torch.testing.assert_close(others[name], value, rtol=1e-9, atol=0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+class Holding(Compute):
+    """A device on which so many bytes are held already."""
+
+    def current_bytes(self) -> int:
+        return 2**30
+
+
+def chunk_for(limit: float | None, **changes) -> int:
+    compute = Holding(torch.device("cpu"))
+    return classes_per_chunk(make_container(), build(), config(**changes), compute, limit=limit, strategy="color_crop")
+
+
+def test_without_a_limit_all_classes_of_a_step_go_together():
+    assert chunk_for(None) == CLASSES
+    assert chunk_for(None, classes_per_step=2) == 2
+
+
+def test_more_memory_means_more_classes_and_never_more_than_there_are():
+    chunks = []
+    for kilobytes in range(1, 2000, 7):
+        try:
+            chunks.append(chunk_for(1 + kilobytes / 2**20))
+        except ConfigError:
+            assert not chunks  # too little comes before enough
+    assert set(chunks) == set(range(1, CLASSES + 1))
+    assert chunks == sorted(chunks)
+
+
+def test_too_small_a_limit_is_refused_with_the_least_one():
+    with pytest.raises(ConfigError, match=r"compute.memory_limit=1.0: must be at least 1\.\d: one class needs that"):
+        chunk_for(1.0)
+
+
+def test_fewer_images_per_class_need_less():
+    def least(**changes) -> int:
+        for kilobytes in range(1, 2000):
+            try:
+                chunk_for(1 + kilobytes / 2**20, **changes)
+                return kilobytes
+            except ConfigError:
+                continue
+        raise AssertionError
+
+    assert least(synthetic_batch=1) < least(synthetic_batch=PER_CLASS)
+
+
+def test_the_estimate_is_of_this_process():
+    assert CPU.current_bytes() <= 1.1 * CPU.peak_bytes()  # the system counts the two at different moments
+    before, block = CPU.current_bytes(), torch.ones(32 << 20)
+    assert CPU.current_bytes() - before == pytest.approx(block.nbytes, rel=0.2)
