@@ -221,7 +221,8 @@ class Session:
             images = Images(*decode_all(container))
             epochs = config.evaluation.curve_epochs
             value = quick_accuracy(self.judge, images, self.held_out, epochs, f"curve_{step}")
-            self.tracker.log({"curve/held_out_accuracy": value}, step_key="curve/step", step=step)
+            metrics = {"curve/held_out_accuracy": value, "curve/condense_seconds": work.seconds}
+            self.tracker.log(metrics, step_key="curve/step", step=step)
             self._log_grid(container, step)
             return value
 

@@ -186,7 +186,11 @@ def test_the_picture_has_a_row_per_class(finished):
 def test_the_kept_configuration_makes_the_same_run(finished):
     kept = OmegaConf.to_container(OmegaConf.load(finished.folder / "config.yaml"))
     config = planned(*finished.arguments).config
-    sections = {name: type(getattr(config, name))(**value) for name, value in kept.items() if isinstance(value, dict)}
+    sections = {
+        name: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(type(getattr(config, name))), value))
+        for name, value in kept.items()
+        if isinstance(value, dict)
+    }
     assert Config(**kept | sections) == config
     assert kept == finished.result["config"]
 
