@@ -1,0 +1,98 @@
+"""Compare finished runs: ``python experiments/compare.py RUN_FOLDER... --json OUTPUT.json`` prints a Markdown table.
+
+Runs that differ in nothing but the seed are one row: test accuracy as mean and standard deviation over seeds (ddof 1)
+of each run's mean over its networks, and the medians of what they took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from hmn import results
+from hmn.tracking import read_metrics
+
+# What a way to compute may change; anything else that differs makes another experiment.
+WAYS = {
+    "precision": lambda result: result["config"]["compute"]["precision"],
+    "matching": lambda result: result["config"]["compute"]["matching"],
+    "bank": lambda result: _bank(result["config"]["objective"]["bank"]),
+    "steps": lambda result: result["condense_steps"],
+}
+
+
+def _bank(settings: dict[str, int]) -> str:
+    networks = settings["networks"]
+    return f"{networks} x {settings['snapshots']}" if networks else "none"
+
+
+def row(folders: list[Path], found: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row of runs that differ in their seed alone."""
+    accuracies = [100 * result["accuracy"]["mean"] for result in found]
+    curves = [[100 * point["held_out_accuracy"] for point in result["curve"]] for result in found]
+    return {
+        **{name: way(found[0]) for name, way in WAYS.items()},
+        "seeds": sorted(result["config"]["seed"] for result in found),
+        "networks": len(found[0]["accuracy"]["last"]) if "last" in found[0]["accuracy"] else None,
+        "accuracy": [round(value, 2) for value in accuracies],
+        "mean": statistics.mean(accuracies),
+        "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "held_out_curve": [round(statistics.mean(values), 2) for values in zip(*curves, strict=True)],
+        "curve_seconds": _curve_seconds(folders),
+        "condense_seconds": statistics.median(result["condense_seconds"] for result in found),
+        "evaluate_seconds": statistics.median(result["wall_seconds"]["evaluate"] for result in found),
+        "bank_seconds": max(result["wall_seconds"].get("bank", 0.0) for result in found),
+        "compile_seconds": [round(sum(result["compile_seconds"]), 1) for result in found],
+        "peak_gib": max(result["peak_bytes"] for result in found) / 2**30,
+        "commits": sorted({result["commit"] for result in found}),
+        "device": found[0]["device"],
+    }
+
+
+def _curve_seconds(folders: list[Path]) -> list[float]:
+    """Median over runs of the condensing seconds at each point of the curve."""
+    seconds = [
+        [
+            record["curve/condense_seconds"]
+            for record in read_metrics(folder / "metrics.jsonl")
+            if "curve/condense_seconds" in record
+        ]
+        for folder in folders
+    ]
+    return [round(statistics.median(values), 1) for values in zip(*seconds, strict=True)]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    head = [*WAYS, "test accuracy %", "seeds", "condensing s", "bank s", "evaluation s", "peak GiB"]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for one in rows:
+        spread = "" if one["std"] is None else f" ± {one['std']:.2f}"
+        cells = [*(one[name] for name in WAYS), f"{one['mean']:.2f}{spread}", len(one["seeds"])]
+        cells += [f"{one[name]:.0f}" for name in ("condense_seconds", "bank_seconds", "evaluate_seconds")]
+        lines.append("| " + " | ".join(map(str, [*cells, f"{one['peak_gib']:.2f}"])) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("--json", type=Path, help="write the rows there as well")
+    arguments = parser.parse_args()
+    groups: dict[tuple[Any, ...], list[tuple[Path, dict[str, Any]]]] = {}
+    for folder in arguments.folders:
+        result = results.read(folder)
+        if result is None or result["mode"] != "run":
+            sys.exit(f"{folder}: no finished condensation")
+        groups.setdefault(tuple(way(result) for way in WAYS.values()), []).append((folder, result))
+    rows = [row(*map(list, zip(*members, strict=True))) for members in groups.values()]
+    print(table(rows))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
