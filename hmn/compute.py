@@ -19,6 +19,11 @@ class Compute:
     device: torch.device
     precision: str = "fp32"
     compiled: bool = False
+    networks_together: int | None = None  # null: all on a GPU; one on a CPU, where several gain nothing
+
+    def together(self, networks: int) -> int:
+        """How many of ``networks`` that are trained on the same images are trained at once."""
+        return min(self.networks_together or (1 if self.device.type == "cpu" else networks), networks)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -60,7 +65,7 @@ def choose(config: ComputeConfig, expected_flops: float) -> Compute:
     # Compiling takes about two minutes; eager code does some 2e11 operations a second on two cores, 1e13 on a GPU.
     eager_seconds = expected_flops / (2e11 if device.type == "cpu" else 1e13)
     compiled = config.matching == "compiled" or (config.matching == "auto" and can_compile and eager_seconds > 600)
-    return Compute(device, config.precision, compiled)
+    return Compute(device, config.precision, compiled, config.networks_together)
 
 
 def keep_heap_pages() -> bool:
