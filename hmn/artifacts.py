@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from hmn.checkpoint import atomic_write, write_text
+from hmn.compute import at_once
 from hmn.containers import rebuild
 from hmn.containers.base import storage_floats
 from hmn.errors import ArtifactError
@@ -46,11 +47,11 @@ class CondensedSet(Dataset):
 
 
 @torch.no_grad()
-def decode_all(container: nn.Module, chunk: int = 1024) -> tuple[Tensor, Tensor]:
+def decode_all(container: nn.Module) -> tuple[Tensor, Tensor]:
     """All images (N, channels, H, W) in [0, 1] and labels (N,) of a container, on its device."""
     device = next(container.parameters()).device
     index = torch.arange(container.classes * container.images_per_class, device=device)
-    images = torch.cat([container.decode(part) for part in index.split(chunk)])
+    images = torch.cat([container.decode(part) for part in index.split(at_once(1024, container.shape.image_size))])
     return images, index // container.images_per_class
 
 

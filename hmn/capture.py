@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,11 +13,18 @@ Tensors = dict[str, Tensor]
 WARM_UP = 3  # calls before recording: they compile, choose algorithms and make optimiser state
 
 
-class Replay:
-    """``function(inputs)`` on a GPU, recorded at its first call; where that fails it is called as it is.
+class _Recorded(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    inputs: Tensors
+    outputs: Tensors
 
-    ``function`` must do nothing but device work of fixed shapes: read ``inputs``, change the ``state()`` tensors in
-    place, draw from ``generators`` and return tensors. Optimiser state that its first calls make must start from zero.
+
+class Replay:
+    """``function(inputs)`` on a GPU, recorded at the first call with each set of input shapes.
+
+    ``function`` must do nothing but device work: read ``inputs``, change the ``state()`` tensors in place, draw from
+    ``generators`` and return tensors. Optimiser state that its first calls make must start from zero. Where recording
+    fails, the function is called as it is.
     """
 
     def __init__(
@@ -26,39 +34,39 @@ class Replay:
         generators: list[torch.Generator],
     ) -> None:
         self.function, self.state, self.generators = function, state, generators
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.recorded: dict[tuple[tuple[str, torch.Size], ...], _Recorded] = {}
         self.plain = False
 
     def __call__(self, inputs: Tensors) -> Tensors:
-        if self.graph is None and not self.plain:
+        shapes = tuple((name, value.shape) for name, value in inputs.items())
+        if shapes not in self.recorded and not self.plain:
             try:
-                self._record(inputs)
+                self.recorded[shapes] = self._record(inputs)
             except RuntimeError as error:
                 self.plain = True
                 reason = str(error).splitlines()[0]
-                print(
-                    f"this step cannot be recorded as a CUDA graph, so it is launched anew: {reason}", file=sys.stderr
-                )
+                print(f"a step cannot be recorded as a CUDA graph, so it is launched anew: {reason}", file=sys.stderr)
         if self.plain:
             return self.function(inputs)
+        recorded = self.recorded[shapes]
         for name, value in inputs.items():
-            self.inputs[name].copy_(value, non_blocking=True)
-        self.graph.replay()
-        return {name: value.clone() for name, value in self.outputs.items()}
+            recorded.inputs[name].copy_(value, non_blocking=True)
+        recorded.graph.replay()
+        return {name: value.clone() for name, value in recorded.outputs.items()}
 
-    def _record(self, inputs: Tensors) -> None:
-        self.inputs = {name: value.clone() for name, value in inputs.items()}
+    def _record(self, inputs: Tensors) -> _Recorded:
+        inputs = {name: value.clone() for name, value in inputs.items()}
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            warm_up(self.function, self.inputs, self.state, self.generators)
+            warm_up(self.function, inputs, self.state, self.generators)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         for generator in self.generators:
             graph.register_generator_state(generator)
         with torch.cuda.graph(graph):
-            self.outputs = self.function(self.inputs)
-        self.graph = graph
+            outputs = self.function(inputs)
+        return _Recorded(graph, inputs, outputs)
 
 
 def warm_up(

@@ -26,6 +26,11 @@ class Compute:
     matching: str = "loop"  # a key of hmn.objectives.gradient.FORMS
     compiled: bool = False  # all steps, of matching and of training
     classes_per_call: int = 1  # of the matching step
+    networks_together: int | None = None  # null: all on a GPU; one on a CPU, where several gain nothing
+
+    def together(self, networks: int) -> int:
+        """How many of ``networks`` that are trained on the same images are trained at once."""
+        return min(self.networks_together or (1 if self.device.type == "cpu" else networks), networks)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -82,6 +87,11 @@ def keep_compiled(folder: Path) -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.absolute()))
 
 
+def at_once(images_of_32: int, size: int) -> int:
+    """How many images of side ``size`` take the memory of so many of 32 pixels; at most so many, at least one."""
+    return min(images_of_32, max(1, images_of_32 * 32 * 32 // size**2))
+
+
 def device_of(config: ComputeConfig) -> torch.device:
     """The configured device, or the best there is. Raises ``ConfigError`` for a GPU that this machine lacks."""
     name = config.device
@@ -119,7 +129,14 @@ def choose(config: ComputeConfig, expected_flops: float, classes: int) -> Comput
     width = config.classes_per_call or (classes if on_gpu and matching != "loop" else 1)
     require("compute.classes_per_call", width == 1 or matching != "loop", width, "1 for compute.matching=loop")
     require("compute.classes_per_call", width <= classes, width, f"at most {classes}")
-    return Compute(device, config.precision, matching, compiled=matching != "loop", classes_per_call=width)
+    return Compute(
+        device,
+        config.precision,
+        matching,
+        compiled=matching != "loop",
+        classes_per_call=width,
+        networks_together=config.networks_together,
+    )
 
 
 def keep_heap_pages() -> bool:

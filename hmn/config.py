@@ -293,6 +293,8 @@ class ComputeConfig:
     classes_per_call: int | None = unscientific(None)  # of a matching step; null: 1 on a CPU, all on a GPU
     memory_limit: float | None = unscientific(None)  # GiB: classes are condensed in chunks that fit; null: all at once
     threads: int | None = unscientific(None)  # CPU threads; null: torch's own choice
+    # Trained at once, by other random numbers of the same distribution; null: all on a GPU, one on a CPU
+    networks_together: int | None = unscientific(None)
     keep_heap: bool = unscientific(True)  # Linux: freed memory stays with the process instead of being mapped anew
     checkpoint_every_seconds: float = unscientific(60.0)
 
@@ -305,6 +307,8 @@ class ComputeConfig:
         known = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
         require("compute.device", known, self.device, "auto, cpu, cuda or cuda:N")
         require("compute.threads", self.threads is None or self.threads >= 1, self.threads, "null or at least 1")
+        together = self.networks_together
+        require("compute.networks_together", together is None or together >= 1, together, "null or at least 1")
         seconds = self.checkpoint_every_seconds
         require("compute.checkpoint_every_seconds", seconds >= 0, seconds, "at least 0")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,10 +35,12 @@ class Judge:
     recipe: Recipe
     seed: int
     checkpoints: Checkpoints
+    together: int = 1  # how many networks are trained at once
 
-    def training(self, train: Images, recipe: Recipe, *stream: str | int) -> Training:
-        stream_generator = generator(self.seed, *stream, device=train.images.device)
-        return Training(self.build, train.images, train.labels, recipe, self.normalise, self.step, stream_generator)
+    def training(self, train: Images, recipe: Recipe, stream: str, networks: Sequence[int]) -> Training:
+        """A training of these ``networks`` together, each from the initial weights of its own seed in ``stream``."""
+        generators = [generator(self.seed, stream, index, device=train.images.device) for index in networks]
+        return Training(self.build, train.images, train.labels, recipe, self.normalise, self.step, *generators)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,19 +94,20 @@ def evaluate(judge: Judge, train: Images, test: Images, networks: int, points: i
     """Train ``networks`` fresh networks on ``train`` by the judge's recipe and test each at ``points`` epochs."""
     tested = test_epochs(judge.recipe.epochs, points)
 
-    def observe(index: int, training: Training, memo: dict[str, Tensor]) -> None:
+    def observe(group: range, training: Training, memo: dict[str, Tensor]) -> None:
         if training.epoch in tested:
-            value = accuracy(training.network, test.images, test.labels, judge.normalise)
-            memo["accuracy"][index, tested.index(training.epoch)] = value
+            values = accuracy(training.network, test.images, test.labels, judge.normalise)
+            memo["accuracy"][group.start : group.stop, tested.index(training.epoch)] = values
 
     memo = train_networks(
         networks,
-        lambda index: judge.training(train, judge.recipe, stream, index),
+        lambda group: judge.training(train, judge.recipe, stream, group),
         observe,
         {"accuracy": torch.zeros(networks, len(tested), dtype=torch.float64)},
         judge.checkpoints,
         stream,
         stream,
+        judge.together,
     )
     seeds = [derived_seed(judge.seed, stream, index) for index in range(networks)]
     return Accuracies(by_network=memo["accuracy"].tolist(), test_epochs=tested, seeds=seeds)

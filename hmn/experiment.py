@@ -123,6 +123,7 @@ class Session:
             recipe=dataclasses.replace(recipe, epochs=plan.epochs),
             seed=self.config.seed,
             checkpoints=checkpoints,
+            together=chosen.together(max(self.config.evaluation.networks, self.config.pruning.score_networks)),
         )
         self.held_out = Images(data.held_out.images, data.held_out.labels)
 

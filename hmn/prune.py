@@ -15,10 +15,14 @@ BETAS = tuple(step / 10 for step in range(11))
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """z_y - max_{i != y} z_i for every row (n,); negative where the network is wrong (Pleiss et al., NeurIPS 2020)."""
-    own = logits.gather(1, labels[:, None])[:, 0]
-    others = logits.scatter(1, labels[:, None], -torch.inf)
-    return own - others.max(1).values
+    """z_y - max_{i != y} z_i for every row (..., n); negative where the network is wrong (Pleiss et al., NeurIPS 2020).
+
+    ``logits`` (..., n, classes) may be several networks'; ``labels`` (n,).
+    """
+    column = labels.expand(logits.shape[:-1])[..., None]
+    own = logits.gather(-1, column)[..., 0]
+    others = logits.scatter(-1, column, -torch.inf)
+    return own - others.max(-1).values
 
 
 def area_under_margin(judge: Judge, decoded: Images, score: str, networks: int, epochs: int) -> Tensor:
@@ -34,19 +38,20 @@ def area_under_margin(judge: Judge, decoded: Images, score: str, networks: int, 
         return torch.rand(len(decoded.images), generator=stream, device=decoded.images.device)
     recipe = replace(judge.recipe, epochs=epochs, cutmix=0.0)
 
-    def observe(_index: int, training: Training, memo: dict[str, Tensor]) -> None:
+    def observe(_group: range, training: Training, memo: dict[str, Tensor]) -> None:
         logits = logits_of(training.network, decoded.images, judge.normalise)
-        values = logits if score == "logit_margin" else logits.softmax(1)
-        memo["margins"] += margins(values, decoded.labels)
+        values = logits if score == "logit_margin" else logits.softmax(-1)
+        memo["margins"] += margins(values, decoded.labels).view(-1, len(decoded.labels)).sum(0)
 
     memo = train_networks(
         networks,
-        lambda index: judge.training(decoded, recipe, "score", index),
+        lambda group: judge.training(decoded, recipe, "score", group),
         observe,
         {"margins": torch.zeros(len(decoded.images), device=decoded.images.device)},
         judge.checkpoints,
         "score",
         "score",
+        judge.together,
     )
     return memo["margins"] / (networks * epochs if score == "logit_margin" else networks)
 

@@ -10,15 +10,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad
+from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
+from hmn.capture import Replay, optimizer_tensors
 from hmn.checkpoint import Checkpoints
-from hmn.compute import Compute
+from hmn.compute import Compute, at_once
 from hmn.data import augment
 from hmn.data.preprocess import Normalise
+from hmn.data.sampling import permutations
 from hmn.errors import Diverged
 from hmn.networks import Builder, initialise
+from hmn.networks.together import Together
 
 # (parameters, images, labels, partners' labels, own share, weights) -> loss, gradients by name
 TrainingStep = Callable[..., tuple[Tensor, dict[str, Tensor]]]
@@ -29,20 +32,26 @@ def training_step(network: nn.Module, compute: Compute) -> TrainingStep:
 
     ``network`` gives the architecture; its own parameters are never read. Nothing in our networks looks across a batch,
     so padding leaves the gradients of the others exactly as they were, and every batch has one compiled shape.
+    m networks at once take all but ``weights`` with a leading axis m; their losses are (m,), their gradients (m, ...).
     """
 
     def loss(
         parameters: dict[str, Tensor], images: Tensor, labels: Tensor, partners: Tensor, share: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        logits = functional_call(network, (parameters,), (images,)).float()
+        logits = functional_call(network, (parameters,), (images,))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         own = F.cross_entropy(logits, labels, reduction="none")
         other = F.cross_entropy(logits, partners, reduction="none")
         value = ((share * own + (1 - share) * other) * weights).sum() / weights.sum()
         return value, value
 
-    def step(parameters: dict[str, Tensor], *batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def step(
+        parameters: dict[str, Tensor], images: Tensor, labels: Tensor, partners: Tensor, share: Tensor, weights: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        one = grad(loss, has_aux=True)
+        each = one if images.ndim == 4 else vmap(one, in_dims=(0, 0, 0, 0, 0, None))
         with compute.autocast():
-            gradients, value = grad(loss, has_aux=True)(parameters, *batch)
+            gradients, value = each(parameters, images, labels, partners, share, weights)
         return value, gradients
 
     return compute.maybe_compile(step)
@@ -70,8 +79,17 @@ def learning_rate(recipe: Recipe, epoch: int) -> float:
     return recipe.lr * 0.2**passed
 
 
+def _replayable(device: torch.device) -> bool:
+    """Whether an update may be captured as a CUDA graph: what changes between replays must then be in tensors."""
+    return device.type == "cuda"
+
+
 class NetworkUpdate:
-    """SGD with momentum on augmented, mixed batches: what happens to a network, wherever its images come from."""
+    """SGD with momentum on augmented, mixed batches: what happens to a network, wherever its images come from.
+
+    A :class:`Together` of m networks is updated as one: SGD works element by element. All that an update changes, it
+    changes in place, and it never waits for the device, so that a CUDA graph can capture it.
+    """
 
     def __init__(
         self,
@@ -94,42 +112,81 @@ class NetworkUpdate:
         self.batch = batch
         self.strategy = strategy
         self.cutmix = cutmix
-        self.optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
+        self.fused = _replayable(generator.device)
+        self.optimizer = torch.optim.SGD(
+            network.parameters(),
+            # A captured step reads the tensor anew at every replay; of SGD's forms only the fused one takes it unread.
+            lr=torch.tensor(lr, device=generator.device) if self.fused else lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            fused=self.fused,
+        )
+        if momentum:
+            # SGD would make them at its first step, which a captured step must not be.
+            for parameter in network.parameters():
+                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    def set_learning_rate(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            if self.fused:
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One step on at most ``batch`` images (n, channels, H, W), uint8 or in [0, 1]; returns the loss, unread."""
-        n, missing = len(images), self.batch - len(images)
+        """One step on at most ``batch`` images (n, channels, H, W), uint8 or in [0, 1]; returns the loss, unread.
+
+        m networks together take images (m, n, channels, H, W) and labels (m, n), and give losses (m,).
+        """
+        *networks, n = labels.shape
+        missing = self.batch - n
         weights = torch.ones(self.batch, device=images.device)
         if missing:
             # Copies of the first image: any valid image does, its weight is 0.
             fill = torch.zeros(missing, dtype=torch.int64, device=images.device)
-            images, labels = torch.cat([images, images[fill]]), torch.cat([labels, labels[fill]])
+            images = torch.cat([images, images.index_select(-4, fill)], -4)
+            labels = torch.cat([labels, labels.index_select(-1, fill)], -1)
             weights[n:] = 0
-        drawn = augment.draw(self.strategy, self.batch, images.shape[-1], self.generator)
-        inputs = augment.apply(self.normalise(images), drawn)
-        partners, share = labels, torch.ones((), device=images.device)
+        shape = images.shape
+        drawn = augment.draw(
+            self.strategy, labels.numel(), shape[-1], self.generator, batches=labels.numel() // self.batch
+        )
+        inputs = augment.apply(self.normalise(images).flatten(0, -4), drawn).reshape(shape)
+        partners, share = labels, torch.ones(networks, device=images.device)
         if self.cutmix:
             inputs, partners, share = augment.cutmix(inputs, labels, self.cutmix, self.generator, real=n)
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        layout = torch.contiguous_format if networks else torch.channels_last  # see Together
+        inputs = inputs.contiguous(memory_format=layout)
         parameters = {name: value.detach() for name, value in self.network.named_parameters()}
         loss, gradients = self.step(parameters, inputs, labels, partners, share, weights)
         for name, parameter in self.network.named_parameters():
-            parameter.grad = gradients[name]
+            gradient = gradients[name]
+            if self.fused and gradient.stride() != parameter.stride():  # the fused form pairs numbers by address
+                gradient = torch.empty_like(parameter).copy_(gradient)
+            parameter.grad = gradient
         self.optimizer.step()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
         return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """In place: the optimiser's own way would put other tensors where a captured step reads and writes."""
         self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        saved = state["optimizer"]
+        for position, parameter in enumerate(self.network.parameters()):
+            for name, value in self.optimizer.state[parameter].items():
+                value.copy_(saved["state"][position][name])
+        self.set_learning_rate(float(saved["param_groups"][0]["lr"]))
 
 
 class Training:
-    """One network trained from scratch on a fixed set, epoch by epoch, resumable between epochs.
+    """One network, or several together, trained from scratch on a fixed set, epoch by epoch, resumable between epochs.
 
-    ``images`` (N, channels, H, W) uint8 or float in [0, 1] and ``labels`` (N,) lie on the compute device.
+    ``images`` (N, channels, H, W) uint8 or float in [0, 1] and ``labels`` (N,) lie on the compute device. There is a
+    generator per network, from which its initial weights are drawn. All else is drawn from the first one, for all
+    networks at once but for each its own: several together differ from one after another by their random numbers only.
     """
 
     def __init__(
@@ -140,35 +197,45 @@ class Training:
         recipe: Recipe,
         normalise: Normalise,
         step: TrainingStep,
-        generator: torch.Generator,
+        *generators: torch.Generator,
     ) -> None:
-        network = build().to(images.device, memory_format=torch.channels_last)
-        self.network = initialise(network, generator)
-        self.images, self.labels, self.recipe, self.generator = images, labels, recipe, generator
+        self.images, self.labels, self.recipe, self.generator = images, labels, recipe, generators[0]
+        networks = [
+            initialise(build().to(images.device, memory_format=torch.channels_last), generator)
+            for generator in generators
+        ]
+        self.together = (len(networks),) if len(networks) > 1 else ()  # leading shape of what every network has
+        self.network = Together(networks) if self.together else networks[0]
         shared = ("batch", "lr", "momentum", "weight_decay", "strategy", "cutmix")
         options = {name: getattr(recipe, name) for name in shared}
         options["batch"] = min(recipe.batch, len(images))  # a set smaller than a batch needs no padding
-        self.update = NetworkUpdate(network, step, normalise, generator, **options)
+        self.update = NetworkUpdate(self.network, step, normalise, self.generator, **options)
+        if self.update.fused:
+            self.run_batch = Replay(self.run_batch, lambda: optimizer_tensors(self.update.optimizer), [self.generator])
         self.epoch = 0
 
     @property
     def finished(self) -> bool:
         return self.epoch >= self.recipe.epochs
 
-    def run_epoch(self) -> float:
-        """One pass in random order; returns the last batch's loss. Raises ``Diverged`` if that is not finite."""
-        for group in self.update.optimizer.param_groups:
-            group["lr"] = learning_rate(self.recipe, self.epoch)
-        order = torch.randperm(len(self.images), generator=self.generator, device=self.generator.device)
-        for index in order.split(self.recipe.batch):
-            loss = self.update(self.images[index], self.labels[index])
+    def run_epoch(self) -> list[float]:
+        """One pass in random order; each network's loss, the mean over batches: not finite if any batch's is not."""
+        self.update.set_learning_rate(learning_rate(self.recipe, self.epoch))
+        order = permutations(self.together, len(self.images), self.generator)
+        batches = order.split(self.recipe.batch, -1)
+        total = torch.zeros(self.together, device=self.images.device)
+        for index in batches:
+            total = total + self.run_batch({"index": index})["loss"]  # read once, when the epoch is over
         self.epoch += 1
-        value = float(loss)
-        if not math.isfinite(value):
-            raise Diverged(
-                f"the training loss of a network is {value} after epoch {self.epoch}: lower its learning rate"
-            )
-        return value
+        return (total / len(batches)).view(-1).tolist()
+
+    def run_batch(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One update on the images ``index`` (n,), or (m, n) for m networks together; gives the ``loss``, unread.
+
+        A function of tensors that changes all else in place, which is what a CUDA graph can replay.
+        """
+        index = inputs["index"]
+        return {"loss": self.update(self.images[index], self.labels[index])}
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "update": self.update.state_dict(), "generator": self.generator.get_state()}
@@ -181,54 +248,68 @@ class Training:
 
 def train_networks(
     count: int,
-    make: Callable[[int], Training],
-    observe: Callable[[int, Training, dict[str, Tensor]], None],
+    make: Callable[[range], Training],
+    observe: Callable[[range, Training, dict[str, Tensor]], None],
     memo: dict[str, Tensor],
     checkpoints: Checkpoints,
     slot: str,
     label: str,
+    together: int = 1,
 ) -> dict[str, Tensor]:
-    """Train networks 0 .. count - 1 one after another, calling ``observe`` after every epoch; returns ``memo``.
+    """Train networks 0 .. count - 1, at most ``together`` at once, calling ``observe`` after every epoch.
 
-    ``observe`` writes what it measures into the tensors of ``memo``, which are checkpointed with the training in
-    ``slot``: an interrupted call that is made again goes on where it was.
+    ``make`` and ``observe`` get the consecutive networks that are trained at once. ``observe`` writes what it measures
+    into the tensors of ``memo``, which are checkpointed with the training in ``slot``: an interrupted call that is made
+    again goes on where it was. Returns ``memo``. Raises ``Diverged`` if a network's loss is not finite.
     """
-    first, resumed = 0, None
+    first, stop, resumed = 0, 0, None
     if (state := checkpoints.load(slot)) is not None:
-        first, resumed = state["index"], state["training"]
+        first, stop, resumed = state["index"], state["stop"], state["training"]
         for name, value in state["memo"].items():
             memo[name].copy_(value)
-    for index in range(first, count):
-        training = make(index)
+    while first < count:
+        # What was begun together is finished together, whatever ``together`` is by now.
+        networks = range(first, min(first + together, count) if resumed is None else stop)
+        training = make(networks)
         if resumed is not None:
             training.load_state_dict(resumed)
             resumed = None
 
-        def state_now(index: int = index, training: Training = training) -> dict[str, Any]:
-            return {"index": index, "training": training.state_dict(), "memo": memo}
+        def state_now(networks: range = networks, training: Training = training) -> dict[str, Any]:
+            ends = {"index": networks.start, "stop": networks.stop}
+            return {**ends, "training": training.state_dict(), "memo": memo}
 
-        title = f"{label} {index + 1}/{count}"
+        numbers = f"{first + 1}-{networks.stop}" if len(networks) > 1 else f"{first + 1}"
+        title = f"{label} {numbers}/{count}"
         with tqdm(total=training.recipe.epochs, initial=training.epoch, desc=title, unit="epoch", leave=False) as bar:
             while not training.finished:
-                loss = training.run_epoch()
-                observe(index, training, memo)
-                bar.set_postfix(loss=f"{loss:.3f}")
+                losses = training.run_epoch()
+                for index, loss in zip(networks, losses, strict=True):
+                    if not math.isfinite(loss):
+                        raise Diverged(
+                            f"{label} {index + 1}/{count}: the training loss of this network is {loss} after epoch "
+                            f"{training.epoch}: lower its learning rate"
+                        )
+                observe(networks, training, memo)
+                bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}")
                 bar.update()
                 checkpoints.tick(slot, state_now)
+        first = networks.stop
     # A finished stage is kept too: a later interruption must not repeat it.
-    checkpoints.save(slot, {"index": count, "training": None, "memo": memo})
+    checkpoints.save(slot, {"index": count, "stop": count, "training": None, "memo": memo})
     return memo
 
 
 @torch.no_grad()
-def logits_of(network: nn.Module, images: Tensor, normalise: Normalise, batch: int = 500) -> Tensor:
-    """Logits (N, classes) of un-augmented images, in fp32."""
+def logits_of(network: nn.Module, images: Tensor, normalise: Normalise, batch: int | None = None) -> Tensor:
+    """Logits (N, classes) of un-augmented images, in fp32; (m, N, classes) of networks together."""
     network.eval()
+    batch = batch or at_once(500, images.shape[-1])
     chunks = [network(normalise(chunk).contiguous(memory_format=torch.channels_last)) for chunk in images.split(batch)]
     network.train()
-    return torch.cat(chunks)
+    return torch.cat(chunks, -2)
 
 
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor, normalise: Normalise) -> Tensor:
-    """Share of images whose largest logit is the label's, a scalar in [0, 1]."""
-    return (logits_of(network, images, normalise).argmax(1) == labels).float().mean()
+    """Share of images whose largest logit is the label's: a scalar in [0, 1], or (m,) for networks together."""
+    return (logits_of(network, images, normalise).argmax(-1) == labels).float().mean(-1)

@@ -242,6 +242,13 @@ def test_references_are_hinted_at_until_they_are_measured_and_then_printed_besid
 # A kept artifact
 
 
+def test_networks_are_trained_together_where_that_is_asked_for(tmp_path):
+    given = ("mode=random_subset", "evaluation.networks=3", "compute.networks_together=2")
+    finished = finish(tmp_path, *TOY, toy(tmp_path / "toy.npz"), *given)
+    assert set(re.findall(r"evaluate \S+/3", finished.outcome.err)) == {"evaluate 1-2/3", "evaluate 3/3"}
+    assert len(finished.result["accuracy"]["by_network"]) == 3
+
+
 def test_an_artifact_is_evaluated_without_naming_its_data_on_any_network(finished, tmp_path):
     other = finish(tmp_path, *TINY, "mode=evaluate", f"artifact={finished.folder}", "network.width=6")
     assert (other.result["mode"], other.result["network"]) == ("evaluate", "ConvNet-D2-W6")

@@ -61,6 +61,20 @@ def test_auto_takes_a_gpu_where_there_is_one_and_any_other_device_is_taken_at_it
     assert device_of(ComputeConfig(device=name)) == torch.device(device)
 
 
+# Networks together
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "of_ten"),
+    [("cpu", None, 1), ("cuda", None, 10), ("cuda:1", None, 10), ("cpu", 4, 4), ("cuda", 4, 4), ("cuda", 40, 10)],
+)
+def test_a_gpu_trains_all_networks_at_once_and_a_cpu_one_after_another_unless_told(gpus, device, asked, of_ten):
+    gpus(2)
+    chosen = choose(ComputeConfig(device=device, networks_together=asked), 0, 10)
+    assert chosen.together(10) == of_ten
+    assert chosen.together(1) == 1
+
+
 # Compiling
 
 WORTH_IT = {"cpu": 600 * 2e11, "cuda": 600 * 1e13}  # ten minutes of eager code: five times what compiling takes
@@ -124,6 +138,11 @@ def test_compiled_functions_are_kept_where_asked_unless_the_environment_says_whe
     compute.keep_compiled(tmp_path / "there")
     assert compute.os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "here")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+
+
+@pytest.mark.parametrize(("size", "images"), [(8, 500), (32, 500), (64, 125), (224, 10), (2048, 1)])
+def test_large_images_go_through_in_smaller_chunks(size: int, images: int):
+    assert compute.at_once(500, size) == images
 
 
 # Classes per call

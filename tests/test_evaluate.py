@@ -38,7 +38,7 @@ def build() -> ConvNet:
     return ConvNet(1, 3, 8, width=4, depth=1)
 
 
-def judge(folder: Path, *, seed: int = 0, stop: Stop | None = None) -> Judge:
+def judge(folder: Path, *, seed: int = 0, stop: Stop | None = None, together: int = 1) -> Judge:
     return Judge(
         build=build,
         step=training_step(build(), Compute(torch.device("cpu"))),
@@ -46,6 +46,7 @@ def judge(folder: Path, *, seed: int = 0, stop: Stop | None = None) -> Judge:
         recipe=RECIPE,
         seed=seed,
         checkpoints=Checkpoints(folder, 1e9, stop),
+        together=together,
     )
 
 
@@ -119,17 +120,17 @@ def test_data_whose_classes_a_mirror_changes_are_never_flipped(strategy: str, ke
 # Evaluating
 
 
-def by_hand(seed: int, *names: str | int, epochs: int = 4) -> list[float]:
-    """Test accuracies after every epoch of one network trained from the stream ``names``."""
-    stream = torch.Generator().manual_seed(derived_seed(seed, *names))
+def by_hand(seed: int, stream: str, *networks: int, epochs: int = 4) -> list[list[float]]:
+    """Test accuracies after every epoch, a list per network: networks of one stream, trained together."""
+    generators = [torch.Generator().manual_seed(derived_seed(seed, stream, index)) for index in networks]
     recipe = dataclasses.replace(RECIPE, epochs=epochs)
     step = training_step(build(), Compute(torch.device("cpu")))
-    run = Training(build, TRAIN.images, TRAIN.labels, recipe, NORMALISE, step, stream)
+    run = Training(build, TRAIN.images, TRAIN.labels, recipe, NORMALISE, step, *generators)
     values = []
     while not run.finished:
         run.run_epoch()
-        values.append(float(accuracy(run.network, TEST.images, TEST.labels, NORMALISE)))
-    return values
+        values.append(accuracy(run.network, TEST.images, TEST.labels, NORMALISE).view(-1))
+    return torch.stack(values, 1).tolist()
 
 
 def test_each_network_is_trained_from_its_own_recorded_seed_and_tested_on_the_way(tmp_path: Path):
@@ -137,8 +138,16 @@ def test_each_network_is_trained_from_its_own_recorded_seed_and_tested_on_the_wa
     assert found.test_epochs == [2, 4]
     assert found.seeds == [derived_seed(0, "evaluate", index) for index in range(2)]
     for index in range(2):
-        points = by_hand(0, "evaluate", index)
+        (points,) = by_hand(0, "evaluate", index)
         assert found.by_network[index] == [points[1], points[3]]
+
+
+def test_networks_trained_together_are_tested_each_for_itself(tmp_path: Path):
+    found = evaluate(judge(tmp_path, together=2), TRAIN, TEST, networks=3, points=2, stream="evaluate")
+    assert found.seeds == [derived_seed(0, "evaluate", index) for index in range(3)]
+    expected = [*by_hand(0, "evaluate", 0, 1), *by_hand(0, "evaluate", 2)]
+    assert found.by_network == [[points[1], points[3]] for points in expected]
+    assert len(set(map(tuple, found.by_network))) == 3
 
 
 def test_networks_differ_by_index_seed_and_stream_and_repeat_for_the_same(tmp_path: Path):
@@ -153,31 +162,36 @@ def test_networks_differ_by_index_seed_and_stream_and_repeat_for_the_same(tmp_pa
     assert len({seed for one in (found[0], *found[2:]) for seed in one.seeds}) == 9
 
 
-def test_an_interrupted_evaluation_goes_on_to_the_same_accuracies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    expected = evaluate(judge(tmp_path / "whole"), TRAIN, TEST, networks=2, points=4, stream="evaluate")
+@pytest.mark.parametrize("together", [1, 2])
+def test_an_interrupted_evaluation_goes_on_to_the_same_accuracies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int
+):
+    whole = judge(tmp_path / "whole", together=together)
+    expected = evaluate(whole, TRAIN, TEST, networks=2, points=4, stream="evaluate")
     stop, run_epoch = Stop(), Training.run_epoch
 
-    def run_and_stop(self: Training) -> float:
-        loss = run_epoch(self)
+    def run_and_stop(self: Training) -> list[float]:
+        losses = run_epoch(self)
         stop.signum = 10 if self.epoch == 3 else None
-        return loss
+        return losses
 
     monkeypatch.setattr(Training, "run_epoch", run_and_stop)
     sittings = 0
     while True:
         sittings += 1
         try:
-            parts = judge(tmp_path / "parts", stop=stop)
+            parts = judge(tmp_path / "parts", stop=stop, together=together)
             found = evaluate(parts, TRAIN, TEST, networks=2, points=4, stream="evaluate")
             break
         except Interrupted:
             continue
-    assert sittings == 3
+    assert sittings == 1 + 2 // together
     assert found == expected
 
 
 def test_a_quick_accuracy_is_one_short_networks(tmp_path: Path):
-    assert quick_accuracy(judge(tmp_path), TRAIN, TEST, 2, "curve_10") == by_hand(0, "curve_10", 0, epochs=2)[-1]
+    found = quick_accuracy(judge(tmp_path, together=3), TRAIN, TEST, 2, "curve_10")
+    assert found == by_hand(0, "curve_10", 0, epochs=2)[0][-1]
 
 
 def test_the_test_images_never_touch_the_training(tmp_path: Path):

@@ -40,7 +40,7 @@ def build() -> ConvNet:
     return ConvNet(1, 3, 8, width=4, depth=1)
 
 
-def judge(folder: Path, seed: int = 0) -> Judge:
+def judge(folder: Path, seed: int = 0, together: int = 1) -> Judge:
     return Judge(
         build=build,
         step=training_step(build(), Compute(torch.device("cpu"))),
@@ -48,6 +48,7 @@ def judge(folder: Path, seed: int = 0) -> Judge:
         recipe=RECIPE,
         seed=seed,
         checkpoints=Checkpoints(folder, 1e9),
+        together=together,
     )
 
 
@@ -63,6 +64,11 @@ def test_margins_of_four_images():
 
 def test_a_margin_ignores_nothing_but_the_own_class():
     assert margins(torch.tensor([[-9.0, -8.0]]), torch.tensor([1])).tolist() == [1.0]
+
+
+def test_margins_of_several_networks_are_those_of_each():
+    logits, labels = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 3, 1, 2, 2])
+    assert torch.equal(margins(logits, labels), torch.stack([margins(one, labels) for one in logits]))
 
 
 # AUM
@@ -95,9 +101,9 @@ class ScriptedTraining:
     def finished(self) -> bool:
         return self.epoch == self.recipe.epochs
 
-    def run_epoch(self) -> float:
+    def run_epoch(self) -> list[float]:
         self.network.epoch += 1
-        return 0.0
+        return [0.0]
 
     def state_dict(self) -> dict[str, int]:
         return {}
@@ -117,13 +123,18 @@ MARGINS = [[[2, 1, 0, -2], [4, -1, 0, -4]], [[0, 1, 6, 0], [1, -3, 2, 8]]]  # by
 def scripted(folder: Path) -> SimpleNamespace:
     asked = []
 
-    def training(train: Images, recipe: Recipe, *stream: str | int) -> ScriptedTraining:
-        asked.append((recipe, stream))
-        return ScriptedTraining(SCRIPTS[stream[-1]], recipe)
+    def training(train: Images, recipe: Recipe, stream: str, networks: range) -> ScriptedTraining:
+        asked.append((recipe, stream, networks))
+        return ScriptedTraining(SCRIPTS[networks.start], recipe)
 
-    checkpoints = Checkpoints(folder, 1e9)
     return SimpleNamespace(
-        recipe=RECIPE, normalise=lambda x: x, checkpoints=checkpoints, training=training, asked=asked, seed=0
+        recipe=RECIPE,
+        normalise=lambda x: x,
+        checkpoints=Checkpoints(folder, 1e9),
+        training=training,
+        asked=asked,
+        seed=0,
+        together=1,
     )
 
 
@@ -147,27 +158,28 @@ def test_scoring_trains_by_the_judges_recipe_for_its_own_epochs_and_without_cutm
     stub = scripted(tmp_path)
     area_under_margin(stub, DECODED, "logit_margin", networks=2, epochs=2)
     recipe = dataclasses.replace(RECIPE, epochs=2, cutmix=0.0)
-    assert stub.asked == [(recipe, ("score", 0)), (recipe, ("score", 1))]
+    assert stub.asked == [(recipe, "score", range(1)), (recipe, "score", range(1, 2))]
 
 
-def test_scores_are_those_of_networks_trained_on_the_decoded_images(tmp_path: Path):
+@pytest.mark.parametrize(("together", "groups"), [(1, [(0,), (1,), (2,)]), (2, [(0, 1), (2,)])])
+def test_scores_are_those_of_networks_trained_on_the_decoded_images(tmp_path: Path, together, groups):
     """The whole path once, against a loop of one's own: margins of un-augmented images after every epoch."""
     stream = torch.Generator().manual_seed(3)
     decoded = Images(torch.rand(9, 1, 8, 8, generator=stream), torch.arange(9) % 3)
-    found = area_under_margin(judge(tmp_path), decoded, "logit_margin", networks=2, epochs=3)
+    found = area_under_margin(judge(tmp_path, together=together), decoded, "logit_margin", networks=3, epochs=3)
     expected = torch.zeros(9)
-    for index in range(2):
-        seeded = torch.Generator().manual_seed(derived_seed(0, "score", index))
+    for group in groups:
+        seeded = [torch.Generator().manual_seed(derived_seed(0, "score", index)) for index in group]
         recipe = dataclasses.replace(RECIPE, epochs=3, cutmix=0.0)
         step = judge(tmp_path / "unused").step
-        run = Training(build, decoded.images, decoded.labels, recipe, NORMALISE, step, seeded)
+        run = Training(build, decoded.images, decoded.labels, recipe, NORMALISE, step, *seeded)
         for _ in range(3):
             run.run_epoch()
-            logits = logits_of(run.network, decoded.images, NORMALISE)
-            for i, label in enumerate(decoded.labels.tolist()):
-                others = [float(logits[i, k]) for k in range(3) if k != label]
-                expected[i] += float(logits[i, label]) - max(others)
-    torch.testing.assert_close(found, expected / 6, rtol=1e-5, atol=1e-6)
+            for logits in logits_of(run.network, decoded.images, NORMALISE).view(-1, 9, 3):
+                for i, label in enumerate(decoded.labels.tolist()):
+                    others = [float(logits[i, k]) for k in range(3) if k != label]
+                    expected[i] += float(logits[i, label]) - max(others)
+    torch.testing.assert_close(found, expected / 9, rtol=1e-5, atol=1e-6)
 
 
 def test_random_scores_depend_on_the_seed_alone(tmp_path: Path):

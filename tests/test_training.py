@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from hmn import training as trainer
 from hmn.checkpoint import Checkpoints, Stop
 from hmn.compute import Compute
 from hmn.data import augment
@@ -21,6 +23,7 @@ from hmn.data.preprocess import Normalise
 from hmn.errors import Diverged, Interrupted
 from hmn.networks import initialise
 from hmn.networks.convnet import ConvNet
+from hmn.networks.together import Together
 from hmn.training import (
     NetworkUpdate,
     Recipe,
@@ -61,10 +64,11 @@ def images_and_labels(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return images, torch.randint(3, (n,), generator=stream)
 
 
-def training(recipe: Recipe = RECIPE, n: int = 21, seed: int = 0) -> Training:
-    """21 images in batches of 8: the last batch of an epoch is padded."""
+def training(recipe: Recipe = RECIPE, n: int = 21, seeds: Sequence[int] = (0,)) -> Training:
+    """One network per seed on 21 images in batches of 8: the last batch of an epoch is padded."""
     images, labels = images_and_labels(n)
-    return Training(build, images, labels, recipe, NORMALISE, training_step(build(), CPU), generator(seed))
+    step = training_step(build(), CPU)
+    return Training(build, images, labels, recipe, NORMALISE, step, *(generator(seed) for seed in seeds))
 
 
 def state_of(run: Training) -> dict[str, Tensor]:
@@ -266,35 +270,41 @@ def test_bf16_trains_with_fp32_parameters_and_loss():
 
 
 def test_a_training_starts_from_the_parameters_its_generator_draws():
-    run, other = training(seed=7), training(seed=8)
+    run, other = training(seeds=[7]), training(seeds=[8])
     expected = initialise(build().to(memory_format=torch.channels_last), generator(7))  # drawn in memory order
     assert all(torch.equal(a, b) for a, b in zip(run.network.parameters(), expected.parameters(), strict=True))
     assert not torch.equal(run.network.classifier.weight, other.network.classifier.weight)
 
 
-def test_every_epoch_shows_every_image_once_in_an_order_of_its_own(monkeypatch):
-    run = training()
-    run.images = torch.arange(21)
-    seen: list[list[int]] = []
-    monkeypatch.setattr(run, "update", _Recorder(run.update, seen))
-    for _ in range(2):
-        run.run_epoch()
-    assert [len(batch) for batch in seen] == [8, 8, 5] * 2
-    epochs = [sum(seen[start : start + 3], []) for start in (0, 3)]
-    assert [sorted(epoch) for epoch in epochs] == [list(range(21))] * 2
-    assert epochs[0] != epochs[1] != list(range(21))
+class Recorder:
+    """Stands for an update on images that are numbers, and notes which ones it is given."""
 
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
 
-class _Recorder:
-    """Stands for an update, and notes which images it was given."""
-
-    def __init__(self, update: NetworkUpdate, seen: list[list[int]]) -> None:
-        self.optimizer, self.seen = update.optimizer, seen
+    def set_learning_rate(self, lr: float) -> None:
+        pass
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         assert torch.equal(labels, images_and_labels(21)[1][images])
-        self.seen.append(images.tolist())
-        return torch.zeros(())
+        self.seen.append(images)
+        return torch.zeros(images.shape[:-1])
+
+
+def shown(run: Training, epochs: int) -> list[Tensor]:
+    """The indices that each of a training's updates is given."""
+    run.images, run.update = torch.arange(21), Recorder()
+    for _ in range(epochs):
+        run.run_epoch()
+    return run.update.seen
+
+
+def test_every_epoch_shows_every_image_once_in_an_order_of_its_own():
+    seen = shown(training(), 2)
+    assert [len(batch) for batch in seen] == [8, 8, 5] * 2
+    epochs = [torch.cat(seen[start : start + 3]).tolist() for start in (0, 3)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(21))] * 2
+    assert epochs[0] != epochs[1] != list(range(21))
 
 
 def test_a_set_smaller_than_a_batch_is_one_batch_without_padding():
@@ -312,16 +322,17 @@ def test_training_is_repeatable_and_learns_its_images():
     assert accuracy(one.network, one.images, one.labels, NORMALISE) > 0.9
 
 
-def test_two_epochs_a_checkpoint_and_two_more_are_four_epochs_bit_for_bit(tmp_path: Path):
-    whole = training()
+@pytest.mark.parametrize("seeds", [[0], [0, 1, 2]])
+def test_two_epochs_a_checkpoint_and_two_more_are_four_epochs_bit_for_bit(tmp_path: Path, seeds: list[int]):
+    whole = training(seeds=seeds)
     for _ in range(4):
         whole.run_epoch()
-    half = training()
+    half = training(seeds=seeds)
     for _ in range(2):
         half.run_epoch()
     checkpoints = Checkpoints(tmp_path, 0)
     checkpoints.save("training", half.state_dict())
-    rest = training(seed=99)  # what it starts with must not matter
+    rest = training(seeds=[99 + seed for seed in seeds])  # what it starts with must not matter
     rest.load_state_dict(checkpoints.load("training"))
     assert rest.epoch == 2
     for _ in range(2):
@@ -331,82 +342,298 @@ def test_two_epochs_a_checkpoint_and_two_more_are_four_epochs_bit_for_bit(tmp_pa
     assert torch.equal(whole.generator.get_state(), rest.generator.get_state())
 
 
-def test_a_loss_that_is_not_finite_stops_training_and_names_the_epoch():
-    run = training()
+# Networks together
+
+
+class Calls(TorchDispatchMode):
+    """Notes every operator that is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("seeds", [[0], [0, 1, 2]])
+@pytest.mark.parametrize("n", [8, 5])
+def test_an_update_never_waits_for_the_device(seeds: list[int], n: int):
+    run = training(seeds=seeds)
+    index = torch.arange(n).expand(*run.together, n)
+    with Calls() as calls:
+        loss = run.run_batch({"index": index})["loss"]
+    assert {"aten::rand.generator", "aten::convolution"} <= calls.names
+    assert "aten::_local_scalar_dense" not in calls.names
+    with Calls() as calls:
+        float(loss.sum())
+    assert "aten::_local_scalar_dense" in calls.names
+
+
+def in_float64() -> nn.Module:
+    return build().double()
+
+
+def three_and_each(recipe: Recipe) -> tuple[Training, list[Training]]:
+    """Three networks trained together, and each of them alone, in float64."""
+    images, labels = torch.rand(21, 3, 8, 8, generator=generator(), dtype=torch.float64), images_and_labels(21)[1]
+    given = (in_float64, images, labels, recipe, NORMALISE, training_step(in_float64(), CPU))
+    together = Training(*given, *map(generator, range(3)))
+    return together, [Training(*given, generator(seed)) for seed in range(3)]
+
+
+def assert_each_is_in(together: Training, each: list[Training]) -> None:
+    stacked = state_of(together)
+    for position, alone in enumerate(each):
+        assert state_of(alone).keys() == stacked.keys()
+        for name, value in state_of(alone).items():
+            torch.testing.assert_close(stacked[name][position], value, rtol=0, atol=1e-10)
+
+
+def test_networks_together_are_each_what_it_is_alone(monkeypatch):
+    """Equal orders, no augmentation: momentum, decay, three learning rates and a padded last batch included."""
+    recipe = dataclasses.replace(
+        RECIPE, epochs=6, strategy="none", cutmix=0.0, weight_decay=0.1, lr=0.1, schedule="multistep"
+    )
+    together, each = three_and_each(recipe)
+    assert_each_is_in(together, [])
+    start = {name: value.clone() for name, value in together.network.state_dict().items()}
+    orders = torch.rand(6, 3, 21, generator=generator()).argsort(-1)
+    for order in orders:
+        monkeypatch.setattr(trainer, "permutations", lambda *_, order=order: order)
+        losses = together.run_epoch()
+        for position, alone in enumerate(each):
+            monkeypatch.setattr(trainer, "permutations", lambda *_, order=order[position]: order)
+            assert alone.run_epoch() == pytest.approx([losses[position]], abs=1e-10)
+    assert_each_is_in(together, each)
+    assert all((value - start[name]).abs().min() > 0 for name, value in together.network.state_dict().items())
+
+
+@pytest.mark.parametrize("n", [8, 5])
+def test_every_network_sees_its_own_augmentation_and_mixture(monkeypatch, n: int):
+    recipe = dataclasses.replace(RECIPE, strategy="color_crop_cutout_flip_scale_rotate", cutmix=1.0)
+    together, each = three_and_each(recipe)
+    cutmix, noted = augment.cutmix, []
+    drawn = augment.draw(recipe.strategy, 24, 8, generator(), batches=3)
+    assert len(set(drawn.chosen.tolist())) > 1
+    parts = [{k: v[8 * i : 8 * i + 8] for k, v in vars(drawn).items() if torch.is_tensor(v)} for i in range(3)]
+
+    def drawing(*given: object, batches: int) -> augment.Draw:
+        assert (given[1:3], batches) == ((24, 8), 3)
+        return drawn
+
+    def mixing(*given: object, **options: object) -> tuple[Tensor, Tensor, Tensor]:
+        noted.append((given[0], *cutmix(*given, **options)))
+        return noted[-1][1:]
+
+    monkeypatch.setattr(augment, "draw", drawing)
+    monkeypatch.setattr(augment, "cutmix", mixing)
+    index = torch.rand(3, 21, generator=generator()).argsort(-1)[:, :n]
+    losses = together.run_batch({"index": index})["loss"]
+    ((inputs, mixed, partners, shares),) = noted
+    assert len(set(shares.tolist())) == 3
+    for position, alone in enumerate(each):
+
+        def mixed_alone(images: Tensor, *_: object, i: int = position, **__: object) -> tuple[Tensor, Tensor, Tensor]:
+            torch.testing.assert_close(images, inputs[i], rtol=0, atol=1e-12)
+            return mixed[i], partners[i], shares[i]
+
+        own = augment.Draw(**{**vars(drawn), **parts[position]})
+        monkeypatch.setattr(augment, "draw", lambda *_, own=own, **__: own)
+        monkeypatch.setattr(augment, "cutmix", mixed_alone)
+        torch.testing.assert_close(alone.run_batch({"index": index[position]})["loss"], losses[position])
+    assert_each_is_in(together, each)
+
+
+def test_networks_together_start_from_their_own_generators_and_shuffle_apart():
+    run = training(seeds=[7, 8, 9])
+    for position, seed in enumerate((7, 8, 9)):
+        alone = training(seeds=[seed]).network.state_dict()
+        assert all(torch.equal(value[position], alone[name]) for name, value in run.network.state_dict().items())
+    seen = shown(run, 1)
+    assert [tuple(batch.shape) for batch in seen] == [(3, 8), (3, 8), (3, 5)]
+    orders = torch.cat(seen, 1).tolist()
+    assert [sorted(order) for order in orders] == [list(range(21))] * 3
+    assert len(set(map(tuple, orders))) == 3
+
+
+def test_networks_together_draw_from_the_first_ones_generator_alone():
+    runs = [training(seeds=seeds) for seeds in ([0, 1], [0, 1], [0, 2])]
+    losses = [run.run_epoch() for run in runs]
+    assert losses[0] == losses[1]
+    assert losses[0][0] == losses[2][0] and losses[0][1] != losses[2][1]
+
+
+@pytest.mark.parametrize("seeds", [[0], [0, 1, 2]])
+def test_what_is_loaded_goes_into_the_tensors_that_a_captured_update_uses(seeds: list[int]):
+    """And it makes those of the first update beforehand: a graph must not make them anew at every replay."""
+    run, other = training(seeds=seeds), training(seeds=seeds)
+    before = {name: value.data_ptr() for name, value in state_of(run).items()}
+    assert any(name.startswith("momentum") for name in before)
+    other.run_epoch()
     run.run_epoch()
-    with torch.no_grad():
-        run.network.classifier.bias.fill_(torch.nan)
-    with pytest.raises(
-        Diverged, match=r"^the training loss of a network is nan after epoch 2: lower its learning rate$"
-    ):
-        run.run_epoch()
+    run.load_state_dict(other.state_dict())
+    run.run_epoch()
+    assert {name: value.data_ptr() for name, value in state_of(run).items()} == before
 
 
-# Several networks
+@pytest.mark.parametrize("seeds", [[0], [0, 1, 2]])
+def test_an_update_that_can_be_captured_is_the_same_and_reads_its_rate_from_a_tensor(monkeypatch, seeds: list[int]):
+    usual = training(seeds=seeds)
+    monkeypatch.setattr(trainer, "_replayable", lambda _: True)
+    captured = training(seeds=seeds)
+    step, rate = captured.update.step, captured.update.optimizer.param_groups[0]["lr"]
+
+    def otherwise_laid_out(*batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """As a compiler may: columns of gradients lie together in memory, not rows."""
+        loss, gradients = step(*batch)
+        return loss, {name: g.mT.contiguous().mT if g.ndim > 1 else g for name, g in gradients.items()}
+
+    captured.update.step = otherwise_laid_out
+    with Calls() as calls:
+        for epoch in range(4):
+            usual.run_epoch()
+            captured.run_epoch()
+            assert captured.update.optimizer.param_groups[0]["lr"] is rate
+            assert float(rate) == pytest.approx(learning_rate(RECIPE, epoch))
+    assert "aten::_fused_sgd_.tensor_lr" in calls.names
+    for name, value in state_of(usual).items():
+        torch.testing.assert_close(state_of(captured)[name], value, rtol=0, atol=1e-5)
 
 
-def observe(index: int, run: Training, memo: dict[str, Tensor]) -> None:
+# Several networks, one after another or together
+
+
+def observe(networks: range, run: Training, memo: dict[str, Tensor]) -> None:
     """Something that adds up over epochs and depends on every parameter."""
-    memo["sum"][index] += sum(float(value.double().sum()) for value in run.network.state_dict().values())
-    memo["epochs"][index] += 1
+    for position, index in enumerate(networks):
+        for value in run.network.state_dict().values():
+            own = value[position] if len(networks) > 1 else value
+            memo["sum"][index] += float(own.double().sum())
+        memo["epochs"][index] += 1
 
 
-def train_three(checkpoints: Checkpoints, observe=observe) -> tuple[dict[str, Tensor], list[int]]:
-    made: list[int] = []
+def train_three(checkpoints: Checkpoints, observe=observe, together: int = 1) -> tuple[dict[str, Tensor], list[range]]:
+    made: list[range] = []
 
-    def make(index: int) -> Training:
-        made.append(index)
-        return training(seed=index)
+    def make(networks: range) -> Training:
+        made.append(networks)
+        return training(seeds=networks)
 
     memo = {"sum": torch.zeros(3, dtype=torch.float64), "epochs": torch.zeros(3, dtype=torch.int64)}
-    return train_networks(3, make, observe, memo, checkpoints, "networks", "networks"), made
+    return train_networks(3, make, observe, memo, checkpoints, "networks", "networks", together), made
 
 
-def test_networks_train_one_after_another_and_are_observed_after_every_epoch(tmp_path: Path):
-    memo, made = train_three(Checkpoints(tmp_path, 1e9))
-    assert made == [0, 1, 2]
+GROUPS = {1: [range(1), range(1, 2), range(2, 3)], 2: [range(2), range(2, 3)], 3: [range(3)], 7: [range(3)]}
+
+
+@pytest.mark.parametrize("together", GROUPS)
+def test_networks_are_trained_in_groups_and_observed_after_every_epoch(tmp_path: Path, together: int):
+    memo, made = train_three(Checkpoints(tmp_path, 1e9), together=together)
+    assert made == GROUPS[together]
     assert memo["epochs"].tolist() == [4, 4, 4]
-    alone = training(seed=1)
     expected = {"sum": torch.zeros(3, dtype=torch.float64), "epochs": torch.zeros(3, dtype=torch.int64)}
-    for _ in range(4):
-        alone.run_epoch()
-        observe(1, alone, expected)
-    assert memo["sum"][1] == expected["sum"][1]
+    for networks in made:
+        run = training(seeds=networks)
+        for _ in range(4):
+            run.run_epoch()
+            observe(networks, run, expected)
+    assert_equal_states(memo, expected)
     assert len(set(memo["sum"].tolist())) == 3
 
 
+@pytest.mark.parametrize(("together", "groups"), [(1, GROUPS[1]), (2, [range(2), range(2, 4), range(4, 5)])])
+def test_a_bar_says_which_networks_are_trained(tmp_path: Path, monkeypatch, together: int, groups: list[range]):
+    titles = []
+    bar = trainer.tqdm
+    monkeypatch.setattr(trainer, "tqdm", lambda *args, **options: titles.append(options["desc"]) or bar(**options))
+    count = groups[-1].stop
+    arguments = (count, lambda networks: training(seeds=networks), lambda *_: None, {}, Checkpoints(tmp_path, 1e9))
+    train_networks(*arguments, "slot", "score", together)
+    assert titles == (
+        ["score 1/3", "score 2/3", "score 3/3"] if together == 1 else ["score 1-2/5", "score 3-4/5", "score 5/5"]
+    )
+
+
+@pytest.mark.parametrize("together", [1, 2, 3])
+@pytest.mark.parametrize("batch", [0, 1, 2])
+def test_a_loss_that_is_not_finite_in_any_batch_stops_training_and_names_the_network(tmp_path, together, batch):
+    """One bad loss of the second network in the second epoch, whose update did no harm."""
+    bad = torch.tensor([0.0, torch.inf, 0.0])
+
+    def make(networks: range) -> Training:
+        run, done = training(seeds=networks), []
+        run_batch = run.run_batch
+
+        def spoilt(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+            loss = run_batch(inputs)["loss"]
+            done.append(loss)
+            own = bad[networks.start : networks.stop].view(loss.shape)
+            return {"loss": loss + own if len(done) == 4 + batch else loss}
+
+        run.run_batch = spoilt
+        return run
+
+    message = r"^judge 2/3: the training loss of this network is inf after epoch 2: lower its learning rate$"
+    with pytest.raises(Diverged, match=message):
+        train_networks(3, make, lambda *_: None, {}, Checkpoints(tmp_path, 1e9), "slot", "judge", together)
+
+
+def test_a_network_that_diverges_leaves_the_others_as_they_are():
+    run, other = training(seeds=[0, 1, 2]), training(seeds=[0, 1, 2])
+    with torch.no_grad():
+        run.network.classifier.bias[1].fill_(torch.nan)
+    losses, expected = run.run_epoch(), other.run_epoch()
+    assert math.isnan(losses[1])
+    assert [losses[0], losses[2]] == [expected[0], expected[2]]
+
+
+@pytest.mark.parametrize(("together", "begun"), [(1, GROUPS[1][1:]), (2, GROUPS[2]), (3, GROUPS[3])])
 @pytest.mark.parametrize("epoch", [2, 4])
-def test_an_interruption_within_the_second_of_three_networks_leaves_no_trace(tmp_path: Path, epoch: int):
-    expected, _ = train_three(Checkpoints(tmp_path / "whole", 1e9))
+def test_an_interruption_with_the_second_of_three_networks_leaves_no_trace(tmp_path: Path, epoch, together, begun):
+    expected, _ = train_three(Checkpoints(tmp_path / "whole", 1e9), together=together)
     stop = Stop()
 
-    def observe_and_stop(index: int, run: Training, memo: dict[str, Tensor]) -> None:
-        observe(index, run, memo)
-        if (index, run.epoch) == (1, epoch):
+    def observe_and_stop(networks: range, run: Training, memo: dict[str, Tensor]) -> None:
+        observe(networks, run, memo)
+        if 1 in networks and run.epoch == epoch:
             stop.signum = 15
 
     with pytest.raises(Interrupted):
-        train_three(Checkpoints(tmp_path / "parts", 1e9, stop), observe_and_stop)
-    found, made = train_three(Checkpoints(tmp_path / "parts", 1e9))
-    assert made == [1, 2]
+        train_three(Checkpoints(tmp_path / "parts", 1e9, stop), observe_and_stop, together)
+    found, made = train_three(Checkpoints(tmp_path / "parts", 1e9), together=together)
+    assert made == begun
+    assert_equal_states(found, expected)
+
+
+def test_what_was_begun_together_is_finished_together(tmp_path: Path):
+    """A setting that may change between sittings must not lose what is trained: here from 2 at once to 1."""
+    expected, _ = train_three(Checkpoints(tmp_path / "whole", 1e9), together=2)
+    stop = Stop()
+    stop.signum = 15
+    with pytest.raises(Interrupted):
+        train_three(Checkpoints(tmp_path / "parts", 1e9, stop), together=2)
+    found, made = train_three(Checkpoints(tmp_path / "parts", 1e9), together=1)
+    assert made == [range(2), range(2, 3)]
     assert_equal_states(found, expected)
 
 
 def test_a_crash_repeats_only_what_came_after_the_last_checkpoint(tmp_path: Path):
     expected, _ = train_three(Checkpoints(tmp_path / "whole", 1e9))
 
-    def observe_and_fail(index: int, run: Training, memo: dict[str, Tensor]) -> None:
-        observe(index, run, memo)
-        if (index, run.epoch) == (1, 3):
+    def observe_and_fail(networks: range, run: Training, memo: dict[str, Tensor]) -> None:
+        observe(networks, run, memo)
+        if (*networks, run.epoch) == (1, 3):
             raise RuntimeError("the power went")
 
     with pytest.raises(RuntimeError):
         train_three(Checkpoints(tmp_path / "parts", 0), observe_and_fail)
     epochs: list[tuple[int, int]] = []
 
-    def observe_and_note(index: int, run: Training, memo: dict[str, Tensor]) -> None:
-        observe(index, run, memo)
-        epochs.append((index, run.epoch))
+    def observe_and_note(networks: range, run: Training, memo: dict[str, Tensor]) -> None:
+        observe(networks, run, memo)
+        epochs.append((*networks, run.epoch))
 
     found, _ = train_three(Checkpoints(tmp_path / "parts", 0), observe_and_note)
     assert epochs == [(1, 3), (1, 4), (2, 1), (2, 2), (2, 3), (2, 4)]
@@ -451,3 +678,16 @@ def test_accuracy_is_the_share_of_images_whose_largest_logit_is_the_labels():
     images[[0, 1, 2, 3], [0, 2, 1, 1], 0, 0] = 1.0  # predictions 0, 2, 1, 1
     value = accuracy(ByHand(), images, torch.tensor([0, 2, 1, 0]), Normalise((0.0,) * 3, (1.0,) * 3))
     assert value == 0.75
+
+
+def test_logits_and_accuracies_of_networks_together_are_those_of_each():
+    networks = [initialise(in_float64(), generator(seed)) for seed in range(3)]
+    images = torch.rand(50, 3, 8, 8, generator=generator(), dtype=torch.float64)
+    labels = images_and_labels(50)[1]
+    logits = logits_of(Together(networks), images, NORMALISE, batch=20)
+    expected = torch.stack([logits_of(network, images, NORMALISE, batch=20) for network in networks])
+    assert logits.shape == (3, 50, 3) and not logits.requires_grad
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
+    found = accuracy(Together(networks), images, labels, NORMALISE)
+    assert found.tolist() == [float(accuracy(network, images, labels, NORMALISE)) for network in networks]
+    assert len(set(found.tolist())) > 1

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hmn.data.sampling import permutations
+
 GEOMETRIC = ("crop", "scale", "rotate")  # IDC's rule applies exactly one of those listed
 CROP_RATIO = 0.125
 CUTOUT_RATIO = 0.5
@@ -62,11 +64,13 @@ def without_flip(strategy: str) -> str:
     return "_".join(name for name in operators(strategy) if name != "flip") or "none"
 
 
-def draw(strategy: str, n: int, size: int, generator: torch.Generator, *, one_choice: bool = True) -> Draw:
+def draw(
+    strategy: str, n: int, size: int, generator: torch.Generator, *, one_choice: bool = True, batches: int = 1
+) -> Draw:
     """Parameters for ``n`` images of side ``size``; ranges as in IDC and DSA.
 
-    ``one_choice``: all ``n`` share which geometric operator is applied, as in one batch of IDC; else each image (or,
-    after :meth:`Draw.repeat`, each group) has its own choice.
+    ``one_choice``: all ``n`` share which geometric operator is applied, as in one batch of IDC, or all of each of
+    ``batches`` equal parts; else each image (or, after :meth:`Draw.repeat`, each group) has its own choice.
     """
     names = operators(strategy)
     device = generator.device
@@ -84,8 +88,9 @@ def draw(strategy: str, n: int, size: int, generator: torch.Generator, *, one_ch
         values |= {name: uniform(n) for name in ("brightness", "saturation", "contrast")}
     geometric = geometric_of(strategy)
     if geometric:
-        shape = (1,) if one_choice else (n,)
-        values["chosen"] = torch.randint(len(geometric), shape, generator=generator, device=device).expand(n)
+        choices = batches if one_choice else n
+        chosen = torch.randint(len(geometric), (choices, 1), generator=generator, device=device)
+        values["chosen"] = chosen.expand(-1, n // choices).flatten()
     if "crop" in names:
         shift = int(CROP_RATIO * size + 0.5)
         values["crop"] = integer(-shift, shift)
@@ -192,18 +197,23 @@ def cutmix(
 
     With ``probability``, a box of side H * sqrt(1 - lambda), lambda ~ U(0, 1), is taken from a random partner; the
     loss is r * CE(labels) + (1 - r) * CE(partners'), r from the box after clipping. Only the first ``real`` images are
-    partners: the rest of a padded batch stays out.
+    partners: the rest of a padded batch stays out. Batches (m, n, channels, H, W) with labels (m, n) are mixed each by
+    its own draw; r is then (m,).
     """
-    n, size = len(images) if real is None else real, images.shape[-1]
+    *batches, total = labels.shape
+    n, size = total if real is None else real, images.shape[-1]
     device = generator.device
-    mixes, keep = torch.rand(2, generator=generator, device=device)
-    centre = torch.randint(size, (2,), generator=generator, device=device)
-    partners = torch.randperm(n, generator=generator, device=device)
-    partners = torch.cat([partners, torch.arange(n, len(images), device=device)])
+    mixes, keep = torch.rand(2, *batches, generator=generator, device=device)
+    centre = torch.randint(size, (2, *batches), generator=generator, device=device)
+    partners = permutations(batches, n, generator)
+    partners = torch.cat([partners, torch.arange(n, total, device=device).expand(*batches, -1)], -1)
     half = (size * (1 - keep).sqrt()).long() // 2
     low, high = (centre - half).clamp(0, size), (centre + half).clamp(0, size)
     positions = torch.arange(size, device=device)
-    inside = (positions >= low[:, None]) & (positions < high[:, None])
-    box = inside[0][:, None] & inside[1] & (mixes < probability)
-    own_share = 1 - box.float().mean()
-    return torch.where(box, images[partners], images), labels[partners], own_share
+    inside = (positions >= low[..., None]) & (positions < high[..., None])
+    box = inside[0][..., None] & inside[1][..., None, :] & (mixes < probability)[..., None, None]
+    own_share = 1 - box.float().mean((-2, -1))
+    starts = torch.arange(labels.numel() // total, device=device).view(*batches, 1) * total
+    others = images.flatten(0, -4)[partners + starts]
+    mixed = torch.where(box[..., None, None, :, :], others, images)
+    return mixed, labels.gather(-1, partners), own_share

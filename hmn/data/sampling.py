@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -49,6 +51,15 @@ class GroupSampler:
         self.order = state["order"].to(self.generator.device)
         self.cursors = state["cursors"].clone()
         self.generator.set_state(state["generator"].cpu())
+
+
+def permutations(groups: Sequence[int], n: int, generator: torch.Generator) -> Tensor:
+    """Random orders (*groups, n) of 0 .. n - 1, drawn apart for every group; without groups one order (n,)."""
+    if not groups:
+        return torch.randperm(n, generator=generator, device=generator.device)
+    # float64: equal keys, whose order is the sort's and not random, are as good as impossible.
+    keys = torch.rand(*groups, n, generator=generator, device=generator.device, dtype=torch.float64)
+    return keys.argsort(-1)
 
 
 def per_class(labels: Tensor, class_names: tuple[str, ...], batch: int, generator: torch.Generator) -> GroupSampler:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import fields
 from itertools import product
 
@@ -284,6 +285,14 @@ def test_with_one_choice_a_batch_shares_its_operator_but_not_its_parameters():
     assert operators == {"crop", "scale", "rotate"}
 
 
+def test_every_batch_shares_an_operator_of_its_own():
+    drawn = augment.draw(EVERYTHING, 60, 32, generator(), batches=20)
+    choices = drawn.chosen.view(20, 3)
+    assert (choices == choices[:, :1]).all() and set(choices[:, 0].tolist()) == {0, 1, 2}
+    for name in ("scale", "rotate", *COLOURS):
+        assert len(getattr(drawn, name).unique(dim=0)) == 60
+
+
 def test_the_order_of_names_in_a_strategy_does_not_matter():
     images, backwards = noise(5, 8), "_".join(reversed(EVERYTHING.split("_")))
     one, other = (augment.apply(images, augment.draw(name, 5, 8, generator())) for name in (EVERYTHING, backwards))
@@ -475,3 +484,33 @@ def test_padding_rows_of_a_batch_are_neither_mixed_nor_partners():
         assert (found[:3] // 100).max() <= 2
         moved += not torch.equal(found[:3], images[:3])
     assert moved > 30
+
+
+@pytest.mark.parametrize("real", [None, 5])
+@pytest.mark.parametrize("probability", [1.0, 0.5])
+def test_several_batches_are_mixed_each_as_it_would_be_alone(monkeypatch, probability, real):
+    """All random numbers of a call are noted; each batch alone, given its own of them, must come out the same."""
+    batches, n = 6, 7
+    images, labels = noise(batches * n, SIDE).unflatten(0, (batches, n)), torch.arange(batches * n).view(batches, n)
+    orders = augment.permutations((batches,), n if real is None else real, generator(1))
+    noted = []
+
+    def noting(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *args, **options: noted.append(function(*args, **options)) or noted[-1]
+
+    with monkeypatch.context() as patch:
+        for name in ("rand", "randint"):
+            patch.setattr(torch, name, noting(getattr(torch, name)))
+        patch.setattr(augment, "permutations", lambda *_: orders)
+        mixed, partners, shares = augment.cutmix(images, labels, probability, generator(), real=real)
+    mixes_and_keeps, centres = noted
+    assert mixes_and_keeps.shape == centres.shape == (2, batches)
+    assert len(set(shares.tolist())) > 2
+    for i in range(batches):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "rand", lambda *_, i=i, **__: mixes_and_keeps[:, i])
+            patch.setattr(torch, "randint", lambda *_, i=i, **__: centres[:, i])
+            patch.setattr(augment, "permutations", lambda *_, i=i: orders[i])
+            alone = augment.cutmix(images[i], labels[i], probability, generator(), real=real)
+        for found, expected in zip((mixed[i], partners[i], shares[i]), alone, strict=True):
+            assert torch.equal(found, expected)

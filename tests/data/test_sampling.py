@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from itertools import combinations
+from itertools import permutations as all_orders
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hmn.data.sampling import GroupSampler, per_class, random_subset, repeated_subset
+from hmn.data.sampling import GroupSampler, per_class, permutations, random_subset, repeated_subset
 from hmn.errors import DataError
 
 NAMES = ("cat", "dog", "owl")
@@ -117,6 +118,21 @@ def test_going_on_does_not_change_a_state_that_was_taken():
     for _ in range(5):
         all_groups(sampler)
     assert all(torch.equal(state[name], kept[name]) for name in kept)
+
+
+def test_permutations_of_several_groups_are_drawn_apart_and_uniformly():
+    orders = permutations((700, 2), 3, generator())
+    assert orders.shape == (700, 2, 3)
+    for position in range(2):
+        counts = Counter(map(tuple, orders[:, position].tolist()))
+        assert set(counts) == set(all_orders(range(3)))
+        assert all(abs(count - 700 / 6) < 50 for count in counts.values())
+    same = (orders[:, 0] == orders[:, 1]).all(1).float().mean()
+    assert same == pytest.approx(1 / 6, abs=0.06)
+
+
+def test_one_permutation_is_torchs_own():
+    assert torch.equal(permutations((), 50, generator(4)), torch.randperm(50, generator=generator(4)))
 
 
 def test_batches_per_class_are_of_one_class_each():
