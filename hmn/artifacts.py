@@ -47,11 +47,13 @@ class CondensedSet(Dataset):
 
 
 @torch.no_grad()
-def decode_all(container: nn.Module) -> tuple[Tensor, Tensor]:
+def decode_all(container: nn.Module, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """All images (N, channels, H, W) in [0, 1] and labels (N,) of a container, on its device."""
     device = next(container.parameters()).device
     index = torch.arange(container.classes * container.images_per_class, device=device)
-    images = torch.cat([container.decode(part) for part in index.split(at_once(1024, container.shape.image_size))])
+    images = torch.cat(
+        [container.decode(part) for part in index.split(chunk or at_once(1024, container.shape.image_size))]
+    )
     return images, index // container.images_per_class
 
 
