@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 from tqdm import tqdm
 
+from hmn import distributed
 from hmn.checkpoint import Checkpoints
 from hmn.compute import Compute
 from hmn.data import augment
@@ -191,14 +192,19 @@ def train_networks(
     """Train networks 0 .. count - 1 one after another, calling ``observe`` after every epoch; returns ``memo``.
 
     ``observe`` writes what it measures into the tensors of ``memo``, which are checkpointed with the training in
-    ``slot``: an interrupted call that is made again goes on where it was.
+    ``slot``: an interrupted call that is made again goes on where it was. Several processes deal the networks out among
+    themselves and sum their memos, which start from zero.
     """
-    first, resumed = 0, None
-    if (state := checkpoints.load(slot)) is not None:
+    first, resumed = distributed.rank(), None
+    state = checkpoints.load(slot)
+    together = distributed.world() > 1 and (state is None or state["index"] < count)
+    if together:
+        state = checkpoints.load(slot, own=True)
+    if state is not None:
         first, resumed = state["index"], state["training"]
         for name, value in state["memo"].items():
             memo[name].copy_(value)
-    for index in range(first, count):
+    for index in range(first, count, distributed.world()):
         training = make(index)
         if resumed is not None:
             training.load_state_dict(resumed)
@@ -208,15 +214,27 @@ def train_networks(
             return {"index": index, "training": training.state_dict(), "memo": memo}
 
         title = f"{label} {index + 1}/{count}"
-        with tqdm(total=training.recipe.epochs, initial=training.epoch, desc=title, unit="epoch", leave=False) as bar:
+        with tqdm(
+            total=training.recipe.epochs,
+            initial=training.epoch,
+            desc=title,
+            unit="epoch",
+            leave=False,
+            disable=not distributed.first(),
+        ) as bar:
             while not training.finished:
                 loss = training.run_epoch()
                 observe(index, training, memo)
                 bar.set_postfix(loss=f"{loss:.3f}")
                 bar.update()
-                checkpoints.tick(slot, state_now)
+                checkpoints.tick(slot, state_now, own=True)
     # A finished stage is kept too: a later interruption must not repeat it.
-    checkpoints.save(slot, {"index": count, "training": None, "memo": memo})
+    finished = {"index": count, "training": None, "memo": memo}
+    if together:
+        checkpoints.save(slot, finished, own=True)  # nor what is done of it, should another process not get this far
+        for value in memo.values():
+            distributed.sum_([value])
+    checkpoints.save(slot, finished)
     return memo
 
 
