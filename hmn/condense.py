@@ -261,9 +261,8 @@ def condense(
         _require_finite(run, norms)
         return run.state_dict()
 
-    with tqdm(
-        total=run.total_steps, initial=run.step, desc="condense", unit="step", disable=not distributed.first()
-    ) as bar:
+    hidden = not distributed.first()
+    with tqdm(total=run.total_steps, initial=run.step, desc="condense", unit="step", disable=hidden) as bar:
         while True:
             if run.step in due and run.step not in run.curve and on_curve is not None:
                 with watch.paused():

@@ -1,4 +1,4 @@
-"""One run in several processes, started by ``torchrun``: who owns which classes, and what the processes tell each other.
+"""One run in several processes, started by ``torchrun``: who owns which classes, and what they tell each other.
 
 In a single process every function here is the identity and costs nothing. Several meet once, in :func:`start`, and then
 must come to the same calls in the same order.

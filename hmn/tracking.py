@@ -49,8 +49,9 @@ def start(
     """Begin, or continue, the record of the run in ``run_dir``; use it in a ``with`` statement.
 
     ``run_id`` is the W&B id too, and ``run_config`` (plain nested values) the W&B config. ``group`` holds unless
-    ``config.group`` is set. Of several processes only the first records anything. An online run that cannot reach W&B goes on offline and says so in one line. Raises
-    :class:`HmnError` if W&B cannot even start offline, :class:`ArtifactError` if ``metrics.jsonl`` is damaged.
+    ``config.group`` is set. Of several processes only the first records anything. An online run that cannot reach W&B
+    goes on offline and says so in one line. Raises :class:`HmnError` if W&B cannot even start offline,
+    :class:`ArtifactError` if ``metrics.jsonl`` is damaged.
     """
     if not distributed.first():
         return Tracker(None)

@@ -197,8 +197,8 @@ def train_networks(
     """
     first, resumed = distributed.rank(), None
     state = checkpoints.load(slot)
-    together = distributed.world() > 1 and (state is None or state["index"] < count)
-    if together:
+    dealt_out = distributed.world() > 1 and (state is None or state["index"] < count)
+    if dealt_out:
         state = checkpoints.load(slot, own=True)
     if state is not None:
         first, resumed = state["index"], state["training"]
@@ -213,15 +213,8 @@ def train_networks(
         def state_now(index: int = index, training: Training = training) -> dict[str, Any]:
             return {"index": index, "training": training.state_dict(), "memo": memo}
 
-        title = f"{label} {index + 1}/{count}"
-        with tqdm(
-            total=training.recipe.epochs,
-            initial=training.epoch,
-            desc=title,
-            unit="epoch",
-            leave=False,
-            disable=not distributed.first(),
-        ) as bar:
+        title, epochs, hidden = f"{label} {index + 1}/{count}", training.recipe.epochs, not distributed.first()
+        with tqdm(total=epochs, initial=training.epoch, desc=title, unit="epoch", leave=False, disable=hidden) as bar:
             while not training.finished:
                 loss = training.run_epoch()
                 observe(index, training, memo)
@@ -230,7 +223,7 @@ def train_networks(
                 checkpoints.tick(slot, state_now, own=True)
     # A finished stage is kept too: a later interruption must not repeat it.
     finished = {"index": count, "training": None, "memo": memo}
-    if together:
+    if dealt_out:
         checkpoints.save(slot, finished, own=True)  # nor what is done of it, should another process not get this far
         for value in memo.values():
             distributed.sum_([value])

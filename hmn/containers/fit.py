@@ -50,9 +50,8 @@ def fit_real(
         }
 
     everything = torch.arange(len(targets), device=targets.device)
-    with tqdm(
-        total=steps, initial=done, desc="fit real images", unit="step", leave=False, disable=not distributed.first()
-    ) as bar:
+    hidden = not distributed.first()
+    with tqdm(total=steps, initial=done, desc="fit real images", unit="step", leave=False, disable=hidden) as bar:
         while done < steps:
             index = everything
             if batch < len(targets):
