@@ -40,11 +40,17 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0)) if launched() else 0
 
 
-def start(device: torch.device) -> None:
-    """Meet the other processes, if there are any; ``device`` is the one that this process computes on."""
+def start(device: torch.device, at_most: int | None = None) -> None:
+    """Meet the other processes, if there are any; ``device`` is the one that this process computes on.
+
+    Raises ``ConfigError`` if there are more than ``at_most``, the number of classes that they share out.
+    """
     global _store, _hosts
     if not launched():
         return
+    count = int(os.environ["WORLD_SIZE"])
+    if at_most is not None and count > at_most:
+        raise ConfigError(f"--nproc-per-node={count}: must be at most {at_most}, one class for every process")
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
@@ -80,8 +86,6 @@ def first() -> bool:
 
 def owned(classes: int) -> range:
     """The classes of this process; the first processes have one more where they do not divide evenly."""
-    if classes < world():
-        raise ConfigError(f"--nproc-per-node={world()}: must be at most {classes}, one class for every process")
     share, more = divmod(classes, world())
     start = rank() * share + min(rank(), more)
     return range(start, start + share + (rank() < more))

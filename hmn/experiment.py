@@ -42,9 +42,8 @@ def run(plan: Plan, *, command: str, group: str | None) -> dict[str, Any]:
     ``command`` are the arguments a person typed, for the hint on how to measure a missing reference.
     """
     folder = plan.folder
-    distributed.start(compute.device_of(plan.config.compute))
-    if plan.config.mode == "run":
-        distributed.owned(plan.data.classes)  # refuses too many processes before data are read
+    shared_out = plan.data.classes if plan.config.mode == "run" else None
+    distributed.start(compute.device_of(plan.config.compute), at_most=shared_out)
     alone = exclusive(folder) if distributed.first() else contextlib.nullcontext()  # for all processes of this run
     with alone, Stop().listening() as stop:
         result = distributed.from_first(lambda: results.read(folder))
