@@ -16,7 +16,6 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 from hmn.errors import ConfigError, Lost
 
@@ -55,7 +54,7 @@ def start(device: torch.device, at_most: int | None = None) -> None:
     if on_gpu:
         torch.cuda.set_device(device)
     with _reaching_others():
-        _store, rank, world = next(rendezvous("env://"))
+        _store, rank, world = next(dist.rendezvous("env://"))
         backend = "nccl" if on_gpu else "gloo"
         dist.init_process_group(backend, store=_store, rank=rank, world_size=world, timeout=TIMEOUT)
         _hosts = dist.new_group(backend="gloo", timeout=TIMEOUT) if on_gpu else dist.group.WORLD
