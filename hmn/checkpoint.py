@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from hmn import distributed
 from hmn.errors import ArtifactError, HmnError, Interrupted
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -95,14 +96,18 @@ class Stop:
 
 
 class Checkpoints:
-    """A run's resumable state: one file per stage in ``folder``, written at most every ``every_seconds``."""
+    """A run's resumable state: one file per stage in ``folder``, written at most every ``every_seconds``.
+
+    Of several processes the first one writes and reads, at steps that all agree on. With ``own``, each keeps the state
+    of its own part of a stage: in a file of its own, which only as many processes find again.
+    """
 
     def __init__(self, folder: Path, every_seconds: float, stop: Stop | None = None) -> None:
         self.folder = folder
         self.every_seconds = every_seconds
         self.stop = stop or Stop()
         self.saved_at = time.monotonic()
-        clock = self.load("clock")
+        clock = self._read(self._path("clock"))
         self.seconds: dict[str, float] = clock["seconds"] if clock else {}  # by stage, over all sittings
         self._stage: tuple[str, float] | None = None  # the running one, and since when it is not yet counted
 
@@ -122,9 +127,12 @@ class Checkpoints:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + now - since
             self._stage = (stage, now)
 
-    def load(self, slot: str) -> dict[str, Any] | None:
+    def load(self, slot: str, *, own: bool = False) -> dict[str, Any] | None:
         """The slot's state with tensors on the CPU, or ``None`` if there is none. Tensors and plain values only."""
-        path = self._path(slot)
+        path = self._path(slot, own)
+        return self._read(path) if own else distributed.from_first(lambda: self._read(path))
+
+    def _read(self, path: Path) -> dict[str, Any] | None:
         if not path.exists():
             return None
         try:
@@ -134,23 +142,32 @@ class Checkpoints:
                 f"{path}: not a checkpoint of this program ({type(error).__name__}): remove it"
             ) from error
 
-    def save(self, slot: str, state: dict[str, Any]) -> None:
+    def save(self, slot: str, state: dict[str, Any], *, own: bool = False) -> None:
         self._count()
-        for name, value in ((slot, state), ("clock", {"seconds": self.seconds})):
-            with atomic_write(self._path(name)) as temporary:
-                torch.save(value, temporary)
+        if own or distributed.first():
+            self._write(self._path(slot, own), state)
+        if distributed.first():
+            self._write(self._path("clock"), {"seconds": self.seconds})
         self.saved_at = time.monotonic()
 
-    def tick(self, slot: str, state: Callable[[], dict[str, Any]]) -> None:
-        """At a step boundary: save if it is time. Once a signal has asked: save, then raise ``Interrupted``."""
-        if self.stop.signum is not None:
-            self.save(slot, state())
-            self.stop.check()
-        if time.monotonic() - self.saved_at >= self.every_seconds:
-            self.save(slot, state())
+    def _write(self, path: Path, state: dict[str, Any]) -> None:
+        with atomic_write(path) as temporary:
+            torch.save(state, temporary)
 
-    def _path(self, slot: str) -> Path:
-        return self.folder / f"{slot}.pt"
+    def tick(self, slot: str, state: Callable[[], dict[str, Any]], *, own: bool = False) -> None:
+        """At a step boundary: save if it is time. Once a signal has asked: save, then raise ``Interrupted``."""
+        signum, due = self.stop.signum or 0, time.monotonic() - self.saved_at >= self.every_seconds
+        if not own:
+            signum, due = distributed.agree(signum, due)
+        if signum or due:
+            self.save(slot, state(), own=own)
+        if signum:  # as agreed: a signal that came since waits for the next step
+            self.stop.signum = signum
+            self.stop.check()
+
+    def _path(self, slot: str, own: bool = False) -> Path:
+        part = f"-{distributed.rank()}of{distributed.world()}" if own and distributed.world() > 1 else ""
+        return self.folder / f"{slot}{part}.pt"
 
 
 def clear(folder: Path) -> None:

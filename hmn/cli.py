@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hmn import config, experiment
+from hmn import config, distributed, experiment
 from hmn.errors import ConfigError, HmnError
 from hmn.plan import make_plan
 
@@ -26,15 +26,17 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 def _task(raw: DictConfig) -> float | None:
     """Accuracy in [0, 1] of this run, for a sweeper; ``None`` for a plan."""
     try:
-        return _run(raw)
+        with distributed.one_output():
+            return _run(raw)
     except HmnError as error:
         # Leaving by SystemExit keeps Hydra from printing lines of its own around this one.
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+        distributed.exit_with(str(error), error.exit_code)
 
 
 def _run(raw: DictConfig) -> float | None:
     state = HydraConfig.get()
+    if state.mode == RunMode.MULTIRUN and distributed.launched():
+        raise ConfigError("--multirun: must be left out under torchrun, which starts the processes of one run")
     plan = make_plan(config.from_hydra(raw), typed=tuple(state.overrides.task))
     if raw.mode == "plan":
         print(plan.text(raw.plan.format))
@@ -68,8 +70,7 @@ def main() -> None:
         line, code = explain(error)
         if line is None:
             raise
-        print(line, file=sys.stderr)
-        sys.exit(code)
+        distributed.exit_with(line, code)
 
 
 def explain(error: BaseException) -> tuple[str | None, int]:

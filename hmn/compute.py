@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hmn import distributed
 from hmn.config import ComputeConfig, require
 
 
@@ -93,14 +94,20 @@ def at_once(images_of_32: int, size: int) -> int:
 
 
 def device_of(config: ComputeConfig) -> torch.device:
-    """The configured device, or the best there is. Raises ``ConfigError`` for a GPU that this machine lacks."""
+    """The configured device, or the best there is; of several processes, each has the GPU of its own number.
+
+    Raises ``ConfigError`` for a GPU that this machine lacks.
+    """
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if distributed.launched():
+        require("compute.device", ":" not in name, name, "auto, cuda or cpu: every process takes a GPU of its own")
+        name = f"cuda:{distributed.local_rank()}" if name == "cuda" else name
     device = torch.device(name)
     if device.type == "cuda":
         available = torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
-        require("compute.device", available, config.device, "cpu or auto: this machine has no such GPU")
+        require("compute.device", available, name, "cpu or auto: this machine has no such GPU")
     return device
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from hmn import distributed
 from hmn.capture import Replay, optimizer_tensors
 from hmn.checkpoint import Checkpoints
 from hmn.compute import Compute
@@ -21,11 +22,13 @@ from hmn.containers.base import Container
 from hmn.data import augment
 from hmn.data.preprocess import Normalise
 from hmn.errors import Diverged
+from hmn.objectives.distance import convolution_weights
 from hmn.objectives.gradient import MatchingStep
 from hmn.realside import Choice, RealSide
 from hmn.seeding import generator
 
 SLOT = "condense"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ContainerOptimizer:
@@ -40,7 +43,8 @@ class ContainerOptimizer:
     ) -> None:
         self.total_steps = total_steps
         self.final = config.final_lr_fraction
-        owned = {id(parameter) for parameter in container.class_parameters()} if by_class else set()
+        self.class_parameters = container.class_parameters()
+        owned = {id(parameter) for parameter in self.class_parameters} if by_class else set()
         self.rows: list[tuple[nn.Parameter, list[Tensor]]] = []
         groups = []
         for tier, parameters in container.tiers().items():
@@ -95,6 +99,17 @@ class ContainerOptimizer:
             for group, rate in zip(self.adam.param_groups, rates, strict=True):
                 group["lr"] = rate.fill_(group["lr"])
 
+    def class_rows(self) -> Iterator[tuple[int, Tensor]]:
+        """Every class's row of each parameter that classes own, and of its moments, as (class, view)."""
+        separate = {id(parameter): rows for parameter, rows in self.rows}
+        for parameter in self.class_parameters:
+            yield from enumerate(parameter.detach())
+            for label, row in enumerate(separate.get(id(parameter), ())):
+                for moment in MOMENTS if row in self.adam.state else ():
+                    yield label, self.adam.state[row][moment]
+            for moment in MOMENTS if parameter in self.adam.state else ():
+                yield from enumerate(self.adam.state[parameter][moment])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
@@ -113,6 +128,9 @@ class Condensation:
     """One condensation run: its state, its step, and what a checkpoint holds. ``step`` counts matching steps.
 
     ``chunk`` classes are decoded and matched at a time: what is computed does not depend on it, the memory does.
+    Several processes draw alike for all classes, and each decodes and matches only those it owns. What classes share
+    is the same everywhere after every step; a class's rows and their moments are right only at its owner, and
+    everywhere after :meth:`gather`.
     """
 
     def __init__(
@@ -133,6 +151,7 @@ class Condensation:
         self.total_steps = config.outer_steps * config.inner_steps
         self.group = min(config.classes_per_step or container.classes, container.classes)
         self.chunk = chunk or self.group
+        self.owned = distributed.owned(container.classes)
         by_class = config.step_policy == "per_class" or self.group < container.classes
         self.optimizer = ContainerOptimizer(container, config, self.total_steps, by_class=by_class)
         self.generators = {
@@ -143,9 +162,9 @@ class Condensation:
         self.seconds = 0.0
         self.curve: dict[int, float] = {}  # accuracy by step
         self.unreported: list[Tensor] = []  # distances per layer of the steps since the last report
-        # What the host decides within a step cannot be recorded: which rows of the container are stepped.
+        # What the host decides within a step, as which rows are stepped or what processes sum, is not recorded.
         self.replay = None
-        if compute.device.type == "cuda" and not by_class:
+        if compute.device.type == "cuda" and not by_class and distributed.world() == 1:
             generators = [self.generators["rows"], *side.generators()]
             self.replay = Replay(self._whole_step, self._state_tensors, generators)
 
@@ -181,16 +200,19 @@ class Condensation:
 
     def _match_and_apply(self, classes: Tensor, choice: Choice) -> dict[str, Tensor]:
         """Match ``classes`` (k,), step the optimiser; returns ``losses`` per layer and the gradient norm by tier."""
-        losses = self._match(choice)
-        norms = self._gradient_norms()
+        losses = self._match(classes, choice)
+        norms = self._sum_over_processes(losses)
         self.optimizer.step(classes)
         return {"losses": losses, **norms}
 
     def _state_tensors(self) -> list[Tensor]:
         return optimizer_tensors(self.optimizer.adam) + self.side.state_tensors()
 
-    def _match(self, choice: Choice) -> Tensor:
-        """Add to the container the mean gradient over the classes; returns their distances per layer, summed."""
+    def _match(self, classes: Tensor, choice: Choice) -> Tensor:
+        """Add to the container the mean gradient over ``classes`` (k,); returns the distances per layer, summed.
+
+        Of classes that other processes own, nothing is added.
+        """
         on_device = choice["classes"]
         k, total = len(on_device), self.container.images_per_class
         n = min(self.config.synthetic_batch, total)
@@ -198,14 +220,17 @@ class Condensation:
         rows = self._rows(on_device, n, total)
         parameters = self.side.parameters(choice)
         distances = []
-        for start in range(0, k, self.chunk):
-            part = slice(start, start + self.chunk)
+        first, end = torch.searchsorted(classes, torch.tensor([self.owned.start, self.owned.stop])).tolist()
+        for start in range(first, end, self.chunk):
+            part = slice(start, min(start + self.chunk, end))
             real = self.side.real(choice, drawn, part)
             decoded = self.normalise(self.container.decode(rows[part].flatten()))
             synthetic = augment.apply(decoded, drawn[part].repeat(n)).unflatten(0, (-1, n))
             layers, pixel_gradients = self.match(parameters, real, synthetic.detach(), on_device[part])
             synthetic.backward(pixel_gradients / k)
             distances.append(layers)
+        if not distances:
+            return torch.zeros(len(convolution_weights(parameters)), device=self.compute.device)
         return torch.stack(distances).sum(0)
 
     def _rows(self, classes: Tensor, n: int, total: int) -> Tensor:
@@ -217,11 +242,27 @@ class Condensation:
             rows = keys.argsort(1)[:, :n]
         return classes[:, None] * total + rows
 
-    def _gradient_norms(self) -> dict[str, Tensor]:
+    def _sum_over_processes(self, layers: Tensor) -> dict[str, Tensor]:
+        """Make ``layers`` and the gradients of what classes share those of all classes; returns the norms per tier.
+
+        Of what classes own only the norms are exchanged: the rows' gradients are their owner's business.
+        """
+        for parameter in self.optimizer.parameters:
+            if parameter.grad is None:  # none of these classes is ours
+                parameter.grad = torch.zeros_like(parameter)
+        squares = {id(p): p.grad.norm().square() for p in self.optimizer.class_parameters}
+        shared = [p for p in self.optimizer.parameters if id(p) not in squares]
+        distributed.sum_([layers, *squares.values(), *(p.grad for p in shared)])
+        squares |= {id(p): p.grad.norm().square() for p in shared}
         tiers = self.container.tiers().items()
-        return {name: torch.stack([p.grad.norm() for p in parameters]).norm() for name, parameters in tiers}
+        return {name: torch.stack([squares[id(p)] for p in parameters]).sum().sqrt() for name, parameters in tiers}
+
+    def gather(self) -> None:
+        """Make the rows of all classes right at every process."""
+        distributed.gather_rows(self.optimizer.class_rows(), self.owned)
 
     def state_dict(self) -> dict[str, Any]:
+        self.gather()
         return {
             "step": self.step,
             "seconds": self.seconds,
@@ -271,10 +312,12 @@ def condense(
         _require_finite(run, norms)
         return run.state_dict()
 
-    with tqdm(total=run.total_steps, initial=run.step, desc="condense", unit="step") as bar:
+    hidden = not distributed.first()
+    with tqdm(total=run.total_steps, initial=run.step, desc="condense", unit="step", disable=hidden) as bar:
         while True:
             if run.step in due and run.step not in run.curve and on_curve is not None:
                 with watch.paused():
+                    run.gather()
                     run.curve[run.step] = on_curve(run.step)
             if run.step >= run.total_steps:
                 break

@@ -283,7 +283,7 @@ class TrackingConfig:
 
 @dataclass(kw_only=True)
 class ComputeConfig:
-    device: str = unscientific("auto")  # auto, cpu, cuda or cuda:N
+    device: str = unscientific("auto")  # auto, cpu, cuda or cuda:N; under torchrun the GPU of the process's number
     # tf32 (CUDA), bf16: convolutions and matrix products; statistics, softmax, distances and memories stay fp32
     precision: str = "fp32"
     deterministic: bool = unscientific(True)
@@ -291,7 +291,8 @@ class ComputeConfig:
     # All but loop are compiled, and so is the training of networks then.
     matching: str = unscientific("auto")
     classes_per_call: int | None = unscientific(None)  # of a matching step; null: 1 on a CPU, all on a GPU
-    memory_limit: float | None = unscientific(None)  # GiB: classes are condensed in chunks that fit; null: all at once
+    # GiB, of each process: classes are condensed in chunks that fit; null: all at once
+    memory_limit: float | None = unscientific(None)
     threads: int | None = unscientific(None)  # CPU threads; null: torch's own choice
     # Trained at once, by other random numbers of the same distribution; null: all on a GPU, one on a CPU
     networks_together: int | None = unscientific(None)

@@ -29,6 +29,10 @@ class Diverged(HmnError, ArithmeticError):
     """A loss or parameter that is no longer finite."""
 
 
+class Lost(HmnError):
+    """Another process of the run is gone: killed, or ended by an error of its own, which it has said itself."""
+
+
 class Interrupted(HmnError):
     """A signal asked the run to stop; its state is kept. The exit code is 128 + the signal's number."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shlex
 import sys
@@ -13,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from hmn import artifacts, bank, compute, condense, networks, pictures, prune, report, results, tracking
+from hmn import artifacts, bank, compute, condense, distributed, networks, pictures, prune, report, results, tracking
 from hmn.artifacts import decode_all
 from hmn.checkpoint import Checkpoints, Stop, atomic_write, clear, exclusive, write_text
 from hmn.config import Config, bank_identity, digest
@@ -41,14 +42,19 @@ def run(plan: Plan, *, command: str, group: str | None) -> dict[str, Any]:
     ``command`` are the arguments a person typed, for the hint on how to measure a missing reference.
     """
     folder = plan.folder
-    with exclusive(folder), Stop().listening() as stop:
-        result = results.read(folder)
+    shared_out = plan.data.classes if plan.config.mode == "run" else None
+    distributed.start(compute.device_of(plan.config.compute), at_most=shared_out)
+    alone = exclusive(folder) if distributed.first() else contextlib.nullcontext()  # for all processes of this run
+    with alone, Stop().listening() as stop:
+        result = distributed.from_first(lambda: results.read(folder))
         if result is None:
             result = _work(plan, folder, stop, group)
         else:
             print(f"{plan.run_id} is finished: this is its kept result (move {folder} away to measure it anew)")
-        clear(folder / "checkpoints")  # only now: a kill before the result was written must find them
+        if distributed.first():
+            clear(folder / "checkpoints")  # only now: a kill before the result was written must find them
     _print_result(plan, result, command)
+    distributed.finish()
     return result
 
 
@@ -60,17 +66,21 @@ def _work(plan: Plan, folder: Path, stop: Stop, group: str | None) -> dict[str, 
         compute.keep_heap_pages()
     compute.keep_compiled(Path(config.paths.cache_dir) / "compiled")
     print(f"{plan.run_id} on {results.device_name(chosen.device)}, {chosen.precision}, ", end="")
-    print("compiled" if chosen.compiled else "not compiled")
+    print("compiled" if chosen.compiled else "not compiled", end="")
+    print(f", {distributed.world()} processes" if distributed.world() > 1 else "")
     plain = dataclasses.asdict(config)
     provenance = results.provenance()  # of the code that runs, not of what it is edited to meanwhile
     with tracking.start(
         config.tracking, run_id=plan.run_id, run_dir=folder, run_config=plain, group=group, job_type=config.mode
     ) as tracker:
         # The split is the data set's own: every run of a sweep, whatever its seed, holds out the same images.
-        data = datasets.load(config.dataset, Path(config.paths.data_dir), generator(0, "split"))
+        data = distributed.first_then_others(
+            lambda: datasets.load(config.dataset, Path(config.paths.data_dir), generator(0, "split"))
+        )
         for note in data.notes:
             print(note)
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
+        if distributed.first():
+            write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
         checkpoints = Checkpoints(folder / "checkpoints", config.compute.checkpoint_every_seconds, stop)
         session = Session(plan, data.to(chosen.device), chosen, checkpoints, tracker, folder, provenance)
         measured = {
@@ -89,6 +99,7 @@ def _work(plan: Plan, folder: Path, stop: Stop, group: str | None) -> dict[str, 
             "device": results.device_name(chosen.device),
             "compiled": chosen.compiled,
             "compile_seconds": compute.compile_seconds,
+            "processes": distributed.world(),
             "wall_seconds": checkpoints.seconds,
             "peak_bytes": chosen.peak_bytes(),
             "config": plain,
@@ -96,7 +107,7 @@ def _work(plan: Plan, folder: Path, stop: Stop, group: str | None) -> dict[str, 
         }
         tracker.summary({"accuracy_mean": result["accuracy"]["mean"], "stored_floats": result["stored_floats"]})
         tracker.log_table("result", report.COLUMNS, _rows(plan, result))
-        return results.write(folder, result)
+        return distributed.from_first(lambda: results.write(folder, result))
 
 
 class Session:
@@ -149,7 +160,7 @@ class Session:
         self._keep_picture(images, labels)
         accuracies = self._evaluate(Images(images, labels))
         card = self._card(accuracies, pruning)
-        card = artifacts.save(self.folder, container, card)
+        card = distributed.from_first(lambda: artifacts.save(self.folder, container, card))
         files = [self.folder / name for name in (artifacts.TENSORS, artifacts.CARD, "condensed.png")]
         self.tracker.log_artifact(self.plan.run_id, files, card)
         return {
@@ -175,6 +186,7 @@ class Session:
         state = self.checkpoints.load(condense.SLOT)
         if state is None and config.container.init == "fit_real":
             self._fit(container)
+        distributed.copy_first_(container.parameters())  # a GPU need not repeat another's fit to the last bit
         flip = config.dataset.flip
         strategy = config.objective.strategy if flip else without_flip(config.objective.strategy)
         network = self.plan.build().to(self.compute.device)
@@ -216,6 +228,7 @@ class Session:
             self.tracker.log(_metrics(measured), step_key="condense/step", step=measured.step)
             before = measured.step - logging.log_every_steps
             if before // logging.images_every_steps != measured.step // logging.images_every_steps:
+                work.gather()
                 self._log_grid(container, measured.step)
 
         def on_curve(step: int) -> float:
@@ -260,15 +273,17 @@ class Session:
         if not objective.bank.networks:
             return live(self.config.seed, "condense"), matching_step
         with self.checkpoints.timed("bank"):
-            paths = bank.build(
-                Path(self.config.paths.cache_dir) / "banks" / digest(bank_identity(self.config)),
-                lambda number: live(objective.bank.seed, f"bank/{number}"),
-                real_gradients(self.plan.build().to(device), self.compute),
-                objective,
-                classes=self.plan.data.classes,
-                fingerprint=self.data.fingerprint,
-                chunk=chunk,
-                stop=self.checkpoints.stop,
+            paths = distributed.from_first(
+                lambda: bank.build(
+                    Path(self.config.paths.cache_dir) / "banks" / digest(bank_identity(self.config)),
+                    lambda number: live(objective.bank.seed, f"bank/{number}"),
+                    real_gradients(self.plan.build().to(device), self.compute),
+                    objective,
+                    classes=self.plan.data.classes,
+                    fingerprint=self.data.fingerprint,
+                    chunk=chunk,
+                    stop=self.checkpoints.stop,
+                )
             )
         size = self.plan.data.image_size
         return bank.BankSide(paths, objective.bank, strategy, size, device, self.config.seed), stored_step
@@ -393,6 +408,8 @@ class Session:
         }
 
     def _log_grid(self, container: nn.Module, step: int) -> None:
+        if not distributed.first():
+            return
         index = torch.tensor(list(condense.grid_rows(container, 10)), device=self.compute.device)
         with torch.no_grad():
             images = container.decode(index)
@@ -400,6 +417,8 @@ class Session:
         self.tracker.log_image("condense/images", grid, step_key="condense/step", step=step)
 
     def _keep_picture(self, images: Tensor, labels: Tensor) -> None:
+        if not distributed.first():
+            return
         with atomic_write(self.folder / "condensed.png") as temporary:
             pictures.class_grid(images, labels).save(temporary)
 

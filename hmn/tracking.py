@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hmn import distributed
 from hmn.checkpoint import write_text
 from hmn.config import TrackingConfig
 from hmn.errors import ArtifactError, HmnError
@@ -48,9 +49,12 @@ def start(
     """Begin, or continue, the record of the run in ``run_dir``; use it in a ``with`` statement.
 
     ``run_id`` is the W&B id too, and ``run_config`` (plain nested values) the W&B config. ``group`` holds unless
-    ``config.group`` is set. An online run that cannot reach W&B goes on offline and says so in one line. Raises
-    :class:`HmnError` if W&B cannot even start offline, :class:`ArtifactError` if ``metrics.jsonl`` is damaged.
+    ``config.group`` is set. Of several processes only the first records anything. An online run that cannot reach W&B
+    goes on offline and says so in one line. Raises :class:`HmnError` if W&B cannot even start offline,
+    :class:`ArtifactError` if ``metrics.jsonl`` is damaged.
     """
+    if not distributed.first():
+        return Tracker(None)
     run_dir = run_dir.resolve()
     run_dir.mkdir(parents=True, exist_ok=True)
     tracker = Tracker(run_dir)
@@ -72,16 +76,16 @@ def start(
 
 
 class Tracker:
-    """Writes one run's record; what breaks its W&B mirror is said once and never stops the run.
+    """Writes one run's record, or none without ``run_dir``; what breaks its W&B mirror is said once and stops nothing.
 
     ``step_key`` names the counter that ``step`` belongs to, such as ``condense/step``; each metric keeps to one.
     Leaving the ``with`` block ends the W&B run with the exit code of the exception that left it, 0 without one.
     """
 
-    def __init__(self, run_dir: Path, mirror: wandb.Run | None = None) -> None:
+    def __init__(self, run_dir: Path | None, mirror: wandb.Run | None = None) -> None:
         self.mirror = mirror
-        self._path = run_dir / METRICS_FILE
-        self._sync_command = f"wandb sync --include-online {shlex.quote(str(run_dir / 'wandb'))}"
+        self._path = run_dir and run_dir / METRICS_FILE
+        self._sync_command = f"wandb sync --include-online {shlex.quote(str(run_dir and run_dir / 'wandb'))}"
         self._defined: set[str] = set()  # metrics whose step W&B knows
         self._mirror_failed = False
         self._rewrite(lambda record: True)
@@ -163,11 +167,15 @@ class Tracker:
         self.close(exit_code_of(error))
 
     def _append(self, record: Mapping[str, Any]) -> None:
+        if self._path is None:
+            return
         with self._path.open("a", encoding="utf-8") as file:  # closed, so flushed, after every line
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def _rewrite(self, keep: Callable[[dict[str, Any]], bool]) -> None:
         """Keep only whole lines whose record ``keep`` accepts, as they were written."""
+        if self._path is None:
+            return
         lines = _whole_lines(self._path)
         records = _parse(lines, self._path)
         text = "".join(line + "\n" for line, record in zip(lines, records, strict=True) if keep(record))

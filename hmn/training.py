@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
+from hmn import distributed
 from hmn.capture import Replay, optimizer_tensors
 from hmn.checkpoint import Checkpoints
 from hmn.compute import Compute, at_once
@@ -259,11 +260,18 @@ def train_networks(
     """Train networks 0 .. count - 1, at most ``together`` at once, calling ``observe`` after every epoch.
 
     ``make`` and ``observe`` get the consecutive networks that are trained at once. ``observe`` writes what it measures
-    into the tensors of ``memo``, which are checkpointed with the training in ``slot``: an interrupted call that is made
-    again goes on where it was. Returns ``memo``. Raises ``Diverged`` if a network's loss is not finite.
+    into the tensors of ``memo``, which start from zero and are checkpointed with the training in ``slot``: an
+    interrupted call that is made again goes on where it was. Several processes deal the groups out among themselves and
+    sum their memos. Returns ``memo``. Raises ``Diverged`` if a network's loss is not finite.
     """
-    first, stop, resumed = 0, 0, None
-    if (state := checkpoints.load(slot)) is not None:
+    world = distributed.world()
+    together = min(together, math.ceil(count / world))
+    first, stop, resumed = distributed.rank() * together, 0, None
+    state = checkpoints.load(slot)
+    dealt_out = world > 1 and (state is None or state["index"] < count)
+    if dealt_out and (state := checkpoints.load(slot, own=True)) is not None:
+        together = state["together"]  # as the groups were dealt out
+    if state is not None:
         first, stop, resumed = state["index"], state["stop"], state["training"]
         for name, value in state["memo"].items():
             memo[name].copy_(value)
@@ -276,12 +284,12 @@ def train_networks(
             resumed = None
 
         def state_now(networks: range = networks, training: Training = training) -> dict[str, Any]:
-            ends = {"index": networks.start, "stop": networks.stop}
-            return {**ends, "training": training.state_dict(), "memo": memo}
+            group = {"index": networks.start, "stop": networks.stop, "together": together}
+            return {**group, "training": training.state_dict(), "memo": memo}
 
         numbers = f"{first + 1}-{networks.stop}" if len(networks) > 1 else f"{first + 1}"
-        title = f"{label} {numbers}/{count}"
-        with tqdm(total=training.recipe.epochs, initial=training.epoch, desc=title, unit="epoch", leave=False) as bar:
+        title, epochs, hidden = f"{label} {numbers}/{count}", training.recipe.epochs, not distributed.first()
+        with tqdm(total=epochs, initial=training.epoch, desc=title, unit="epoch", leave=False, disable=hidden) as bar:
             while not training.finished:
                 losses = training.run_epoch()
                 for index, loss in zip(networks, losses, strict=True):
@@ -293,10 +301,15 @@ def train_networks(
                 observe(networks, training, memo)
                 bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}")
                 bar.update()
-                checkpoints.tick(slot, state_now)
-        first = networks.stop
+                checkpoints.tick(slot, state_now, own=True)
+        first = networks.stop + (world - 1) * together
     # A finished stage is kept too: a later interruption must not repeat it.
-    checkpoints.save(slot, {"index": count, "stop": count, "training": None, "memo": memo})
+    finished = {"index": count, "stop": count, "together": together, "training": None, "memo": memo}
+    if dealt_out:
+        checkpoints.save(slot, finished, own=True)  # nor what is done of it, should another process not get this far
+        for value in memo.values():
+            distributed.sum_([value])
+    checkpoints.save(slot, finished)
     return memo
 
 

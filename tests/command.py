@@ -11,12 +11,13 @@ import os
 import runpy
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
+from torch.distributed import TCPStore
 
 from hmn import config
 from hmn.config import Config
@@ -31,8 +32,8 @@ TINY = ("debug=smoke", "network.width=4", "compute.threads=1", "compute.device=c
 
 config.register()
 # Importing torch takes seconds. The server that processes are forked from has done it once and for all.
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["hmn.cli", "sklearn.datasets", "torch._dynamo"])
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["hmn.cli", "sklearn.datasets", "torch._dynamo"])
 _started = itertools.count()
 
 
@@ -74,7 +75,7 @@ class Command:
         self._outputs.mkdir()
         for name in ("out", "err"):
             (self._outputs / name).touch()
-        self.process = _processes.Process(
+        self.process = processes.Process(
             target=_run, args=(str(folder), list(arguments), str(self._outputs), dict(environment)), daemon=True
         )
         self.process.start()
@@ -96,6 +97,27 @@ class Command:
 
 def start(folder: Path, *arguments: str, **environment: str) -> Command:
     return Command(folder, arguments, environment)
+
+
+@contextlib.contextmanager
+def meeting(count: int) -> Iterator[list[dict[str, str]]]:
+    """What torchrun puts into the environments of ``count`` processes; they find each other within the block."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    yield [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+@contextlib.contextmanager
+def start_several(folder: Path, count: int, *arguments: str) -> Iterator[list[Command]]:
+    """``torchrun --nproc-per-node COUNT run.py ARGUMENTS``, without torchrun's own imports and report."""
+    with meeting(count) as environments:
+        yield [start(folder, *arguments, **environment) for environment in environments]
+
+
+def run_several(folder: Path, count: int, *arguments: str) -> list[Outcome]:
+    with start_several(folder, count, *arguments) as commands:
+        return [command.finish() for command in commands]
 
 
 def run(folder: Path, *arguments: str, **environment: str) -> Outcome:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from hmn import distributed
 from hmn.checkpoint import Checkpoints
 from hmn.data.preprocess import unit_range
 
@@ -49,7 +50,8 @@ def fit_real(
         }
 
     everything = torch.arange(len(targets), device=targets.device)
-    with tqdm(total=steps, initial=done, desc="fit real images", unit="step", leave=False) as bar:
+    hidden = not distributed.first()
+    with tqdm(total=steps, initial=done, desc="fit real images", unit="step", leave=False, disable=hidden) as bar:
         while done < steps:
             index = everything
             if batch < len(targets):
