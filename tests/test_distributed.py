@@ -135,12 +135,15 @@ def judged(folder: Path) -> dict[str, Any]:
 
 
 def exchanged(here: Path, alone: Path) -> dict[str, Any]:
-    """Two steps saved ``here`` for others, and three steps on from what one process saved after two."""
+    """Two steps saved ``here`` for others, and three steps on from what one process saved after two.
+
+    Every process is given a folder of its own, so that what is found there tells who wrote and who read.
+    """
     work = condensation(5, classes_per_step=2)
     for _ in range(2):
         work.run_step()
-    Checkpoints(here, 0).save("condense", work.state_dict())
-    return continued(alone)
+    Checkpoints(here / f"process-{distributed.rank()}", 0).save("condense", work.state_dict())
+    return continued(alone / "process-0" if distributed.first() else here / "nothing")
 
 
 def continued(folder: Path) -> dict[str, Any]:
@@ -254,7 +257,9 @@ def test_condensing_in_several_processes_is_that_of_one(alone, several, variant:
 def test_a_checkpoint_goes_on_in_another_number_of_processes(alone, several, double, count: int):
     for found in several(count):
         assert_close(found["exchanged"], alone["exchanged"])
-    assert_close(continued(several(count)[0]["folder"]), alone["exchanged"])
+    folder = several(count)[0]["folder"]
+    assert_close(continued(folder / "process-0"), alone["exchanged"])
+    assert not list(folder.glob("process-[1-9]"))
 
 
 @COUNTS
