@@ -1,0 +1,89 @@
+"""The formulations that are measured, by kind of device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hmn.compute import Compute
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """One way to compute the same thing; names as in :class:`hmn.compute.Compute`."""
+
+    name: str
+    precision: str = "fp32"
+    matching: str = "loop"
+    compiled: bool = False
+    classes_per_call: int = 1
+    stored: bool = False  # real gradients come from a bank of network snapshots
+    networks: int = 1  # trained together, in evaluation
+
+    def compute(self, device: torch.device) -> Compute:
+        return Compute(
+            device,
+            self.precision,
+            matching=self.matching,
+            compiled=self.compiled,
+            classes_per_call=self.classes_per_call,
+        )
+
+    @property
+    def note(self) -> str:
+        return STORED if self.stored else ""
+
+
+# The class loop in benchmarks/reference.py. On a GPU its convolutions run in PyTorch's default, tf32.
+REFERENCE = Form(name="reference")
+STORED = "stored real gradients: another objective, to be read beside the accuracy it costs"
+
+
+def matching(kind: str, classes: int) -> list[Form]:
+    """Forms of the matching step on a ``kind`` of device, ``cpu`` or ``cuda``."""
+    if kind == "cpu":
+        written = [("compiled", "fp32"), ("compiled", "bf16"), ("r_operator", "fp32"), ("r_operator", "bf16")]
+        together = 1
+    else:
+        written = [(name, precision) for name in ("compiled", "r_operator") for precision in ("fp32", "tf32", "bf16")]
+        together = classes
+    forms = [REFERENCE, Form(name="loop fp32")]
+    for stored in (False, True):
+        for name, precision in written:
+            forms.append(
+                Form(
+                    name=f"{name} {precision}" + (" stored" if stored else ""),
+                    precision=precision,
+                    matching=name,
+                    compiled=True,
+                    classes_per_call=together,
+                    stored=stored,
+                )
+            )
+    if kind == "cuda":  # what batching the classes is worth
+        alone = {"precision": "bf16", "matching": "r_operator", "compiled": True}
+        forms.append(Form(name="r_operator bf16 one class per call", **alone))
+    return forms
+
+
+def outer_step(kind: str, classes: int) -> list[Form]:
+    """Forms of a whole outer step: fewer, since the matching step already tells them apart."""
+    if kind == "cpu":
+        kept = ("reference", "compiled fp32", "compiled bf16", "r_operator bf16", "r_operator bf16 stored")
+    else:
+        kept = ("reference", "compiled tf32", "compiled bf16", "r_operator tf32", "r_operator bf16")
+        kept += ("r_operator bf16 stored",)
+    return [form for form in matching(kind, classes) if form.name in kept]
+
+
+def evaluation(kind: str, networks: int) -> list[Form]:
+    """Forms of training ``networks`` fresh networks: one after another on a CPU, together on a GPU."""
+    if kind == "cpu":
+        return [REFERENCE, *(Form(name=f"compiled {p}", precision=p, compiled=True) for p in ("fp32", "bf16"))]
+    forms = [REFERENCE]
+    for precision in ("tf32", "bf16"):
+        for together in sorted({1, networks}):
+            name = f"compiled {precision}, {together} at a time"
+            forms.append(Form(name=name, precision=precision, compiled=True, networks=together))
+    return forms
