@@ -1,128 +1,136 @@
-"""Time one class's matching step and one network update in every form this machine has, against the plain loop.
+"""The matching step of all classes, from augmented images to pixel gradients, in every form.
 
-``python benchmarks/matching.py [--width 128] [--real 64] [--synthetic 64] [--keep-heap]``
+``python -m benchmarks.matching [--json FILE]``
 
-The forms take turns in one process; what counts is the ratio to the loop within a round: median, least and greatest.
-rounds. Compile time is told apart. Peak memory comes from a process of its own for each form. Before anything is timed,
-the forms are checked against each other in float64 at width 8, and at full width by their distance.
+All forms match the same batches on the same network. Before anything is timed they are compared with the reference in
+float64 at width 8; their distances and pixel gradients at full width are compared as they are timed.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from hmn.compute import Compute, keep_heap_pages
-from hmn.networks import initialise
-from hmn.networks.convnet import ConvNet
-from hmn.objectives.gradient import matching_loop, matching_nested, matching_step
-from hmn.training import training_step
+from benchmarks import forms, harness, memory, problem, reference
+from benchmarks.forms import REFERENCE, Form
+from benchmarks.harness import Row, Times, Variant
+from benchmarks.problem import Problem, work
+from hmn.compute import Compute
+from hmn.objectives.gradient import matching_step, real_gradients, stored_step
 
-FORMS = {
-    "loop fp32": Compute(torch.device("cpu"), "fp32", compiled=False),
-    "loop bf16": Compute(torch.device("cpu"), "bf16", compiled=False),
-    "compiled fp32": Compute(torch.device("cpu"), "fp32", compiled=True),
-    "compiled bf16": Compute(torch.device("cpu"), "bf16", compiled=True),
-}
+PART = "matching"
+EXACT = 1e-9  # float64, relative to the largest number
+# Of the distance, at full width: rounding flips the sign of a few of millions of activations.
+TOLERANCE = {"fp32": 0.01, "tf32": 0.03, "bf16": 0.1}
 
 
-def problem(width: int, real: int, synthetic: int, dtype: torch.dtype = torch.float32) -> tuple:
-    """A network, its parameters, and noise images of one class for both branches, CIFAR-10's shape."""
-    generator = torch.Generator().manual_seed(0)
-    network = initialise(ConvNet(3, 10, 32, width=width), generator).to(dtype, memory_format=torch.channels_last)
+def planned(kind: str, options: argparse.Namespace) -> list[Form]:
+    return forms.matching(kind, options.classes)
+
+
+def variants(chosen: Sequence[Form], at: Problem, options: argparse.Namespace) -> list[Variant]:
+    """The forms at work on one problem. Real gradients for those that store them are made here, untimed."""
+    real, synthetic = at.batches(options.real, "real"), at.batches(options.synthetic, "synthetic")
+    labels = torch.arange(at.classes, device=at.device)
+    needed = work(at.build)
+
+    def variant(form: Form) -> Variant:
+        network = at.network(channels_last=form != REFERENCE)
+        flops = needed.matching_step(real=0 if form.stored else options.real, synthetic=options.synthetic) * at.classes
+        if form == REFERENCE:
+            precision = harness.reference_precision(at.device)
+            return Variant(form.name, lambda: reference.matching_step(network, real, synthetic), flops, precision)
+        compute = form.compute(at.device)
+        parameters = {name: value.detach() for name, value in network.named_parameters()}
+        if form.stored:
+            step = stored_step(network, "mse", compute)
+            side = real_gradients(network, Compute(at.device))(parameters, real, labels)
+        else:
+            step, side = matching_step(network, "mse", compute), real
+        return Variant(form.name, lambda: step(parameters, side, synthetic, labels), flops, form.precision, form.note)
+
+    return [variant(form) for form in chosen]
+
+
+def check(at: Problem) -> dict[str, float]:
+    """Greatest difference of each form's formula from the reference, float64, width 8, relative to the largest number.
+
+    Uncompiled: compiled code is compared at full width.
+    """
+    small = dataclasses.replace(at, width=8)
+    real, synthetic = (small.batches(count, name).double() for count, name in ((6, "real"), (5, "synthetic")))
+    network = small.network(channels_last=False).double()
+    expected = reference.matching_step(network, real, synthetic)
     parameters = {name: value.detach() for name, value in network.named_parameters()}
-
-    def images(n: int) -> Tensor:
-        return torch.randn(n, 3, 32, 32, generator=generator, dtype=dtype).to(memory_format=torch.channels_last)
-
-    labels = [torch.full((n,), 3) for n in (real, synthetic)]
-    return network, (parameters, images(real), labels[0], images(synthetic), labels[1])
-
-
-def check() -> None:
-    network, arguments = problem(8, 6, 5, torch.float64)
-    plain = Compute(torch.device("cpu"))
-    for metric in ("mse", "l1", "cosine"):
-        expected = matching_loop(network, metric, plain)(*arguments)
-        found = matching_nested(network, metric, plain)(*arguments)
-        error = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(expected, found, strict=True))
-        print(f"check, float64, width 8, {metric}: greatest relative difference {error:.1e}")
-
-
-def matching_calls(width: int, real: int, synthetic: int) -> dict[str, Callable[[], object]]:
-    network, arguments = problem(width, real, synthetic)
-    steps = {name: matching_step(network, "mse", compute) for name, compute in FORMS.items()}
-    return {name: lambda step=step: step(*arguments) for name, step in steps.items()}
+    labels = torch.arange(at.classes, device=at.device)
+    found = {}
+    for matching in ("loop", "compiled", "r_operator"):
+        compute = Compute(at.device, matching=matching)
+        kept = real_gradients(network, compute)(parameters, real, labels)
+        results = {
+            matching: matching_step(network, "mse", compute)(parameters, real, synthetic, labels),
+            f"{matching} stored": stored_step(network, "mse", compute)(parameters, kept, synthetic, labels),
+        }
+        if matching != "loop":
+            compute = dataclasses.replace(compute, classes_per_call=at.classes)
+            together = matching_step(network, "mse", compute)(parameters, real, synthetic, labels)
+            results[f"{matching} classes together"] = together
+        for name, result in results.items():
+            found[name] = max(difference(a, b) for a, b in zip(expected, result, strict=True))
+    for name, value in found.items():
+        if not value <= EXACT:
+            raise SystemExit(f"{name} differs from the reference by {value:.1e} in float64: nothing is timed")
+    return found
 
 
-def training_calls(width: int, batch: int) -> dict[str, Callable[[], object]]:
-    network, (parameters, images, labels, _, _) = problem(width, batch, 1)
-    batch_arguments = (parameters, images, labels, labels.roll(1), torch.tensor(0.7), torch.ones(batch))
-    steps = {name: training_step(network, compute) for name, compute in FORMS.items()}
-    return {name: lambda step=step: step(*batch_arguments) for name, step in steps.items()}
+def difference(expected: Tensor, found: Tensor) -> float:
+    return float((expected - found).abs().max() / expected.abs().max())
 
 
-def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def compare(chosen: Sequence[Variant], times: dict[str, Times]) -> dict[str, dict[str, float]]:
+    """Each form's distance and pixel gradient beside the reference's, at full width and in its own precision."""
+    expected, pixels = times[REFERENCE.name].result
+    found = {}
+    for variant in chosen:
+        distances, gradients = times[variant.name].result
+        relative = abs(float(distances.sum() / expected.sum()) - 1)
+        cosine = float(F.cosine_similarity(gradients.flatten().double(), pixels.flatten().double(), dim=0))
+        found[variant.name] = {
+            "distance": float(distances.sum()),
+            "distance_relative_difference": relative,
+            "pixel_gradient_cosine": cosine,
+        }
+        if not relative <= TOLERANCE.get(variant.precision, TOLERANCE["tf32"]):
+            raise SystemExit(f"{variant.name}: its distance differs from the reference's by {relative:.1%}")
+    return found
 
 
-def compare(title: str, calls: dict[str, Callable[[], object]], rounds: int) -> None:
-    first = {name: seconds(call) for name, call in calls.items()}
-    for call in calls.values():
-        call()
-    times = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(seconds(call))
-    print(f"\n{title}, {rounds} rounds")
-    print(f"{'form':15} {'median ms':>10} {'speed-up (least, greatest)':>28} {'first call s':>13}")
-    for name, values in times.items():
-        ratios = [loop / own for loop, own in zip(times["loop fp32"], values, strict=True)]
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}, {max(ratios):.2f})"
-        print(f"{name:15} {1000 * statistics.median(values):10.1f} {spread:>28} {first[name]:13.1f}")
+def measure(options: argparse.Namespace, device: torch.device) -> tuple[dict, list[Row]]:
+    at = problem.make(options, device)
+    head = harness.header(options, device, problem.describe(options))
+    head["float64_differences"] = check(at)
+    head["ceilings"] = harness.ceilings(device)
+    chosen = harness.chosen(planned(harness.kind_of(options), options), options)
+    work_forms = variants(chosen, at, options)
+    times = harness.interleave(
+        work_forms, device, rounds=options.rounds, least_seconds=options.least_seconds, title=PART
+    )
+    found = harness.rows(PART, work_forms, times, harness.greatest(head["ceilings"]))
+    for row, extra in zip(found, compare(work_forms, times).values(), strict=True):
+        row.extra = extra
+    memory.fill(found, options)
+    return head, found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--real", type=int, default=64)
-    parser.add_argument("--synthetic", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--keep-heap", action="store_true", help="compute.keep_heap's allocator, for all forms")
-    parser.add_argument("--only", choices=FORMS, help="run one form's matching step and print its peak memory")
-    options = parser.parse_args()
-    if options.keep_heap:
-        keep_heap_pages()
-    if options.only:
-        network, arguments = problem(options.width, options.real, options.synthetic)
-        step = matching_step(network, "mse", FORMS[options.only])
-        for _ in range(3):
-            step(*arguments)
-        print(f"{options.only:15} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB peak")
-        return
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, keep_heap={options.keep_heap}, channels_last")
-    check()
-    calls = matching_calls(options.width, options.real, options.synthetic)
-    shapes = f"width {options.width}, {options.real} real + {options.synthetic} synthetic"
-    compare(f"matching step of one class, {shapes}", calls, options.rounds)
-    distances = {name: float(call()[0].sum()) for name, call in calls.items()}
-    print("distance: " + ", ".join(f"{name} {value:.5g}" for name, value in distances.items()))
-    compare(f"training step, width {options.width}, batch 64", training_calls(options.width, 64), options.rounds)
-    print("\npeak memory of a process that only matches")
-    for name in FORMS:
-        print(
-            subprocess.run([sys.executable, *sys.argv, "--only", name], capture_output=True, text=True).stdout, end=""
-        )
+    options = harness.parser(__doc__, rounds=5).parse_args()
+    head, found = measure(options, harness.prepare(options))
+    harness.report(options, head, found)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,87 @@
+"""All benchmarks of this machine's kind in one table: ``make bench``, or ``python -m benchmarks``.
+
+Every part is a process of its own, one after another; they share a compile cache that starts empty. The result goes to
+``benchmarks/results/cpu.json`` and ``cpu.md``, or ``gpu.*`` where there is a GPU. Options are handed on to all parts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import condensation, evaluation, harness, matching, memory, outer_step
+from hmn.checkpoint import write_text
+
+RESULTS = Path(__file__).parent / "results"
+PARTS = {"matching": [], "outer_step": [], "evaluation": [], "condensation": [], "memory": ["--parts", "hmn"]}
+
+
+def planned(kind: str, options: argparse.Namespace) -> list[str]:
+    """The names of all rows of a ``kind`` of device."""
+    found = []
+    for module in (matching, outer_step, evaluation):
+        found += [f"{module.PART}: {form.name}" for form in module.planned(kind, options)]
+    for form in condensation.planned(kind, options):
+        found += [f"{condensation.PART}: {name}" for name in condensation.names(form)]
+    return found + [f"memory: {name}" for name in memory.planned(kind, options)]
+
+
+def merge(parts: dict[str, dict[str, Any]], failed: Sequence[str], absent: Sequence[str]) -> dict[str, Any]:
+    """One report of the parts' reports: the first header, each part's own particulars under its name, all rows."""
+    found: dict[str, Any] = {"schema_version": harness.SCHEMA_VERSION, "header": {}, "rows": []}
+    for name, report in parts.items():
+        for key, value in report["header"].items():
+            if key in ("date", "load_average", "ceilings", "float64_differences"):
+                found["header"].setdefault(f"{name} {key}", value)
+            elif key != "command":
+                found["header"].setdefault(key, value)
+        found["rows"] += report["rows"]
+    found["not_measured"] = [f"{name}: failed, see its message" for name in failed] + list(absent)
+    return found
+
+
+def main() -> int:
+    options, handed_on = harness.parser(__doc__, rounds=0).parse_known_args()
+    arguments = sys.argv[1:]
+    if options.forms or options.json:
+        raise SystemExit("--forms and --json belong to the single parts: python -m benchmarks.matching --forms ...")
+    kind = harness.kind_of(options)
+    reports, failed = {}, []
+    with tempfile.TemporaryDirectory() as folder:
+        cache = {
+            "TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "compiled"),
+            "TRITON_CACHE_DIR": str(Path(folder) / "triton"),
+            harness.COMPILE_CACHE: "empty at the start; a later part finds what an earlier one compiled",
+        }
+        for number, (name, own) in enumerate(PARTS.items(), start=1):
+            print(f"[{number}/{len(PARTS)}] {name}", file=sys.stderr, flush=True)
+            kept = Path(folder) / f"{name}.json"
+            command = [sys.executable, "-m", f"benchmarks.{name}", *own, *arguments, "--json", str(kept)]
+            if subprocess.run(command, stdout=subprocess.DEVNULL, check=False, env=os.environ | cache).returncode:
+                failed.append(name)
+            else:
+                reports[name] = json.loads(kept.read_text(encoding="utf-8"))
+    absent = (
+        [] if kind == "cuda" or torch.cuda.is_available() else [f"GPU, {name}" for name in planned("cuda", options)]
+    )
+    found = merge(reports, failed, absent)
+    found["header"]["command"] = harness.command()
+    written = RESULTS / ("gpu" if kind == "cuda" else "cpu")
+    harness.write_json(written.with_suffix(".json"), found)
+    write_text(written.with_suffix(".md"), harness.text(found))
+    print(harness.text(found))
+    print(f"written: {written}.json, {written}.md")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""Peak memory of every form, each in a process of its own.
+
+``python -m benchmarks.memory [--parts matching outer_step evaluation hmn] [--json FILE]``
+
+``hmn`` is the outer step of HMN in the storage of up to 50 images per class, with up to 128 synthetic images per class
+and step. On a CPU the peak is the resident set's, libraries included; on a GPU the most that was allocated at once,
+beside the allocator's pool.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from benchmarks import harness, problem
+from benchmarks.harness import Row
+
+MODULES = {name: f"benchmarks.{name}" for name in ("matching", "outer_step", "evaluation")}
+# Images per class. On a CPU the outer step's own row stands for 1.
+MEMORY_SIZES = {"cpu": (10, 50), "cuda": (1, 10, 50)}
+HMN_SYNTHETIC = 128
+
+
+def fill(rows: Sequence[Row], options: argparse.Namespace) -> None:
+    """Put into ``rows`` the peak memory of their forms."""
+    if options.no_memory:
+        return
+    for row in harness.progress(rows, f"{rows[0].part} memory", "form"):
+        found = peak(row.part, row.name, harness.shape_arguments(options))
+        row.peak_bytes, row.reserved_bytes, row.idle_bytes = (found[key] for key in ("peak", "reserved", "idle"))
+
+
+def peak(part: str, form: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """What a process that computes ``form`` twice needs, in bytes."""
+    command = [sys.executable, "-m", "benchmarks.memory", "--child", part, "--forms", form, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{part}, {form}: its process failed\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def child(options: argparse.Namespace, device: torch.device) -> dict[str, int | None]:
+    part = importlib.import_module(MODULES[options.child])
+    (form,) = (form for form in part.planned(harness.kind_of(options), options) if form.name == options.forms[0])
+    (variant,) = part.variants([form], problem.make(options, device), options)
+    idle, _ = used(device)
+    for _ in range(2):
+        harness.timed(variant, device)
+    most, reserved = used(device)
+    return {"idle": idle, "peak": most, "reserved": reserved}
+
+
+def used(device: torch.device) -> tuple[int, int | None]:
+    """Peak bytes so far, and those that a GPU's allocator holds."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    units = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * units, None
+
+
+def measure(options: argparse.Namespace, device: torch.device) -> tuple[dict, list[Row]]:
+    head = harness.header(options, device, problem.describe(options))
+    jobs: list[tuple[Row, str, list[str]]] = []
+    for part in options.parts:
+        arguments = harness.shape_arguments(options)
+        if part == "hmn":
+            jobs += hmn_jobs(options)
+            continue
+        for form in harness.chosen(
+            importlib.import_module(MODULES[part]).planned(harness.kind_of(options), options), options
+        ):
+            jobs.append((Row(part=f"memory: {part}", name=form.name, note=form.note), part, arguments))
+    for row, part, arguments in harness.progress(jobs, "memory", "form"):
+        form = row.extra.pop("form", row.name)
+        found = peak(part, form, arguments)
+        row.peak_bytes, row.reserved_bytes, row.idle_bytes = (found[key] for key in ("peak", "reserved", "idle"))
+    return head, [row for row, _, _ in jobs]
+
+
+def planned(kind: str, options: argparse.Namespace) -> list[str]:
+    """The names of the rows that ``hmn`` adds."""
+    outer_step = importlib.import_module(MODULES["outer_step"])
+    kept = ("reference", "r_operator bf16")
+    names = [form.name for form in harness.chosen(outer_step.planned(kind, options), options) if form.name in kept]
+    return [f"HMN {size} IPC, {name}" for size in MEMORY_SIZES[kind] for name in names]
+
+
+def hmn_jobs(options: argparse.Namespace) -> list[tuple[Row, str, list[str]]]:
+    jobs = []
+    for name in planned(harness.kind_of(options), options):
+        size, form = name.removeprefix("HMN ").split(" IPC, ")
+        changes = {"images_per_class": int(size), "synthetic": max(HMN_SYNTHETIC, options.synthetic)}
+        arguments = harness.shape_arguments(argparse.Namespace(**{**vars(options), **changes}))
+        row = Row(part="memory: hmn", name=name, extra={"form": form})
+        jobs.append((row, "outer_step", arguments))
+    return jobs
+
+
+def main() -> None:
+    parser = harness.parser(__doc__, rounds=1)
+    parser.add_argument("--parts", nargs="+", choices=(*MODULES, "hmn"), default=[*MODULES, "hmn"])
+    parser.add_argument("--child", choices=MODULES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    device = harness.prepare(options)
+    if options.child:
+        print(json.dumps(child(options, device)))
+        return
+    head, rows = measure(options, device)
+    harness.report(options, head, rows)
+
+
+if __name__ == "__main__":
+    main()
