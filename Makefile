@@ -10,7 +10,7 @@ define CHECK_PYTHON
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint lock clean
+.PHONY: help setup demo test bench lint lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -31,6 +31,10 @@ demo: setup ## condense, prune and evaluate the embedded digits
 # Hiding the devices gives every machine the same run; `.venv/bin/python -m pytest -m gpu` runs what needs one.
 test: setup ## run the test suite on the CPU
 	CUDA_VISIBLE_DEVICES= .venv/bin/python -m pytest
+
+# Nothing else should run meanwhile. BENCH="--rounds 3 --data DIR" and the like are handed on.
+bench: setup ## time all formulations against the plain loop: about 20 minutes on two cores
+	.venv/bin/python -m benchmarks $(BENCH)
 
 lint: setup ## check style and formatting
 	.venv/bin/python -m ruff check .
