@@ -260,6 +260,24 @@ def rows(
     return measured
 
 
+# Equality
+
+EXACT = 1e-9  # of results in float64, relative to the largest number
+
+
+def difference(expected: Tensor, found: Tensor) -> float:
+    """Greatest difference, relative to the largest number expected."""
+    return float((expected.detach() - found.detach()).abs().max() / expected.detach().abs().max())
+
+
+def require_exact(differences: Mapping[str, float]) -> dict[str, float]:
+    """``differences`` as they are. Ends the program if one is not that of rounding."""
+    for name, value in differences.items():
+        if not value <= EXACT:
+            raise SystemExit(f"{name} differs from the reference by {value:.1e} in float64: nothing is timed")
+    return dict(differences)
+
+
 # What the machine can do
 
 
