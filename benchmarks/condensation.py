@@ -56,7 +56,7 @@ def child(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     if form == REFERENCE:
         run = reference.Condensation(container, at.data, config, at.build, seed=0)
     else:
-        run = outer_step.condensation(form, at, config, container)
+        run = outer_step.condensation(form, at, config, container, chunk=options.chunk)
     harness.wait(device)
     marks = [time.perf_counter()]
     for step in range(options.steps):

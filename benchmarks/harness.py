@@ -44,6 +44,7 @@ def parser(description: str, *, rounds: int) -> argparse.ArgumentParser:
     options.add_argument("--synthetic", type=int, default=64, help="synthetic images per class and step")
     options.add_argument("--samples", type=int, default=2000, help="real images per network update")
     options.add_argument("--images-per-class", type=int, default=1, help="memory size that HMN's preset is for")
+    options.add_argument("--chunk", type=int, help="classes that our outer step decodes at a time; default: all")
     options.add_argument("--data", type=Path, help="a tree of class folders; default: structured noise")
     options.add_argument("--rounds", type=int, default=rounds)
     options.add_argument("--least-seconds", type=float, default=0.5, help="a round repeats a call at least this long")
@@ -63,7 +64,7 @@ def shape_arguments(options: argparse.Namespace) -> list[str]:
     arguments = ["--device", str(device_of(options))]
     for name in SHAPES:
         arguments += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    for name in ("forms_of", "data"):
+    for name in ("forms_of", "chunk", "data"):
         if value := getattr(options, name):
             arguments += [f"--{name.replace('_', '-')}", str(value)]
     if options.threads:
@@ -458,6 +459,8 @@ def table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def plain(value: Any) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, Mapping):
         inner = [
             f"{key.replace('_', ' ')} " + (f"({plain(item)})" if isinstance(item, Mapping) else plain(item))

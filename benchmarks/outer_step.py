@@ -49,12 +49,17 @@ def condensation(
     config: GradientMatchingConfig,
     container: HierarchicalMemory,
     *,
+    chunk: int | None,
     bank_compute: Compute | None = None,
 ) -> Condensation:
-    """A run of ours. A form that stores real gradients has its bank made here, by ``bank_compute`` if that is given."""
+    """A run of ours that decodes ``chunk`` classes at a time, or all.
+
+    A form that stores real gradients has its bank made here, by ``bank_compute`` if that is given.
+    """
     compute = form.compute(at.device)
     network = at.network(channels_last=True)
     shared = {"normalise": at.normalise, "compute": compute, "seed": 0, "fingerprint": at.data.fingerprint}
+    shared["chunk"] = chunk
 
     def live(compute: Compute, stream: str) -> LiveSide:
         train = training_step(network, compute)
@@ -98,7 +103,7 @@ def variants(chosen: Sequence[Form], at: Problem, options: argparse.Namespace) -
             return Variant(form.name, run.run_step, flops, precision)
         # A bank that is only timed from is made the plain way, of the fewest steps.
         quick = dataclasses.replace(config, inner_steps=config.bank.snapshots) if form.stored else config
-        run = condensation(form, at, quick, container, bank_compute=Compute(at.device))
+        run = condensation(form, at, quick, container, chunk=options.chunk, bank_compute=Compute(at.device))
         return Variant(form.name, run.run_step, flops, form.precision, form.note)
 
     return [variant(form) for form in chosen]
@@ -108,7 +113,7 @@ def decoding_variants(form: Form, at: Problem, options: argparse.Namespace) -> l
     """The matching part of ``form``'s outer step, and what decoding alone takes of it."""
     config = problem.matching_config(options, network_samples=0)
     container = at.container(options.images_per_class)
-    run = condensation(form, at, config, container)
+    run = condensation(form, at, config, container, chunk=options.chunk)
     synthetic = min(options.synthetic, container.images_per_class)
     flops = work(at.build).matching_step(real=options.real, synthetic=synthetic) * at.classes
 
@@ -154,7 +159,7 @@ def check(at: Problem, options: argparse.Namespace) -> dict[str, float]:
         small = Problem(problem.noise(3, per_class=6), device, width=8)
         changes = {"strategy": "none", "network_samples": 0, "real_batch": 6, "synthetic_batch": 10**6}
         config = problem.matching_config(options, **changes)
-        ours = condensation(Form(name="loop fp32"), small, config, small.container())
+        ours = condensation(Form(name="loop fp32"), small, config, small.container(), chunk=None)
         layers, norms = ours.run_step()
         theirs = reference.Condensation(small.container(), small.data, config, small.build, seed=0)
         theirs.network.load_state_dict(ours.side.network.state_dict())
