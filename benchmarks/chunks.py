@@ -1,0 +1,136 @@
+"""Peak memory of an outer step against classes, images per class and image side, with and without a memory limit.
+
+``python -m benchmarks.chunks [--width 32] [--real 16] [--limit 2] [--json FILE]``
+
+Every row is a process of its own: one plain matching step of HMN under the preset of that data, on noise. With a limit,
+classes are decoded in the chunks that ``compute.memory_limit`` chooses; the peak shows whether its estimate holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks import harness, memory, problem
+from benchmarks.harness import Row
+from hmn.compute import Compute
+from hmn.condense import Condensation
+from hmn.config import HmnConfig
+from hmn.containers import hmn_shape, storage, with_preset
+from hmn.containers.hierarchical import HierarchicalMemory
+from hmn.data.datasets import RealData, Split
+from hmn.memory import classes_per_chunk
+from hmn.networks.convnet import ConvNet, default_depth
+from hmn.objectives.gradient import matching_step
+from hmn.realside import LiveSide
+from hmn.seeding import generator
+from hmn.training import training_step
+
+PART = "memory: chunks"
+# (classes, side, synthetic images per class and step): each line grows one of them
+CASES = ((10, 32, 16), (10, 32, 64), (100, 32, 16), (100, 32, 64), (200, 64, 16), (10, 128, 8), (10, 224, 4))
+
+
+def noise(classes: int, side: int, per_class: int) -> RealData:
+    labels = torch.arange(classes).repeat_interleave(per_class)
+    stream = generator(0, "noise")
+    train = Split(torch.randint(256, (len(labels), 3, side, side), generator=stream, dtype=torch.uint8), labels)
+    nothing = Split(train.images[:0], labels[:0])
+    return RealData(
+        name="noise",
+        class_names=tuple(map(str, range(classes))),
+        mean=problem.MEAN,
+        std=problem.STD,
+        train=train,
+        held_out=nothing,
+        test=nothing,
+        notes=(),
+        fingerprint="noise",
+    )
+
+
+def child(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """One step of one case; ``options.case`` is (classes, side, synthetic)."""
+    classes, side, synthetic = options.case
+    data = {"classes": classes, "channels": 3, "image_size": side}
+    real = noise(classes, side, options.real).to(device)
+    shape = hmn_shape(with_preset(HmnConfig(name="hmn"), images_per_class=10, **data), **data)
+    container = HierarchicalMemory(shape, storage(shape, 10, 0.0).images_per_class).to(device)
+    container.initialise(generator(0, "container", device=device))
+    build = partial(ConvNet, 3, classes, side, width=options.width, depth=default_depth(side))
+    config = problem.matching_config(options, network_samples=0, synthetic_batch=synthetic)
+    compute = Compute(device)
+    network = build().to(device)
+    limited = {"limit": options.limit, "strategy": config.strategy}
+    chunk = classes_per_chunk(container, network, config, compute, **limited)
+    live = LiveSide(
+        real, config, build=build, train=training_step(network, compute), compute=compute, seed=0, flip=True
+    )
+    idle = compute.current_bytes()
+    run = Condensation(
+        container,
+        live,
+        config,
+        match=matching_step(network, config.metric, compute),
+        normalise=live.normalise,
+        compute=compute,
+        seed=0,
+        fingerprint="noise",
+        chunk=chunk,
+    )
+    start = time.perf_counter()
+    run.run_step()
+    harness.wait(device)
+    seconds = time.perf_counter() - start
+    peak, reserved = memory.used(device)
+    return {"chunk": chunk, "idle": idle, "peak": peak, "reserved": reserved, "seconds": seconds}
+
+
+def measure(options: argparse.Namespace, device: torch.device) -> tuple[dict, list[Row]]:
+    head = harness.header(options, device, "uniform noise; no real images")
+    jobs = [(case, limit) for case in CASES for limit in (None, options.limit)]
+    rows = []
+    for case, limit in harness.progress(jobs, PART, "case"):
+        command = [sys.executable, "-m", "benchmarks.chunks", "--child", "--case", *map(str, case)]
+        command += harness.shape_arguments(options) + (["--limit", str(limit)] if limit else ["--limit", "inf"])
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        classes, side, synthetic = case
+        name = f"{classes} classes, {side} px, {synthetic} images" + (f", limit {limit:g} GiB" if limit else "")
+        if done.returncode:
+            rows.append(Row(part=PART, name=name, note=f"failed: {done.stderr.strip().splitlines()[-1]}"))
+            continue
+        found = json.loads(done.stdout.splitlines()[-1])
+        row = Row(part=PART, name=name, extra={"classes_per_chunk": found["chunk"]})
+        row.note = f"{found['chunk']} classes a chunk"
+        row.peak_bytes, row.idle_bytes, row.reserved_bytes = found["peak"], found["idle"], found["reserved"]
+        row.median_ms = row.min_ms = row.max_ms = 1000 * found["seconds"]
+        row.rounds = 1
+        rows.append(row)
+    return head, rows
+
+
+def main() -> None:
+    parser = harness.parser(__doc__, rounds=1)
+    parser.set_defaults(width=32, real=16)
+    parser.add_argument("--limit", type=float, default=2.0, help="GiB of the limited rows")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--case", type=int, nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    device = harness.prepare(options)
+    if options.child:
+        options.limit = None if options.limit == float("inf") else options.limit
+        print(json.dumps(child(options, device)))
+        return
+    head, rows = measure(options, device)
+    harness.report(options, head, rows)
+
+
+if __name__ == "__main__":
+    main()
