@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as everything
-from benchmarks import condensation, forms, harness, outer_step, problem, reference
+from benchmarks import condensation, evaluation, forms, harness, outer_step, problem, reference
 from benchmarks.harness import Row, Times, Variant
 from hmn.compute import Compute
 from hmn.data import augment
@@ -49,6 +49,12 @@ def test_the_reference_step_is_our_loop_in_float64():
 def test_whole_steps_of_reference_and_condensation_give_the_container_equal_gradients():
     found = outer_step.check(problem.make(options("--classes", "3"), CPU), options("--classes", "3"))
     assert set(found) == {"distance", "instances", "class", "dataset", "extractors", "decoder"}
+    assert max(found.values()) <= 1e-9
+
+
+def test_epochs_of_the_reference_and_of_ours_give_equal_weights_alone_and_together():
+    found = evaluation.check("cuda")  # what is checked for a GPU, on the CPU
+    assert set(found) == {"1 at a time", "3 at a time"}
     assert max(found.values()) <= 1e-9
 
 
