@@ -44,7 +44,7 @@ def parser(description: str, *, rounds: int) -> argparse.ArgumentParser:
     options.add_argument("--synthetic", type=int, default=64, help="synthetic images per class and step")
     options.add_argument("--samples", type=int, default=2000, help="real images per network update")
     options.add_argument("--images-per-class", type=int, default=1, help="memory size that HMN's preset is for")
-    options.add_argument("--chunk", type=int, help="classes that our outer step decodes at a time; default: all")
+    options.add_argument("--chunk", type=int, help="classes that our outer step decodes at a time; default: as a run")
     options.add_argument("--data", type=Path, help="a tree of class folders; default: structured noise")
     options.add_argument("--rounds", type=int, default=rounds)
     options.add_argument("--least-seconds", type=float, default=0.5, help="a round repeats a call at least this long")

@@ -30,6 +30,7 @@ from hmn.compute import Compute
 from hmn.condense import Condensation
 from hmn.config import BankConfig, GradientMatchingConfig
 from hmn.containers.hierarchical import HierarchicalMemory
+from hmn.memory import classes_per_chunk
 from hmn.objectives.gradient import matching_step, real_gradients, stored_step
 from hmn.realside import LiveSide
 from hmn.training import training_step
@@ -52,13 +53,15 @@ def condensation(
     chunk: int | None,
     bank_compute: Compute | None = None,
 ) -> Condensation:
-    """A run of ours that decodes ``chunk`` classes at a time, or all.
+    """A run of ours that decodes ``chunk`` classes at a time, or as many as a run without a memory limit.
 
     A form that stores real gradients has its bank made here, by ``bank_compute`` if that is given.
     """
     compute = form.compute(at.device)
     network = at.network(channels_last=True)
     shared = {"normalise": at.normalise, "compute": compute, "seed": 0, "fingerprint": at.data.fingerprint}
+    if chunk is None:
+        chunk = classes_per_chunk(container, network, config, compute, limit=None, strategy=config.strategy)
     shared["chunk"] = chunk
 
     def live(compute: Compute, stream: str) -> LiveSide:

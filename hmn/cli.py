@@ -71,6 +71,7 @@ def main() -> None:
         if line is None:
             raise
         distributed.exit_with(line, code)
+    distributed.leave()
 
 
 def explain(error: BaseException) -> tuple[str | None, int]:

@@ -291,7 +291,7 @@ class ComputeConfig:
     # All but loop are compiled, and so is the training of networks then.
     matching: str = unscientific("auto")
     classes_per_call: int | None = unscientific(None)  # of a matching step; null: 1 on a CPU, all on a GPU
-    # GiB, of each process: classes are condensed in chunks that fit; null: all at once
+    # GiB, of each process: classes are condensed in chunks that fit; null: all at once on a GPU, one by one on a CPU
     memory_limit: float | None = unscientific(None)
     threads: int | None = unscientific(None)  # CPU threads; null: torch's own choice
     # Trained at once, by other random numbers of the same distribution; null: all on a GPU, one on a CPU

@@ -172,9 +172,22 @@ def exit_with(line: str, code: int) -> NoReturn:
         print(line, file=sys.stderr)
     if world() == 1:
         sys.exit(code)
+    _end(code)  # an orderly end would wait for the lost process's part of what a device has under way
+
+
+def leave() -> None:
+    """The last call of a process that did its part: one of several ends here, without an orderly exit.
+
+    In that, a thread of gloo's that outlives its group now and then aborts the process, which torchrun calls a failure.
+    """
+    if launched():
+        _end(0)
+
+
+def _end(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os._exit(code)  # an orderly end would wait for the lost process's part of what a device has under way
+    os._exit(code)
 
 
 def _speaks() -> bool:

@@ -63,13 +63,14 @@ def classes_per_chunk(
     limit: float | None,
     strategy: str,
 ) -> int:
-    """The most classes per chunk that stay under ``limit`` GiB, as small as one: what is computed is the same.
+    """How many classes of a step are decoded and matched at a time; what is computed does not depend on it.
 
-    ``None`` takes all classes of a step at once. Raises ``ConfigError`` with the least limit if one does not fit.
+    The most that stay under ``limit`` GiB. With ``None``, a GPU takes all and a CPU, which gains nothing by that, as
+    many as go into one call. Raises ``ConfigError`` with the least limit if one class does not fit.
     """
     group = min(config.classes_per_step or container.classes, container.classes)
     if limit is None:
-        return group
+        return group if compute.device.type == "cuda" else min(compute.classes_per_call, group)
     shape = container.shape
     pixels = (shape.channels, shape.image_size, shape.image_size)
     synthetic = min(config.synthetic_batch, container.images_per_class)

@@ -46,9 +46,14 @@ def chunk_for(limit: float | None, **changes) -> int:
     return classes_per_chunk(make_container(), build(), config(**changes), compute, limit=limit, strategy="color_crop")
 
 
-def test_without_a_limit_all_classes_of_a_step_go_together():
-    assert chunk_for(None) == CLASSES
-    assert chunk_for(None, classes_per_step=2) == 2
+@pytest.mark.parametrize(
+    ("device", "per_call", "group", "chunk"),
+    [("cuda", 1, None, 3), ("cuda", 1, 2, 2), ("cpu", 1, None, 1), ("cpu", 2, None, 2), ("cpu", 3, 2, 2)],
+)
+def test_without_a_limit_a_gpu_takes_all_classes_of_a_step_and_a_cpu_those_of_a_call(device, per_call, group, chunk):
+    compute = Compute(torch.device(device), classes_per_call=per_call)
+    settings = config(classes_per_step=group)
+    assert classes_per_chunk(make_container(), build(), settings, compute, limit=None, strategy="none") == chunk
 
 
 def test_more_memory_means_more_classes_and_never_more_than_there_are():
