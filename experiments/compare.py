@@ -37,7 +37,7 @@ def row(folders: list[Path], found: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         **{name: way(found[0]) for name, way in WAYS.items()},
         "seeds": sorted(result["config"]["seed"] for result in found),
-        "networks": len(found[0]["accuracy"]["last"]) if "last" in found[0]["accuracy"] else None,
+        "networks": len(found[0]["accuracy"]["by_network"]),
         "accuracy": [round(value, 2) for value in accuracies],
         "mean": statistics.mean(accuracies),
         "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None,

@@ -65,6 +65,7 @@ def _work(plan: Plan, folder: Path, stop: Stop, group: str | None) -> dict[str, 
     if config.compute.keep_heap:
         compute.keep_heap_pages()
     compute.keep_compiled(Path(config.paths.cache_dir) / "compiled")
+    compute.compile_seconds.clear()  # of an earlier run of the same multirun
     print(f"{plan.run_id} on {results.device_name(chosen.device)}, {chosen.precision}, ", end="")
     print("compiled" if chosen.compiled else "not compiled", end="")
     print(f", {distributed.world()} processes" if distributed.world() > 1 else "")
@@ -98,7 +99,7 @@ def _work(plan: Plan, folder: Path, stop: Stop, group: str | None) -> dict[str, 
             "profile": config.evaluation.profile,
             "device": results.device_name(chosen.device),
             "compiled": chosen.compiled,
-            "compile_seconds": compute.compile_seconds,
+            "compile_seconds": list(compute.compile_seconds),
             "processes": distributed.world(),
             "wall_seconds": checkpoints.seconds,
             "peak_bytes": chosen.peak_bytes(),
