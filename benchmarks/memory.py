@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ import torch
 
 from benchmarks import harness, problem
 from benchmarks.harness import Row
+from hmn.compute import Compute
 
 MODULES = {name: f"benchmarks.{name}" for name in ("matching", "outer_step", "evaluation")}
 # Images per class. On a CPU the outer step's own row stands for 1.
@@ -63,8 +63,7 @@ def used(device: torch.device) -> tuple[int, int | None]:
     """Peak bytes so far, and those that a GPU's allocator holds."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-    units = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * units, None
+    return Compute(device).peak_bytes(), None
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> tuple[dict, list[Row]]:

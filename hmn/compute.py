@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import resource
 import shutil
 import sys
@@ -45,8 +46,12 @@ class Compute:
     def peak_bytes(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        units = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * units
+        try:  # the resident peak of getrusage starts from that of the process that started this one
+            status = Path("/proc/self/status").read_text()
+            return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+        except OSError:
+            units = 1 if sys.platform == "darwin" else 1024
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * units
 
     def current_bytes(self) -> int:
         """Held now: of the device's memory, or by the process on a CPU (Linux; elsewhere the peak so far)."""

@@ -15,8 +15,10 @@ from hmn.data import augment
 from hmn.objectives.gradient import loop
 
 FLOAT = 4
-# What allocators hold beyond the tensors alive at once; from the measured table of benchmarks/memory.py.
+# What allocators hold beyond the tensors alive at once, and what a backward pass has alive beside what was kept for it
+# (gradients, both sides of an operator): from the measured tables of benchmarks/chunks.py.
 SLACK = 1.3
+ALIVE = 3
 
 
 def saved_bytes(function: Callable[[], object], owned: list[Tensor]) -> int:
@@ -76,7 +78,7 @@ def classes_per_chunk(
     synthetic = min(config.synthetic_batch, container.images_per_class)
     image = FLOAT * math.prod(pixels)
     # Of each class in a chunk: its graph of decoding, and about four copies of every image on its way to the step.
-    per_class = synthetic * decoding_bytes(container, strategy) + 4 * (config.real_batch + synthetic) * image
+    per_class = ALIVE * synthetic * decoding_bytes(container, strategy) + 4 * (config.real_batch + synthetic) * image
     in_step = synthetic * matching_bytes(network, pixels, config.metric) * min(compute.classes_per_call, group)
     free = limit * 2**30 - compute.current_bytes() - SLACK * in_step
     least = (compute.current_bytes() + SLACK * (in_step + per_class)) / 2**30
