@@ -33,7 +33,7 @@ test: setup ## run the test suite on the CPU
 	CUDA_VISIBLE_DEVICES= .venv/bin/python -m pytest
 
 # Nothing else should run meanwhile. BENCH="--rounds 3 --data DIR" and the like are handed on.
-bench: setup ## time all formulations against the plain loop: about 20 minutes on two cores
+bench: setup ## time all formulations against the plain loop: 25 minutes on two cores
 	.venv/bin/python -m benchmarks $(BENCH)
 
 lint: setup ## check style and formatting

@@ -1,0 +1,40 @@
+"""Where one form's matching step of one class spends its time: ``python -m benchmarks.where [--form "compiled fp32"]``."""
+
+from __future__ import annotations
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import forms, harness, problem
+from hmn.objectives.gradient import matching_step
+
+
+def main() -> None:
+    parser = harness.parser(__doc__, rounds=3)
+    parser.add_argument("--form", default="compiled fp32", help="a row of benchmarks.matching")
+    options = parser.parse_args()
+    device = harness.prepare(options)
+    at = problem.make(options, device)
+    (form,) = (form for form in forms.matching(harness.kind_of(options), at.classes) if form.name == options.form)
+    network = at.network(channels_last=True)
+    parameters = {name: value.detach() for name, value in network.named_parameters()}
+    real, synthetic = (
+        at.batches(n, name)[:1] for n, name in ((options.real, "real"), (options.synthetic, "synthetic"))
+    )
+    step = matching_step(network, "mse", form.compute(device))
+    arguments = parameters, real, synthetic, torch.zeros(1, dtype=torch.int64, device=device)
+    for _ in range(2):
+        step(*arguments)
+    harness.wait(device)
+    with profile(
+        activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    ) as found:
+        for _ in range(options.rounds):
+            step(*arguments)
+        harness.wait(device)
+    order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print(found.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=50))
+
+
+if __name__ == "__main__":
+    main()
