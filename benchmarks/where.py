@@ -1,4 +1,4 @@
-"""Where one form's matching step of one class spends its time: ``python -m benchmarks.where [--form "compiled fp32"]``."""
+"""Where one class's matching step spends its time: ``python -m benchmarks.where [--form "compiled fp32"]``."""
 
 from __future__ import annotations
 
