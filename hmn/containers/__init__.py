@@ -3,91 +3,82 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any
-
-from torch import nn
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from hmn.budget import budget_floats, images_that_fit
-from hmn.config import HmnConfig, require
-from hmn.containers.hierarchical import HierarchicalMemory, HmnShape, shared_floats
-from hmn.containers.presets import PRESETS, by_distance, latent_side
+from hmn.config import ContainerConfig
+from hmn.containers import image, presets
+from hmn.containers.base import Container, ImageShape
+from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
 
 
-def with_preset(
-    config: HmnConfig, *, classes: int, image_size: int, images_per_class: int, channels: int = 3
-) -> HmnConfig:
-    """``config`` with every null field taken from its preset; ``preset`` becomes the row's name.
+class Kind(NamedTuple):
+    """A kind of container: ``container(shape, instances)`` makes an empty one with that many instances per class.
 
-    ``auto`` is the row of the nearest data that the budget pays for. Raises ``ConfigError`` for an unknown preset or a
-    latent side from which doubling cannot reach the image's side.
+    ``fill(config, classes=, channels=, image_size=, images_per_class=)`` chooses what ``config`` leaves null, and
+    ``shape_of(config, classes=, channels=, image_size=)`` is the shape of a filled one; both raise ``ConfigError``.
     """
 
-    def fits(name: str) -> bool:
-        shape = hmn_shape(_filled(config, name, image_size), classes=classes, channels=channels, image_size=image_size)
-        needed = shared_floats(shape) + classes * shape.instance_floats
-        return needed <= budget_floats(images_per_class, classes, channels, image_size)
-
-    if config.preset != "auto":
-        require("container.preset", config.preset in PRESETS, config.preset, f"auto or one of {', '.join(PRESETS)}")
-        return _filled(config, config.preset, image_size)
-    ranked = by_distance(image_size, classes, images_per_class)
-    return _filled(config, next(filter(fits, ranked), ranked[0]), image_size)
+    container: type[Container]
+    shape: type[ImageShape]
+    fill: Callable[..., ContainerConfig]
+    shape_of: Callable[..., ImageShape]
 
 
-def _filled(config: HmnConfig, name: str, image_size: int) -> HmnConfig:
-    row = dataclasses.asdict(PRESETS[name]) | {"latent_side": latent_side(PRESETS[name], image_size)}
-    fields = ("latent_side", "dataset_channels", "feature_channels", "feature_kernel", "class_channels")
-    fields += ("instance_channels", "decoder_width")
-    filled = {key: row[key] for key in fields if getattr(config, key) is None}
-    config = dataclasses.replace(config, preset=name, **filled)
-    factor = image_size / config.latent_side
-    doubles = factor >= 2 and math.log2(factor).is_integer()
-    rule = "the image side divided by a power of two: "
-    rule += f"dataset.image_size={image_size} is not {config.latent_side} doubled"
-    require("container.latent_side", doubles, config.latent_side, rule)
-    return config
-
-
-def hmn_shape(config: HmnConfig, *, classes: int, channels: int, image_size: int) -> HmnShape:
-    names = {field.name for field in dataclasses.fields(HmnShape)} - {"classes", "channels", "image_size"}
-    values = {name: getattr(config, name) for name in names}
-    return HmnShape(classes=classes, channels=channels, image_size=image_size, **values)
+KINDS = {
+    "hmn": Kind(HierarchicalMemory, HmnShape, presets.with_preset, presets.hmn_shape),
+    "image": Kind(image.RawImages, image.RawShape, image.fill, image.shape_of),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Storage:
-    """What a container takes of the budget, in float32 numbers, and how many images per class that leaves."""
+    """What a container takes of the budget, in float32 numbers, and how many instances per class that leaves."""
 
     budget_floats: int
     shared_floats: int
     instance_floats: int
-    images_per_class: int  # G
-    over_budget_images_per_class: int  # G_o
+    images_per_instance: int
+    instances: int  # per class
+    over_budget_instances: int
+
+    @property
+    def images_per_class(self) -> int:
+        """G."""
+        return self.instances * self.images_per_instance
+
+    @property
+    def over_budget_images_per_class(self) -> int:
+        """G_o."""
+        return self.over_budget_instances * self.images_per_instance
 
     def stored_floats(self, classes: int) -> int:
-        return self.shared_floats + classes * self.images_per_class * self.instance_floats
+        return self.shared_floats + classes * self.instances * self.instance_floats
 
 
-def storage(shape: HmnShape, images_per_class: int, over_budget: float) -> Storage:
-    """Raises ``ConfigError`` if the budget of ``images_per_class`` does not pay for one image of every class."""
+def storage(shape: ImageShape, images_per_class: int, over_budget: float) -> Storage:
+    """Raises ``ConfigError`` if the budget of ``images_per_class`` does not pay for one instance of every class."""
     budget = budget_floats(images_per_class, shape.classes, shape.channels, shape.image_size)
-    shared = shared_floats(shape)
     counts = [
-        images_that_fit(budget, shared, shape.instance_floats, shape.classes, over_budget=fraction)
+        images_that_fit(budget, shape.shared_floats, shape.instance_floats, shape.classes, over_budget=fraction)
         for fraction in (0.0, over_budget)
     ]
     return Storage(
         budget_floats=budget,
-        shared_floats=shared,
+        shared_floats=shape.shared_floats,
         instance_floats=shape.instance_floats,
-        images_per_class=counts[0],
-        over_budget_images_per_class=counts[1],
+        images_per_instance=shape.images_per_instance,
+        instances=counts[0],
+        over_budget_instances=counts[1],
     )
 
 
-def rebuild(specification: dict[str, Any]) -> nn.Module:
+def rebuild(specification: dict[str, Any]) -> Container:
     """An uninitialised container from what :meth:`Container.specification` wrote; ``KeyError`` for another name."""
     values = dict(specification)
-    makers = {"hmn": lambda count, **shape: HierarchicalMemory(HmnShape(**shape), count)}
-    return makers[values.pop("name")](values.pop("images_per_class"), **values)
+    kind = KINDS[values.pop("name")]
+    count = values.pop("images_per_class")
+    # JSON has no tuples.
+    shape = kind.shape(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    return kind.container(shape, count // shape.images_per_instance)

@@ -1,46 +1,173 @@
-"""What condensing, pruning, evaluation and artifacts need of a data container."""
+"""What condensing, pruning, evaluation and artifacts need of a data container, and what containers share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 
-class Container(Protocol):
-    """A differentiable store of C classes with G images each; image i belongs to class i // G.
+class RealImages(Protocol):
+    """Where containers that start from real images get them."""
 
-    Containers are ``nn.Module``s whose parameters are exactly what the budget is charged for. Nothing in them may
-    normalise over a batch: an image must not change when another one is dropped.
+    def draw(self, count: int, how: str = "random") -> Tensor:
+        """``count`` training images of every class, (C * count, channels, H, W) in [0, 1], ordered by class.
+
+        ``how``: ``random``, ``first`` of the data set, or ``k_means``, nearest to the centres of the class's clusters. A
+        class with too few images gives all of them and then repeats them.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageShape:
+    """What the data set fixes; every container's shape adds what fixes the shapes of its parameters.
+
+    It counts in float32 numbers: ``shared_floats``, what the container takes however many images it holds, and
+    ``instance_floats``, what each instance adds, from which ``images_per_instance`` images are decoded.
     """
 
     classes: int
-    images_per_class: int
+    channels: int
+    image_size: int
+
+    @property
+    def shared_floats(self) -> int:
+        return 0
+
+    @property
+    def instance_floats(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def images_per_instance(self) -> int:
+        return 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelShape(ImageShape):
+    """With the space that the container's own pixels are in; ``mean`` and ``std`` of the data where it is normalised."""
+
+    pixel_space: str = "unit"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+class Container(nn.Module):
+    """A differentiable store of C classes with G images each; image i belongs to class i // G.
+
+    What the budget is charged for are its parameters: ``instances`` (C, N, ...), one row per instance, and whatever a
+    kind of container adds to them. Nothing in one may normalise over a batch: an image must not change when another
+    one is dropped. Fixed transforms are buffers that are not persistent.
+    """
+
+    NAME: ClassVar[str]
+    TIED: ClassVar[str | None] = None  # why single images cannot be dropped, where they cannot
+
+    shape: ImageShape
+    instances: nn.Parameter
+
+    @property
+    def classes(self) -> int:
+        return self.shape.classes
+
+    @property
+    def images_per_class(self) -> int:
+        """G."""
+        return self.instances.shape[1] * self.shape.images_per_instance
 
     def decode(self, index: Tensor) -> Tensor:
-        """Images (n, channels, H, W) in [0, 1] of the instances ``index`` (n,), differentiable."""
+        """Images (n, channels, H, W) of ``index`` (n,), differentiable; 0 is black and 1 white, and what is not bounded
+        may leave that range."""
+        raise NotImplementedError
 
-    def tiers(self) -> Mapping[str, list[nn.Parameter]]:
+    @property
+    def matched_per_class(self) -> int:
+        """How many images of each class condensing chooses from; more than G where it sees more forms of them."""
+        return self.images_per_class
+
+    def decode_matched(self, index: Tensor) -> Tensor:
+        """As :meth:`decode`, for what condensing sees: ``index`` // ``matched_per_class`` is the class."""
+        return self.decode(index)
+
+    def initialise(self, generator: torch.Generator, config: Any, real: RealImages) -> None:
+        """Give all parameters their starting values by ``config.init``, the container's own section; ``fit_real``, which
+        fits them afterwards, starts as ``random`` would."""
+        raise NotImplementedError
+
+    def tiers(self) -> dict[str, list[nn.Parameter]]:
         """All parameters by tier; a tier is what logs, gradient norms and learning rates go by."""
+        return {"instances": [self.instances]}
 
     def memory_tiers(self) -> frozenset[str]:
         """The tiers that are memories (they take ``memory_lr``); the others are network weights (``weights_lr``)."""
+        return frozenset(self.tiers())
 
     def class_parameters(self) -> list[nn.Parameter]:
         """The parameters whose first axis is the class: a step for one class must not move another class's rows."""
+        return [self.instances]
+
+    def penalty(self) -> Tensor | None:
+        """A scalar that condensing adds to the loss at every step, or ``None``."""
+        return None
+
+    def project(self) -> None:
+        """Bring the parameters back to where they are valid; called before every fresh network."""
+
+    def finish(self) -> None:
+        """Bring a condensed container into the form that is kept: called once, before anything judges it."""
 
     def keep(self, index: Tensor) -> None:
-        """Keep only the instances ``index``, as many of every class. Raises ``ValueError`` if they are not."""
+        """Keep only the images ``index`` (n,). Raises ``ValueError`` unless all classes keep equally many, at least one,
+        and for images that are tied."""
+        if self.TIED is not None:
+            raise ValueError(f"{self.NAME}: {self.TIED}")
+        rows = self.kept_rows(index)
+        kept = self.instances.detach().flatten(0, 1)[rows]
+        self.instances = nn.Parameter(kept.unflatten(0, (self.classes, -1)).clone())
+
+    def kept_rows(self, index: Tensor) -> Tensor:
+        """``index`` in order and without doubles. Raises ``ValueError`` unless all classes keep equally many, and some."""
+        index = index.unique()
+        counts = torch.bincount(index // self.images_per_class, minlength=self.classes)
+        if counts.min() < 1 or counts.min() != counts.max():
+            raise ValueError("every class must keep the same number of images, at least one")
+        return index
+
+    def storage_floats(self) -> int:
+        """The float32 numbers that the budget is charged for, in the form that is kept: by default every parameter."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
     def specification(self) -> dict[str, Any]:
         """Plain values from which :func:`hmn.containers.rebuild` makes an empty container of the same shape."""
-
-
-def storage_floats(container: nn.Module) -> int:
-    """The float32 numbers that the budget is charged for: every parameter, networks included."""
-    return sum(parameter.numel() for parameter in container.parameters())
+        return {"name": self.NAME, "images_per_class": self.images_per_class, **asdict(self.shape)}
 
 
 def tier_floats(container: Container) -> dict[str, int]:
     return {name: sum(p.numel() for p in parameters) for name, parameters in container.tiers().items()}
+
+
+class PixelSpace(nn.Module):
+    """The map between a container's own pixels and those of images, where 0 is black and 1 white.
+
+    Normalised pixels are affine in them, with the data set's constants, which are charged nothing.
+    """
+
+    def __init__(self, shape: PixelShape) -> None:
+        super().__init__()
+        self.normalised = shape.pixel_space == "normalised"
+        mean, std = (shape.mean, shape.std) if self.normalised else (None, None)
+        self.register_buffer("mean", torch.tensor(mean or [0.0]).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std or [1.0]).view(-1, 1, 1), persistent=False)
+
+    def to_images(self, pixels: Tensor) -> Tensor:
+        return pixels * self.std + self.mean if self.normalised else pixels
+
+    def from_images(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std if self.normalised else images
+
+    def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """N(0, 1) in normalised space; clamped N(0.5, 1/16) in [0, 1], as IDC."""
+        values = torch.randn(shape, generator=generator, device=generator.device)
+        return values if self.normalised else (values / 4 + 0.5).clamp(0, 1)

@@ -6,7 +6,11 @@ With them come the rules for data of another size: the nearest row, its latent s
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
+
+from hmn.budget import budget_floats
+from hmn.config import HmnConfig, require
+from hmn.containers.hierarchical import HmnShape
 
 
 @dataclass(frozen=True)
@@ -68,3 +72,44 @@ def latent_side(preset: Preset, image_size: int) -> int:
     while doublings and (image_size % 2**doublings or image_size >> doublings < 2):
         doublings -= 1
     return image_size >> doublings
+
+
+def with_preset(
+    config: HmnConfig, *, classes: int, image_size: int, images_per_class: int, channels: int = 3
+) -> HmnConfig:
+    """``config`` with every null field taken from its preset; ``preset`` becomes the row's name.
+
+    ``auto`` is the row of the nearest data that the budget pays for. Raises ``ConfigError`` for an unknown preset or a
+    latent side from which doubling cannot reach the image's side.
+    """
+
+    def fits(name: str) -> bool:
+        shape = hmn_shape(_filled(config, name, image_size), classes=classes, channels=channels, image_size=image_size)
+        needed = shape.shared_floats + classes * shape.instance_floats
+        return needed <= budget_floats(images_per_class, classes, channels, image_size)
+
+    if config.preset != "auto":
+        require("container.preset", config.preset in PRESETS, config.preset, f"auto or one of {', '.join(PRESETS)}")
+        return _filled(config, config.preset, image_size)
+    ranked = by_distance(image_size, classes, images_per_class)
+    return _filled(config, next(filter(fits, ranked), ranked[0]), image_size)
+
+
+def _filled(config: HmnConfig, name: str, image_size: int) -> HmnConfig:
+    row = asdict(PRESETS[name]) | {"latent_side": latent_side(PRESETS[name], image_size)}
+    names = ("latent_side", "dataset_channels", "feature_channels", "feature_kernel", "class_channels")
+    names += ("instance_channels", "decoder_width")
+    filled = {key: row[key] for key in names if getattr(config, key) is None}
+    config = replace(config, preset=name, **filled)
+    factor = image_size / config.latent_side
+    doubles = factor >= 2 and math.log2(factor).is_integer()
+    rule = "the image side divided by a power of two: "
+    rule += f"dataset.image_size={image_size} is not {config.latent_side} doubled"
+    require("container.latent_side", doubles, config.latent_side, rule)
+    return config
+
+
+def hmn_shape(config: HmnConfig, *, classes: int, channels: int, image_size: int) -> HmnShape:
+    names = {field.name for field in fields(HmnShape)} - {"classes", "channels", "image_size"}
+    values = {name: getattr(config, name) for name in names}
+    return HmnShape(classes=classes, channels=channels, image_size=image_size, **values)

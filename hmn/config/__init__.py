@@ -17,32 +17,25 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, MissingMandatoryValue, OmegaConf
 
+from hmn.config import containers, objectives
+from hmn.config.checks import STRATEGY_OPS, check_strategy, one_of, require, unscientific
+from hmn.config.containers import ContainerConfig, HmnConfig
+from hmn.config.objectives import BankConfig, GradientMatchingConfig, ObjectiveConfig
 from hmn.errors import ConfigError
 
-MODES = ("run", "plan", "evaluate", "full_data", "random_subset")
-STRATEGY_OPS = ("color", "crop", "cutout", "flip", "scale", "rotate")
+__all__ = [  # what other modules take from here
+    "STRATEGY_OPS",
+    "BankConfig",
+    "ContainerConfig",
+    "GradientMatchingConfig",
+    "HmnConfig",
+    "ObjectiveConfig",
+    "one_of",
+    "require",
+]
+
+MODES = ("run", "plan", "evaluate", "full_data", "random_subset", "experts")
 DATASETS = ("svhn", "cifar10", "cifar100", "tiny_imagenet", "imagenet10", "folder", "arrays", "digits")
-
-
-def require(key: str, holds: bool, value: object, rule: str) -> None:
-    """Raise :class:`ConfigError` naming ``key``, ``value`` and ``rule`` unless ``holds``."""
-    if not holds:
-        raise ConfigError(f"{key}={value}: must be {rule}")
-
-
-def one_of(key: str, value: str, choices: tuple[str, ...]) -> None:
-    require(key, value in choices, value, f"one of {', '.join(choices)}")
-
-
-def check_strategy(key: str, value: str) -> None:
-    ops = () if value == "none" else tuple(value.split("_"))
-    known = len(set(ops)) == len(ops) and set(ops) <= set(STRATEGY_OPS)
-    require(key, known, value, f"none, or some of {', '.join(STRATEGY_OPS)} joined by _")
-
-
-def unscientific(default: Any) -> Any:
-    """A field that changes how or where a run is computed, not what it computes: it stays out of the run id."""
-    return field(default=default, metadata={"scientific": False})
 
 
 @dataclass(kw_only=True)
@@ -84,118 +77,6 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         require("memory.images_per_class", self.images_per_class >= 1, self.images_per_class, "at least 1")
-
-
-@dataclass(kw_only=True)
-class ContainerConfig:
-    name: str = MISSING
-
-
-@dataclass(kw_only=True)
-class HmnConfig(ContainerConfig):
-    """Shapes of the Hierarchical Memory Network; a field left null is taken from the preset."""
-
-    preset: str = "auto"  # a row of hmn/containers/presets.py; auto: the row nearest to dataset and memory
-    latent_side: int | None = None  # s: memories are s x s maps, doubled log2(image_size / s) times
-    dataset_channels: int | None = None  # C_D of the dataset memory
-    feature_channels: int | None = None  # C_F that each class's extractor makes of it; 0: neither of them
-    feature_kernel: int | None = None  # k_f of the extractors
-    class_channels: int | None = None  # C_C of each class memory; 0: none
-    instance_channels: int | None = None  # C_I of each instance memory
-    decoder_width: int | None = None  # W
-    decoder: str = "upsample"  # upsample: convolution then nearest x2; transposed: 4x4 transposed convolution
-    decoder_norm: bool = False  # one-group GroupNorm after each hidden convolution
-    init: str = "random"  # random (as the paper) or fit_real: first fitted to as many random real images
-    instance_init_scale: float = 1.0  # of the N(0, 1) the instance memories start from
-    fit_steps: int = 500  # Adam steps of fit_real
-    fit_batch: int = 1024  # images per such step
-    fit_learning_rate: float = 2e-2  # its peak, one-cycle
-
-    def __post_init__(self) -> None:
-        one_of("container.name", self.name, ("hmn",))
-        for key in ("latent_side", "dataset_channels", "instance_channels", "decoder_width", "fit_steps", "fit_batch"):
-            value = getattr(self, key)
-            require(f"container.{key}", value is None or value >= 1, value, "at least 1")
-        for key in ("feature_channels", "class_channels"):
-            value = getattr(self, key)
-            require(f"container.{key}", value is None or value >= 0, value, "at least 0")
-        kernel = self.feature_kernel
-        require("container.feature_kernel", kernel is None or (kernel > 0 and kernel % 2), kernel, "odd and positive")
-        width = self.decoder_width
-        require("container.decoder_width", width is None or width % 2 == 0, width, "even")
-        one_of("container.decoder", self.decoder, ("upsample", "transposed"))
-        one_of("container.init", self.init, ("random", "fit_real"))
-        require("container.instance_init_scale", self.instance_init_scale > 0, self.instance_init_scale, "positive")
-        require("container.fit_learning_rate", self.fit_learning_rate > 0, self.fit_learning_rate, "positive")
-
-
-@dataclass(kw_only=True)
-class ObjectiveConfig:
-    name: str = MISSING
-
-
-@dataclass(kw_only=True)
-class BankConfig:
-    """Network snapshots with their augmentation draws and real gradients, computed once and shared by many runs."""
-
-    networks: int = 0  # trained from scratch for the bank; 0: no bank, every run trains its own networks
-    snapshots: int = 10  # of each network, spread over its inner_steps
-    seed: int = 0  # its own, so that runs of other seeds share it
-
-    def __post_init__(self) -> None:
-        require("objective.bank.networks", self.networks >= 0, self.networks, "at least 0")
-        require("objective.bank.snapshots", self.snapshots >= 1, self.snapshots, "at least 1")
-        require("objective.bank.seed", self.seed >= 0, self.seed, "at least 0")
-
-
-@dataclass(kw_only=True)
-class GradientMatchingConfig(ObjectiveConfig):
-    """IDC's gradient matching (Kim et al., ICML 2022) as HMN uses it."""
-
-    metric: str = "mse"  # mse, l1 or cosine; nothing normalises by count, so the learning rates belong to the metric
-    outer_steps: int = 200  # each starts from a fresh network; IDC: 2000
-    inner_steps: int = 100  # matching steps per network
-    real_batch: int = 64  # per class and matching step
-    synthetic_batch: int = 128  # at most this many decoded images per class and matching step
-    classes_per_step: int | None = None  # null: all; with many classes, a random group of this size
-    strategy: str = "color_crop_cutout"  # siamese augmentation of real and synthetic images, IDC's rule
-    step_policy: str = "accumulate"  # accumulate: one optimiser step for all classes; per_class: one per class, as IDC
-    memory_lr: float = 1e-2  # Adam: dataset, class and instance memories
-    weights_lr: float = 1e-3  # Adam: extractors and decoder
-    beta1: float = 0.9
-    beta2: float = 0.99
-    final_lr_fraction: float = 0.1  # cosine decay over the run ends here
-    network_samples: int = 2000  # real images the matched network trains on between matching steps; 0: none
-    network_batch: int = 64
-    network_lr: float = 0.01
-    network_momentum: float = 0.9
-    network_weight_decay: float = 5e-4
-    network_strategy: str = "color_crop"
-    network_cutmix: float = 0.5  # probability per batch
-    bank: BankConfig = field(default_factory=BankConfig)
-
-    def __post_init__(self) -> None:
-        one_of("objective.name", self.name, ("gradient_matching",))
-        one_of("objective.metric", self.metric, ("mse", "l1", "cosine"))
-        one_of("objective.step_policy", self.step_policy, ("accumulate", "per_class"))
-        for key in ("outer_steps", "inner_steps", "real_batch", "synthetic_batch", "network_batch"):
-            require(f"objective.{key}", getattr(self, key) >= 1, getattr(self, key), "at least 1")
-        group = self.classes_per_step
-        require("objective.classes_per_step", group is None or group >= 1, group, "null or at least 1")
-        require("objective.network_samples", self.network_samples >= 0, self.network_samples, "at least 0")
-        for key in ("memory_lr", "weights_lr", "network_lr"):
-            require(f"objective.{key}", getattr(self, key) > 0, getattr(self, key), "positive")
-        for key in ("beta1", "beta2", "network_momentum"):
-            require(f"objective.{key}", 0 <= getattr(self, key) < 1, getattr(self, key), "in [0, 1)")
-        for key in ("final_lr_fraction", "network_cutmix"):
-            require(f"objective.{key}", 0 <= getattr(self, key) <= 1, getattr(self, key), "in [0, 1]")
-        decay = self.network_weight_decay
-        require("objective.network_weight_decay", decay >= 0, decay, "at least 0")
-        for key in ("strategy", "network_strategy"):
-            check_strategy(f"objective.{key}", getattr(self, key))
-        snapshots = self.bank.snapshots
-        fits = not self.bank.networks or snapshots <= self.inner_steps
-        require("objective.bank.snapshots", fits, snapshots, f"at most objective.inner_steps={self.inner_steps}")
 
 
 @dataclass(kw_only=True)
@@ -376,8 +257,10 @@ def register() -> None:
     }
     for group, schema in sections.items():
         store.store(group=group, name="schema", node=schema)
-    store.store(group="container", name="hmn_schema", node=HmnConfig)
-    store.store(group="objective", name="gradient_matching_schema", node=GradientMatchingConfig)
+    for schema in containers.SCHEMAS:
+        store.store(group="container", name=f"{schema.NAME}_schema", node=schema)
+    for name, schema in objectives.SCHEMAS.items():
+        store.store(group="objective", name=f"{name}_schema", node=schema)
 
 
 def from_hydra(raw: DictConfig) -> Config:

@@ -1,0 +1,46 @@
+"""Range checks: a message names the dotted key, the value and the rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import field
+from typing import Any
+
+from hmn.errors import ConfigError
+
+STRATEGY_OPS = ("color", "crop", "cutout", "flip", "scale", "rotate")
+
+
+def require(key: str, holds: bool, value: object, rule: str) -> None:
+    """Raise :class:`ConfigError` naming ``key``, ``value`` and ``rule`` unless ``holds``."""
+    if not holds:
+        raise ConfigError(f"{key}={value}: must be {rule}")
+
+
+def one_of(key: str, value: str, choices: Sequence[str]) -> None:
+    require(key, value in choices, value, f"one of {', '.join(choices)}")
+
+
+def at_least(section: str, least: float, config: object, *names: str) -> None:
+    """Every field ``names`` of ``config`` must be null or at least ``least``."""
+    for name in names:
+        value = getattr(config, name)
+        require(f"{section}.{name}", value is None or value >= least, value, f"at least {least}")
+
+
+def positive(section: str, config: object, *names: str) -> None:
+    """Every field ``names`` of ``config`` must be null or above 0."""
+    for name in names:
+        value = getattr(config, name)
+        require(f"{section}.{name}", value is None or value > 0, value, "positive")
+
+
+def check_strategy(key: str, value: str) -> None:
+    ops = () if value == "none" else tuple(value.split("_"))
+    known = len(set(ops)) == len(ops) and set(ops) <= set(STRATEGY_OPS)
+    require(key, known, value, f"none, or some of {', '.join(STRATEGY_OPS)} joined by _")
+
+
+def unscientific(default: Any) -> Any:
+    """A field that changes how or where a run is computed, not what it computes: it stays out of the run id."""
+    return field(default=default, metadata={"scientific": False})

@@ -1,0 +1,236 @@
+"""Schemas of the data containers: what their shapes and starting values depend on.
+
+A field left null is filled in by the plan: from a row of the container's presets, or by what fits the budget.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from omegaconf import MISSING
+
+from hmn.config.checks import at_least, one_of, positive, require
+
+SECTION = "container"
+PIXEL_SPACES = ("unit", "normalised")
+CORESET_METHODS = ("random", "herding", "k_center", "k_means", "ccs", "aum", "forgetting")
+
+
+@dataclass(kw_only=True)
+class ContainerConfig:
+    """What all containers have; ``NAME`` and ``INITS`` are the values a container's own fields may take."""
+
+    NAME: ClassVar[str] = ""
+    INITS: ClassVar[tuple[str, ...]] = ()
+
+    name: str = MISSING
+    init: str = MISSING  # where the parameters start; fit_real: fitted to as many random real images
+    fit_steps: int = 500  # Adam steps of fit_real
+    fit_batch: int = 1024  # images per such step
+    fit_learning_rate: float = 2e-2  # its peak, one-cycle
+    # By tier: factors on objective.memory_lr (memories) or objective.weights_lr (networks)
+    lr_scale: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        one_of("container.name", self.name, (self.NAME,))
+        one_of("container.init", self.init, self.INITS)
+        at_least(SECTION, 1, self, "fit_steps", "fit_batch")
+        positive(SECTION, self, "fit_learning_rate")
+        for tier, factor in self.lr_scale.items():
+            require(f"container.lr_scale.{tier}", factor >= 0, factor, "at least 0")
+
+
+@dataclass(kw_only=True)
+class HmnConfig(ContainerConfig):
+    """Shapes of the Hierarchical Memory Network; a field left null is taken from the preset."""
+
+    NAME: ClassVar[str] = "hmn"
+    INITS: ClassVar[tuple[str, ...]] = ("random", "fit_real")  # random: as the paper
+
+    init: str = "random"
+    preset: str = "auto"  # a row of hmn/containers/presets.py; auto: the row nearest to dataset and memory
+    latent_side: int | None = None  # s: memories are s x s maps, doubled log2(image_size / s) times
+    dataset_channels: int | None = None  # C_D of the dataset memory
+    feature_channels: int | None = None  # C_F that each class's extractor makes of it; 0: neither of them
+    feature_kernel: int | None = None  # k_f of the extractors
+    class_channels: int | None = None  # C_C of each class memory; 0: none
+    instance_channels: int | None = None  # C_I of each instance memory
+    decoder_width: int | None = None  # W
+    decoder: str = "upsample"  # upsample: convolution then nearest x2; transposed: 4x4 transposed convolution
+    decoder_norm: bool = False  # one-group GroupNorm after each hidden convolution
+    instance_init_scale: float = 1.0  # of the N(0, 1) the instance memories start from
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(SECTION, 1, self, "latent_side", "dataset_channels", "instance_channels", "decoder_width")
+        at_least(SECTION, 0, self, "feature_channels", "class_channels")
+        kernel, width = self.feature_kernel, self.decoder_width
+        require("container.feature_kernel", kernel is None or (kernel > 0 and kernel % 2), kernel, "odd and positive")
+        require("container.decoder_width", width is None or width % 2 == 0, width, "even")
+        one_of("container.decoder", self.decoder, ("upsample", "transposed"))
+        positive(SECTION, self, "instance_init_scale")
+
+
+@dataclass(kw_only=True)
+class PixelConfig(ContainerConfig):
+    """A container that is not bounded by a sigmoid."""
+
+    # unit: stored as [0, 1] and clamped to it before every fresh network, as IDC; normalised: stored as mean/std-
+    # normalised pixels and never clamped, as DC, DM, MTT and what builds on them
+    pixel_space: str = "normalised"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("container.pixel_space", self.pixel_space, PIXEL_SPACES)
+
+
+@dataclass(kw_only=True)
+class ImageConfig(PixelConfig):
+    """Raw images."""
+
+    NAME: ClassVar[str] = "image"
+    # k_means: the images nearest to the centres of per-class k-means on pixels (DREAM); first: IDC's "random"
+    INITS: ClassVar[tuple[str, ...]] = ("real", "noise", "k_means", "first")
+
+    init: str = "real"
+    pixel_space: str = "unit"
+
+
+@dataclass(kw_only=True)
+class MultiformationConfig(PixelConfig):
+    """IDC (Kim et al., ICML 2022): every stored image is cut into f x f tiles that are each an image."""
+
+    NAME: ClassVar[str] = "multiformation"
+    INITS: ClassVar[tuple[str, ...]] = ("mix", "noise", "k_means")  # mix: every tile a shrunk real image
+
+    init: str = "mix"
+    pixel_space: str = "unit"
+    factor: int = 2  # f
+    decode: str = "single"  # single: factor f; multi: factors 1 to f; bound: multi in training, as many as bound allows
+    bound: int = 128  # decoded images per class of decode=bound
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(SECTION, 1, self, "factor", "bound")
+        one_of("container.decode", self.decode, ("single", "multi", "bound"))
+
+
+@dataclass(kw_only=True)
+class HabaConfig(PixelConfig):
+    """HaBa (Liu et al., NeurIPS 2022): every class's bases pass through styles that all classes share."""
+
+    NAME: ClassVar[str] = "haba"
+    INITS: ClassVar[tuple[str, ...]] = ("real", "noise", "fit_real")  # of the bases
+
+    init: str = "real"
+    styles: int | None = None  # S hallucinators; null: the most images that the budget pays for, at most 5 styles
+    base_channels: int | None = None  # 1 or the image's; null: as styles
+    # Under objective=trajectory_matching alone: weights of the losses that push styles apart
+    club_weight: float = 0.1  # on the container, cosine similarity of two styles' features
+    contrast_weight: float = 0.1  # on the adversary that gives the features
+    class_weight: float = 1.0
+    likeli_weight: float = 0.1
+    adversary_lr: float = 1e-3
+    adversary_momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(SECTION, 1, self, "styles", "base_channels")
+        at_least(SECTION, 0, self, "club_weight", "contrast_weight", "class_weight", "likeli_weight")
+        positive(SECTION, self, "adversary_lr")
+        momentum = self.adversary_momentum
+        require("container.adversary_momentum", 0 <= momentum < 1, momentum, "in [0, 1)")
+
+
+@dataclass(kw_only=True)
+class LinbaConfig(PixelConfig):
+    """LinBa (Deng & Russakovsky, NeurIPS 2022): images are linear combinations of bases that all classes share."""
+
+    NAME: ClassVar[str] = "linba"
+    INITS: ClassVar[tuple[str, ...]] = ("xavier", "fit_real")
+
+    init: str = "xavier"
+    bases: int | None = None  # null: the tabled number nearest to dataset and memory
+    downsample: int = 2  # bases are stored at 1 / downsample of the side
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(SECTION, 1, self, "bases", "downsample")
+
+
+@dataclass(kw_only=True)
+class SpeedConfig(PixelConfig):
+    """SPEED (Wei et al., NeurIPS 2023): shared tokens, sparse codes per image and a recurrent decoder."""
+
+    NAME: ClassVar[str] = "speed"
+    INITS: ClassVar[tuple[str, ...]] = ("random", "fit_real")
+
+    init: str = "random"
+    preset: str = "auto"  # a row of hmn/containers/speed.py; auto: the row nearest to dataset and memory
+    tokens: int | None = None  # K
+    token_dim: int | None = None  # D
+    depth: int | None = None  # R applications of the same block
+    heads: int | None = None
+    top_k: int | None = None  # entries of each image's and head's code that are kept and charged, 1.5 floats each
+    patch: int | None = None  # side of a patch in pixels
+    l1: float | None = None  # weight of the codes' absolute sum in the loss
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(SECTION, 1, self, "tokens", "token_dim", "depth", "heads", "top_k", "patch")
+        at_least(SECTION, 0, self, "l1")
+
+
+@dataclass(kw_only=True)
+class FredConfig(PixelConfig):
+    """FreD (Shin et al., NeurIPS 2023): the frequencies that vary most within a class, all else zero."""
+
+    NAME: ClassVar[str] = "fred"
+    INITS: ClassVar[tuple[str, ...]] = ("real",)
+
+    init: str = "real"
+    coefficients: int | None = None  # per image and channel; null: the tabled number nearest to the image side
+    count_mask: bool = False  # charge the kept positions too, half a float each; the paper does not
+    orthonormal: bool = True  # scale of the stored coefficients; false: as the paper, whose rates are then 1e3 to 1e8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(SECTION, 1, self, "coefficients")
+
+
+@dataclass(kw_only=True)
+class CoresetConfig(ContainerConfig):
+    """Chosen real images: nothing is condensed, so objective and pruning are not used."""
+
+    NAME: ClassVar[str] = "coreset"
+    INITS: ClassVar[tuple[str, ...]] = ("real",)
+
+    init: str = "real"
+    method: str = "random"
+    hard_cut: float | None = None  # ccs: share of the hardest images left out first; null: 0.3
+    bins: int | None = None  # ccs: score bins sampled evenly; null: 50
+    networks: int = 1  # whose features or margins are averaged
+    epochs: int = 200  # that they train on the full training set
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("container.method", self.method, CORESET_METHODS)
+        at_least(SECTION, 1, self, "bins", "networks", "epochs")
+        cut = self.hard_cut
+        require("container.hard_cut", cut is None or 0 <= cut < 1, cut, "in [0, 1)")
+        for key in ("hard_cut", "bins"):
+            used = getattr(self, key) is None or self.method == "ccs"
+            require(f"container.{key}", used, getattr(self, key), "null: only container.method=ccs uses it")
+
+
+SCHEMAS = (
+    HmnConfig,
+    ImageConfig,
+    MultiformationConfig,
+    HabaConfig,
+    LinbaConfig,
+    SpeedConfig,
+    FredConfig,
+    CoresetConfig,
+)

@@ -1,0 +1,287 @@
+"""Schemas of the matching objectives: losses, schedules and learning rates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from omegaconf import MISSING
+
+from hmn.config.checks import at_least, check_strategy, one_of, positive, require
+
+SECTION = "objective"
+
+
+def fraction(config: object, *names: str, below_one: bool = False) -> None:
+    """Every field ``names`` of ``config`` must lie in [0, 1], or in [0, 1)."""
+    for name in names:
+        value = getattr(config, name)
+        fits = 0 <= value < 1 if below_one else 0 <= value <= 1
+        require(f"{SECTION}.{name}", fits, value, "in [0, 1)" if below_one else "in [0, 1]")
+
+
+@dataclass(kw_only=True)
+class ObjectiveConfig:
+    """What all objectives have: how long, and how the container is stepped."""
+
+    NAMES: ClassVar[tuple[str, ...]] = ()
+
+    name: str = MISSING
+    outer_steps: int = MISSING  # each starts from a fresh network or trajectory
+    inner_steps: int | None = 1  # container steps in each
+    optimizer: str = "adam"  # adam or sgd, of the container
+    memory_lr: float = 1e-2  # dataset, class and instance memories, pixels, codes
+    weights_lr: float = 1e-3  # networks inside the container: extractors, decoders
+    lr_scaling: str = "none"  # idc: both rates times (images per class / 10) * (side / 32)^2, or 224 from 128 pixels on
+    beta1: float = 0.9  # adam
+    beta2: float = 0.99
+    momentum: float = 0.5  # sgd
+    final_lr_fraction: float = 0.1  # cosine decay over the run ends here; 1: constant
+    gradient_clip: float | None = None  # largest norm of the container's whole gradient; null: none
+
+    def __post_init__(self) -> None:
+        one_of("objective.name", self.name, self.NAMES)
+        one_of("objective.optimizer", self.optimizer, ("adam", "sgd"))
+        one_of("objective.lr_scaling", self.lr_scaling, ("none", "idc"))
+        at_least(SECTION, 1, self, "outer_steps", "inner_steps")
+        positive(SECTION, self, "memory_lr", "weights_lr", "gradient_clip")
+        fraction(self, "beta1", "beta2", "momentum", below_one=True)
+        fraction(self, "final_lr_fraction")
+
+
+@dataclass(kw_only=True)
+class ClassMatchingConfig(ObjectiveConfig):
+    """Objectives that compare real and synthetic images class by class on one network."""
+
+    real_batch: int = 64  # per class and step
+    synthetic_batch: int = 128  # at most this many decoded images per class and step
+    classes_per_step: int | None = None  # null: all; with many classes, a random group of this size
+    strategy: str = "color_crop_cutout"  # siamese augmentation of real and synthetic images
+    # idc: flip, all colours, one geometric operator, cutout; vico: one operator of those listed (DSA, DM, MTT)
+    augmentation_rule: str = "idc"
+    step_policy: str = "accumulate"  # accumulate: one optimiser step for all classes; per_class: one per class, as IDC
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("objective.step_policy", self.step_policy, ("accumulate", "per_class"))
+        one_of("objective.augmentation_rule", self.augmentation_rule, ("idc", "vico"))
+        at_least(SECTION, 1, self, "real_batch", "synthetic_batch")
+        group = self.classes_per_step
+        require("objective.classes_per_step", group is None or group >= 1, group, "null or at least 1")
+        check_strategy("objective.strategy", self.strategy)
+
+
+@dataclass(kw_only=True)
+class BankConfig:
+    """Network snapshots with their augmentation draws and real gradients, computed once and shared by many runs."""
+
+    networks: int = 0  # trained from scratch for the bank; 0: no bank, every run trains its own networks
+    snapshots: int = 10  # of each network, spread over its inner_steps
+    seed: int = 0  # its own, so that runs of other seeds share it
+
+    def __post_init__(self) -> None:
+        at_least("objective.bank", 0, self, "networks", "seed")
+        at_least("objective.bank", 1, self, "snapshots")
+
+
+@dataclass(kw_only=True)
+class GradientMatchingConfig(ClassMatchingConfig):
+    """IDC's gradient matching (Kim et al., ICML 2022) as HMN uses it."""
+
+    NAMES: ClassVar[tuple[str, ...]] = ("gradient_matching",)
+
+    outer_steps: int = 200  # IDC: 2000
+    inner_steps: int | None = 100
+    metric: str = "mse"  # mse, l1 or cosine; nothing normalises by count, so the learning rates belong to the metric
+    network_samples: int = 2000  # real images the matched network trains on between matching steps; 0: none
+    network_batch: int = 64
+    network_lr: float = 0.01
+    network_momentum: float = 0.9
+    network_weight_decay: float = 5e-4
+    network_strategy: str = "color_crop"
+    network_cutmix: float = 0.5  # probability per batch
+    # DREAM (Liu et al., ICCV 2023): real batches are the images nearest to the centres of per-class k-means on the
+    # matched network's features, chosen anew every so many steps; null: random batches
+    k_means_interval: int | None = None
+    bank: BankConfig = field(default_factory=BankConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("objective.metric", self.metric, ("mse", "l1", "cosine"))
+        at_least(SECTION, 1, self, "network_batch", "k_means_interval")
+        at_least(SECTION, 0, self, "network_samples", "network_weight_decay")
+        positive(SECTION, self, "network_lr")
+        fraction(self, "network_momentum", below_one=True)
+        fraction(self, "network_cutmix")
+        check_strategy("objective.network_strategy", self.network_strategy)
+        snapshots = self.bank.snapshots
+        fits = not self.bank.networks or snapshots <= self.inner_steps
+        require("objective.bank.snapshots", fits, snapshots, f"at most objective.inner_steps={self.inner_steps}")
+        interval = self.k_means_interval
+        alone = interval is None or not self.bank.networks
+        require("objective.k_means_interval", alone, interval, "null with a bank, which has no real batches to choose")
+
+
+@dataclass(kw_only=True)
+class SyntheticGradientConfig(ClassMatchingConfig):
+    """Gradient matching on networks that train on the synthetic set: DC (Zhao et al., ICLR 2021) and DSA (ICML 2021)."""
+
+    NAMES: ClassVar[tuple[str, ...]] = ("dc", "dsa")
+
+    outer_steps: int = 1000
+    inner_steps: int | None = None  # null: their table by images per class, 1 to 50
+    metric: str = "cosine"  # of every weight, the classifier's included, which IDC leaves out
+    real_batch: int = 256
+    network_epochs: int | None = None  # on the synthetic set between matching steps; null: their table
+    network_batch: int = 256
+    network_lr: float = 0.01
+    optimizer: str = "sgd"
+    memory_lr: float = 0.1
+    weights_lr: float = 0.1
+    final_lr_fraction: float = 1.0
+    strategy: str = "none"
+    augmentation_rule: str = "vico"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("objective.metric", self.metric, ("mse", "l1", "cosine"))
+        at_least(SECTION, 0, self, "network_epochs")
+        at_least(SECTION, 1, self, "network_batch")
+        positive(SECTION, self, "network_lr")
+
+
+@dataclass(kw_only=True)
+class DistributionMatchingConfig(ClassMatchingConfig):
+    """DM (Zhao & Bilen, WACV 2023): mean features of real and synthetic images on random networks."""
+
+    NAMES: ClassVar[tuple[str, ...]] = ("distribution_matching",)
+
+    outer_steps: int = 20_000
+    real_batch: int = 256
+    optimizer: str = "sgd"
+    memory_lr: float = 1.0
+    weights_lr: float = 1.0
+    final_lr_fraction: float = 1.0
+    strategy: str = "color_crop_cutout_flip_scale_rotate"
+    augmentation_rule: str = "vico"
+    # IDM (Zhao et al., CVPR 2023): a first-in-first-out pool of networks that train on real images meanwhile; 0: every
+    # step a fresh random network
+    pool_networks: int = 0  # at most
+    pool_interval: int = 30  # steps between fresh networks
+    pool_trained: int = 2  # networks trained after every step
+    pool_steps: int = 10  # on batches of pool_batch real images, each
+    pool_batch: int = 256
+    ce_weight: float = 0.0  # of the cross entropy on synthetic images, times the network's accuracy in percent
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require("objective.inner_steps", self.inner_steps == 1, self.inner_steps, "1: every step has its own network")
+        at_least(SECTION, 0, self, "pool_networks", "pool_trained", "pool_steps", "ce_weight")
+        at_least(SECTION, 1, self, "pool_interval", "pool_batch")
+        trained = self.pool_networks > 0 or self.ce_weight == 0
+        require("objective.ce_weight", trained, self.ce_weight, "0 without a pool of trained networks")
+
+
+@dataclass(kw_only=True)
+class UnrolledConfig(ObjectiveConfig):
+    """Objectives that differentiate through the training of a student on synthetic images."""
+
+    student_steps: int = MISSING  # T, SGD steps of the student
+    student_batch: int | None = None  # decoded images per student step; null: all
+    student_momentum: float = 0.0
+    student_dampening: float = 0.0  # v <- momentum * v + (1 - dampening) * gradient
+    student_lr: float = 0.01
+    optimizer: str = "sgd"
+    final_lr_fraction: float = 1.0
+    strategy: str = "none"
+    augmentation_rule: str = "vico"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require("objective.inner_steps", self.inner_steps == 1, self.inner_steps, "1: every step has its own student")
+        at_least(SECTION, 1, self, "student_steps", "student_batch")
+        positive(SECTION, self, "student_lr")
+        fraction(self, "student_momentum", "student_dampening", below_one=True)
+        one_of("objective.augmentation_rule", self.augmentation_rule, ("idc", "vico"))
+        check_strategy("objective.strategy", self.strategy)
+
+
+@dataclass(kw_only=True)
+class ExpertsConfig:
+    """Networks trained on real images, kept once per epoch: what trajectory matching aims at."""
+
+    count: int = 100
+    epochs: int = 50
+    lr: float = 0.01
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    batch: int = 256
+    strategy: str = "color_crop_cutout_flip_scale_rotate"
+    augmentation_rule: str = "vico"
+    seed: int = 0  # their own, so that runs of other seeds share them
+
+    def __post_init__(self) -> None:
+        at_least("objective.experts", 1, self, "count", "epochs", "batch")
+        at_least("objective.experts", 0, self, "weight_decay", "seed")
+        positive("objective.experts", self, "lr")
+        require("objective.experts.momentum", 0 <= self.momentum < 1, self.momentum, "in [0, 1)")
+        one_of("objective.experts.augmentation_rule", self.augmentation_rule, ("idc", "vico"))
+        check_strategy("objective.experts.strategy", self.strategy)
+
+
+@dataclass(kw_only=True)
+class TrajectoryMatchingConfig(UnrolledConfig):
+    """MTT (Cazenavette et al., CVPR 2022): a student on synthetic images should end where an expert on real ones does."""
+
+    NAMES: ClassVar[tuple[str, ...]] = ("trajectory_matching",)
+
+    outer_steps: int = 5000
+    student_steps: int = 50
+    expert_epochs: int = 2  # M, between the student's start and its target
+    max_start_epoch: int = 20  # the start is drawn from the epochs before this one
+    student_lr: float = 0.01  # alpha, where it starts
+    student_lr_lr: float = 1e-5  # of alpha's own SGD; 0: alpha stays
+    student_lr_momentum: float = 0.5
+    memory_lr: float = 100.0
+    weights_lr: float = 100.0
+    strategy: str = "color_crop_cutout_flip_scale_rotate"
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(SECTION, 1, self, "expert_epochs", "max_start_epoch")
+        at_least(SECTION, 0, self, "student_lr_lr")
+        fraction(self, "student_lr_momentum", below_one=True)
+        last = self.max_start_epoch - 1 + self.expert_epochs
+        rule = f"at most {self.experts.epochs + 1 - self.expert_epochs}: experts train for {self.experts.epochs} epochs"
+        require("objective.max_start_epoch", last <= self.experts.epochs, self.max_start_epoch, rule)
+
+
+@dataclass(kw_only=True)
+class BpttConfig(UnrolledConfig):
+    """Back-propagation through the training of a fresh network, LinBa's loss (Deng & Russakovsky, NeurIPS 2022)."""
+
+    NAMES: ClassVar[tuple[str, ...]] = ("bptt",)
+
+    outer_steps: int = 5000
+    student_steps: int = 150
+    student_momentum: float = 0.9
+    class_batch: int = 32  # decoded images of every class per student step
+    real_batch: int = 64  # per class, on which the trained student is judged
+    memory_lr: float = 0.1
+    weights_lr: float = 0.1
+    gradient_clip: float | None = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(SECTION, 1, self, "class_batch", "real_batch")
+        require("objective.student_batch", self.student_batch is None, self.student_batch, "null: see class_batch")
+
+
+SCHEMAS = {
+    "gradient_matching": GradientMatchingConfig,
+    "synthetic_gradient": SyntheticGradientConfig,
+    "distribution_matching": DistributionMatchingConfig,
+    "trajectory_matching": TrajectoryMatchingConfig,
+    "bptt": BpttConfig,
+}
