@@ -39,3 +39,117 @@ class HmnShape(ImageShape):
         return self.instance_channels * self.latent_side**2
 
     @property
+    def shared_floats(self) -> int:
+        """F, counted on a container without storage."""
+        with torch.device("meta"):
+            container = HierarchicalMemory(self, 1)
+        total = sum(parameter.numel() for parameter in container.parameters())
+        return total - self.classes * self.instance_floats
+
+
+class HierarchicalMemory(Container):
+    """x_{c,i} = D([f_c(m_D), m_c, m_{c,i}]), joined along channels: one m_D for the data set, one m_c and one extractor
+    f_c per class, one m_{c,i} per image, one decoder D for all.
+
+    Shapes: ``dataset`` (C_D, s, s), ``class_memory`` (C, C_C, s, s), ``instances`` (C, G, C_I, s, s). No two images
+    share an instance memory and nothing normalises over the batch: dropping one leaves the others as they were.
+    """
+
+    NAME = "hmn"
+
+    def __init__(self, shape: HmnShape, instances: int) -> None:
+        super().__init__()
+        side = shape.latent_side
+        self.shape = shape
+        self.instances = nn.Parameter(torch.empty(shape.classes, instances, shape.instance_channels, side, side))
+        if shape.class_channels:
+            self.class_memory = nn.Parameter(torch.empty(shape.classes, shape.class_channels, side, side))
+        if shape.feature_channels:
+            self.dataset = nn.Parameter(torch.empty(shape.dataset_channels, side, side))
+            kernel = shape.feature_kernel
+            # All extractors read the same memory, so stacked along output channels they are one convolution.
+            self.extractor_weight = nn.Parameter(
+                torch.empty(shape.classes, shape.feature_channels, shape.dataset_channels, kernel, kernel)
+            )
+            self.extractor_bias = nn.Parameter(torch.empty(shape.classes, shape.feature_channels))
+        self.decoder = make_decoder(shape)
+
+    def decode(self, index: Tensor) -> Tensor:
+        """Images (n, channels, H, W) in [0, 1] of instances ``index`` (n,): i is the image i % G of class i // G."""
+        label = index // self.images_per_class
+        parts = [self.instances.flatten(0, 1)[index]]
+        if self.shape.class_channels:
+            parts.insert(0, self.class_memory[label])
+        if self.shape.feature_channels:
+            parts.insert(0, self._features()[label])
+        return self.decoder(torch.cat(parts, dim=1))
+
+    def _features(self) -> Tensor:
+        """f_c(m_D) of every class, (C, C_F, s, s)."""
+        padding = self.shape.feature_kernel // 2
+        stacked = F.conv2d(
+            self.dataset[None], self.extractor_weight.flatten(0, 1), self.extractor_bias.flatten(), padding=padding
+        )
+        return F.leaky_relu(stacked, LEAK).unflatten(1, (self.classes, -1))[0]
+
+    def initialise(self, generator: torch.Generator, config: HmnConfig, real: RealImages) -> None:
+        """Memories N(0, 1), instances times ``instance_init_scale``; weights kaiming normal with the leak, biases zero.
+
+        PyTorch's default weights would decode to flat grey (pixel deviation about 0.01); these decode to a deviation
+        about that of natural images (0.2), which the first gradients need.
+        """
+        for name, parameter in self.named_parameters():
+            if name in ("dataset", "class_memory", "instances"):
+                nn.init.normal_(parameter, generator=generator)
+            elif name == "extractor_weight":
+                nn.init.kaiming_normal_(parameter.flatten(0, 1), a=LEAK, generator=generator)
+            elif parameter.ndim == 4:
+                # A transposed convolution has its inputs first; at stride 2 a quarter of its taps reach an output.
+                transposed = self.shape.decoder == "transposed" and parameter.shape[-1] == 4
+                fan_in = parameter.shape[0] * 4 if transposed else parameter[0].numel()
+                nn.init.normal_(parameter, std=math.sqrt(2 / (1 + LEAK**2) / fan_in), generator=generator)
+            elif name.endswith("weight"):
+                nn.init.ones_(parameter)
+            else:
+                nn.init.zeros_(parameter)
+        with torch.no_grad():
+            self.instances *= config.instance_init_scale
+
+    def tiers(self) -> dict[str, list[nn.Parameter]]:
+        tiers = {"instances": [self.instances]}
+        if self.shape.class_channels:
+            tiers["class"] = [self.class_memory]
+        if self.shape.feature_channels:
+            tiers["dataset"] = [self.dataset]
+            tiers["extractors"] = [self.extractor_weight, self.extractor_bias]
+        return tiers | {"decoder": list(self.decoder.parameters())}
+
+    def memory_tiers(self) -> frozenset[str]:
+        return frozenset({"dataset", "class", "instances"})
+
+    def class_parameters(self) -> list[nn.Parameter]:
+        owned = ("instances", "class_memory", "extractor_weight", "extractor_bias")
+        return [parameter for name, parameter in self.named_parameters() if name in owned]
+
+
+def make_decoder(shape: HmnShape) -> nn.Sequential:
+    """L stages that each double the side, W channels wide and W/2 in the last, then a 3x3 head and a sigmoid.
+
+    ``upsample``: 3x3 convolution, leaky ReLU, nearest x2. ``transposed``: 4x4 transposed convolution of stride 2.
+    """
+    width, stages = shape.decoder_width, shape.doublings
+    inputs = shape.feature_channels + shape.class_channels + shape.instance_channels
+    layers: list[nn.Module] = []
+    for stage in range(stages):
+        outputs = width if stage < stages - 1 else width // 2
+        if shape.decoder == "upsample":
+            layers.append(nn.Conv2d(inputs, outputs, 3, padding=1))
+        else:
+            layers.append(nn.ConvTranspose2d(inputs, outputs, 4, stride=2, padding=1))
+        if shape.decoder_norm:
+            layers.append(nn.GroupNorm(1, outputs))  # one group: per image, never over the batch
+        layers.append(nn.LeakyReLU(LEAK))
+        if shape.decoder == "upsample":
+            layers.append(nn.Upsample(scale_factor=2))
+        inputs = outputs
+    return nn.Sequential(*layers, nn.Conv2d(inputs, shape.channels, 3, padding=1), nn.Sigmoid())
