@@ -128,7 +128,7 @@ class Container(nn.Module):
         self.instances = nn.Parameter(kept.unflatten(0, (self.classes, -1)).clone())
 
     def kept_rows(self, index: Tensor) -> Tensor:
-        """``index`` in order and without doubles. Raises ``ValueError`` unless all classes keep equally many, and some."""
+        """``index`` in order, without doubles. Raises ``ValueError`` unless all classes keep equally many, and some."""
         index = index.unique()
         counts = torch.bincount(index // self.images_per_class, minlength=self.classes)
         if counts.min() < 1 or counts.min() != counts.max():
