@@ -24,7 +24,7 @@ SLOT = "condense"
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a logged step measured: ``losses`` per part, as matched layers, summed over classes; norms of gradients per tier."""
+    """What a logged step measured: ``losses`` per part, as a matched layer, and norms of gradients per tier."""
 
     step: int
     losses: list[float]

@@ -11,7 +11,7 @@ from hmn.data.sampling import repeated_subset
 
 
 class TrainingImages:
-    """Of ``images`` (N, channels, H, W) uint8 and ``labels`` (N,), ordered by class; a ``containers.base.RealImages``."""
+    """Of ``images`` (N, channels, H, W) uint8 and ``labels`` (N,), ordered by class."""
 
     def __init__(
         self, images: Tensor, labels: Tensor, class_names: tuple[str, ...], generator: torch.Generator
@@ -19,7 +19,7 @@ class TrainingImages:
         self.images, self.labels, self.class_names, self.generator = images, labels, class_names, generator
 
     def draw(self, count: int, how: str = "random") -> Tensor:
-        """``count`` images of every class, (C * count, channels, H, W) in [0, 1]; ``random``, ``first``, ``k_means``."""
+        """``count`` images of every class: see ``containers.base.RealImages``."""
         if how == "random":
             index = repeated_subset(self.labels, count, self.class_names, self.generator)
         else:
