@@ -138,7 +138,7 @@ def fill(config: HabaConfig, *, classes: int, channels: int, image_size: int, im
     """Up to the paper's 5 ``styles``: those with the most images that the budget pays for, then with the most bases.
 
     Bases have the image's channels, as in the paper's tables, and are grey only where a budget that pays for the
-    styles too has no room for one such base per class: at 1 image per class. Where not even grey ones fit, the
+    styles too has no room for one such base per class, as at 1 image per class. Where not even grey ones fit, the
     smallest container comes back, for the count of its storage to refuse.
     """
     data = {"classes": classes, "channels": channels, "image_size": image_size}
