@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from hmn.budget import budget_floats, images_that_fit
 from hmn.config import ContainerConfig
-from hmn.containers import image, presets
+from hmn.containers import haba, image, multiformation, presets
 from hmn.containers.base import Container, ImageShape
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
 
@@ -27,8 +27,15 @@ class Kind(NamedTuple):
 
 
 KINDS = {
+    "haba": Kind(haba.Haba, haba.HabaShape, haba.fill, haba.shape_of),
     "hmn": Kind(HierarchicalMemory, HmnShape, presets.with_preset, presets.hmn_shape),
     "image": Kind(image.RawImages, image.RawShape, image.fill, image.shape_of),
+    "multiformation": Kind(
+        multiformation.Multiformation,
+        multiformation.MultiformationShape,
+        multiformation.fill,
+        multiformation.shape_of,
+    ),
 }
 
 
