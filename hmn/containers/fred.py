@@ -107,9 +107,7 @@ def _row_norms(side: int) -> Tensor:
     return squares.sqrt()
 
 
-def fill(
-    config: FredConfig, *, classes: int, channels: int, image_size: int, images_per_class: int
-) -> FredConfig:
+def fill(config: FredConfig, *, image_size: int, **_data: int) -> FredConfig:
     """``coefficients`` of the nearest tabled side. Raises ``ConfigError`` for more than an image has."""
     pixels = image_size**2
     require("dataset.image_size", pixels <= packed.LIMIT, image_size, "at most 256: positions take 16 bits")

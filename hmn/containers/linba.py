@@ -41,6 +41,7 @@ ROWS = (
     Row(   64,    200,  50,  4096),
     Row(  128,     10,   1,    32),
     Row(  128,     10,  10,   256),
+    Row(  128,     10,  50,  1024),
     Row(  224,     10,   1,    32),
     Row(  224,     10,  10,   256),
     Row(  224,     10,  50,  1024),
@@ -98,9 +99,7 @@ class LinearBases(Container):
         return {"instances": [self.instances], "bases": [self.bases]}
 
 
-def fill(
-    config: LinbaConfig, *, classes: int, channels: int, image_size: int, images_per_class: int
-) -> LinbaConfig:
+def fill(config: LinbaConfig, *, classes: int, channels: int, image_size: int, images_per_class: int) -> LinbaConfig:
     """``bases`` of the nearest row that the budget pays for. Raises ``ConfigError`` unless the side can be divided."""
     divides = image_size % config.downsample == 0
     require("container.downsample", divides, config.downsample, f"a divisor of dataset.image_size={image_size}")
