@@ -16,6 +16,7 @@ from hmn import networks
 from hmn.artifacts import read_card, tensors_file
 from hmn.compute import device_of
 from hmn.config import Config, DatasetConfig, digest, require, scientific
+from hmn.config.objectives import SyntheticGradientConfig
 from hmn.containers import KINDS, Storage, storage
 from hmn.containers.base import Container, ImageShape, PixelShape, tier_floats
 from hmn.cost import Step, step_flops, training_flops
@@ -168,6 +169,8 @@ def make_plan(config: Config, typed: Sequence[str] = ()) -> Plan:
         # A plan is a plan of the run: it shares the run's id.
         filled = kind.fill(config.container, images_per_class=ipc, **shape)
         config = dataclasses.replace(config, container=filled, mode="run")
+        if isinstance(config.objective, SyntheticGradientConfig):
+            config = dataclasses.replace(config, objective=config.objective.with_loops(ipc))
         stored = storage(kind.shape_of(filled, **shape), ipc, config.pruning.over_budget)
     plan = Plan(config, data, stored, artifact)
     _ = plan.build  # checks the network's depth against the image side

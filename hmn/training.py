@@ -314,12 +314,23 @@ def train_networks(
     return memo
 
 
-@torch.no_grad()
 def logits_of(network: nn.Module, images: Tensor, normalise: Normalise, batch: int | None = None) -> Tensor:
     """Logits (N, classes) of un-augmented images, in fp32; (m, N, classes) of networks together."""
+    return _in_chunks(network, network, images, normalise, batch)
+
+
+def features_of(network: nn.Module, images: Tensor, normalise: Normalise, batch: int | None = None) -> Tensor:
+    """What the classifier sees (N, f) of un-augmented images, in fp32."""
+    return _in_chunks(network, network.features, images, normalise, batch)
+
+
+@torch.no_grad()
+def _in_chunks(
+    network: nn.Module, outputs: Callable[[Tensor], Tensor], images: Tensor, normalise: Normalise, batch: int | None
+) -> Tensor:
     network.eval()
     batch = batch or at_once(500, images.shape[-1])
-    chunks = [network(normalise(chunk).contiguous(memory_format=torch.channels_last)) for chunk in images.split(batch)]
+    chunks = [outputs(normalise(chunk).contiguous(memory_format=torch.channels_last)) for chunk in images.split(batch)]
     network.train()
     return torch.cat(chunks, -2)
 

@@ -51,16 +51,11 @@ def distribution_step(network: nn.Module, compute: Compute) -> MatchingStep:
     return over_classes(one_class, compute)
 
 
-def features(network: nn.Module, images: Tensor) -> Tensor:
-    """What the classifier sees, (n, f)."""
-    return network.body(images).flatten(1)
-
-
 class _FeaturesAndLogits(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        found = features(self.network, images)
+        found = self.network.features(images)
         return found, self.network.classifier(found)
