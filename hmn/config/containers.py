@@ -174,7 +174,7 @@ class SpeedConfig(PixelConfig):
     preset: str = "auto"  # a row of hmn/containers/speed.py; auto: the row nearest to dataset and memory
     tokens: int | None = None  # K
     token_dim: int | None = None  # D
-    depth: int | None = None  # R applications of the same block
+    depth: int | None = None  # R blocks, each with weights of its own, that read the same tokens and code
     heads: int | None = None
     top_k: int | None = None  # entries of each image's and head's code that are kept and charged, 1.5 floats each
     patch: int | None = None  # side of a patch in pixels
