@@ -44,6 +44,11 @@ class ImageShape:
     def images_per_instance(self) -> int:
         return 1
 
+    @property
+    def tied(self) -> str | None:
+        """Why single images cannot be dropped, where they cannot."""
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class PixelShape(ImageShape):
@@ -63,7 +68,6 @@ class Container(nn.Module):
     """
 
     NAME: ClassVar[str]
-    TIED: ClassVar[str | None] = None  # why single images cannot be dropped, where they cannot
 
     shape: ImageShape
     instances: nn.Parameter
@@ -76,6 +80,11 @@ class Container(nn.Module):
     def images_per_class(self) -> int:
         """G."""
         return self.instances.shape[1] * self.shape.images_per_instance
+
+    @property
+    def tied(self) -> str | None:
+        """Why single images cannot be dropped, where they cannot: :meth:`keep` refuses with it."""
+        return self.shape.tied
 
     def decode(self, index: Tensor) -> Tensor:
         """Images (n, channels, H, W) of ``index`` (n,), differentiable.
@@ -127,8 +136,8 @@ class Container(nn.Module):
 
         Raises ``ValueError`` unless all classes keep equally many, at least one, and for images that are tied.
         """
-        if self.TIED is not None:
-            raise ValueError(f"{self.NAME}: {self.TIED}")
+        if self.tied is not None:
+            raise ValueError(f"{self.NAME}: {self.tied}")
         rows = self.kept_rows(index)
         kept = self.instances.detach().flatten(0, 1)[rows]
         self.instances = nn.Parameter(kept.unflatten(0, (self.classes, -1)).clone())
@@ -141,17 +150,18 @@ class Container(nn.Module):
             raise ValueError("every class must keep the same number of images, at least one")
         return index
 
+    def tier_floats(self) -> dict[str, int]:
+        """The float32 numbers that each tier takes in the form that is kept: by default every parameter."""
+        return {name: sum(p.numel() for p in parameters) for name, parameters in self.tiers().items()}
+
     def storage_floats(self) -> int:
-        """The float32 numbers that the budget is charged for, in the form that is kept: by default every parameter."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """What the budget is charged for."""
+        return sum(self.tier_floats().values())
 
     def specification(self) -> dict[str, Any]:
         """Plain values from which :func:`hmn.containers.rebuild` makes an empty container of the same shape."""
-        return {"name": self.NAME, "images_per_class": self.images_per_class, **asdict(self.shape)}
-
-
-def tier_floats(container: Container) -> dict[str, int]:
-    return {name: sum(p.numel() for p in parameters) for name, parameters in container.tiers().items()}
+        shape = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.shape).items()}
+        return {"name": self.NAME, "images_per_class": self.images_per_class, **shape}
 
 
 class PixelSpace(nn.Module):
