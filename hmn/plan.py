@@ -18,7 +18,7 @@ from hmn.compute import device_of
 from hmn.config import Config, DatasetConfig, digest, require, scientific
 from hmn.config.objectives import SyntheticGradientConfig
 from hmn.containers import KINDS, Storage, storage
-from hmn.containers.base import Container, ImageShape, PixelShape, tier_floats
+from hmn.containers.base import Container, ImageShape, PixelShape
 from hmn.cost import Step, step_flops, training_flops
 from hmn.data import datasets
 
@@ -123,7 +123,7 @@ class Plan:
             "shared_floats": stored.shared_floats,
             "instance_floats": stored.instance_floats,
             "stored_floats": stored.stored_floats(self.data.classes),
-            "tier_floats": tier_floats(container),
+            "tier_floats": container.tier_floats(),
             "images_per_class": stored.images_per_class,
             "over_budget_images_per_class": stored.over_budget_images_per_class,
             "matching_steps": self.matching_steps,
@@ -189,6 +189,10 @@ def _check_pairs(plan: Plan) -> None:
         require(f"container.lr_scale.{tier}", tier in tiers, config.container.lr_scale[tier], f"of {', '.join(tiers)}")
     over, tied = config.pruning.over_budget, plan.shape.tied
     require("pruning.over_budget", not over or tied is None, over, f"0 for container={config.container.name}: {tied}")
+    with torch.device("meta"):
+        batch_norm = networks.has_batch_norm(plan.build())
+    rule = "instance or none: condensing compares single images on it; evaluate on others with mode=evaluate"
+    require("network.norm", not batch_norm, "batch", rule)
     group = getattr(config.objective, "classes_per_step", None)
     require("objective.classes_per_step", group is None or group <= classes, group, f"at most {classes}")
 
