@@ -200,7 +200,7 @@ class NetworkUpdate:
         self.network.load_state_dict(state["network"])
         saved = state["optimizer"]
         for position, parameter in enumerate(self.network.parameters()):
-            for name, value in self.optimizer.state[parameter].items():
+            for name, value in self.optimizer.state.get(parameter, {}).items():
                 value.copy_(saved["state"][position][name])
         self.set_learning_rate(float(saved["param_groups"][0]["lr"]))
 
