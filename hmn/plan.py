@@ -16,7 +16,7 @@ from hmn import networks
 from hmn.artifacts import read_card, tensors_file
 from hmn.compute import device_of
 from hmn.config import Config, DatasetConfig, digest, require, scientific
-from hmn.config.objectives import SyntheticGradientConfig
+from hmn.config.objectives import DistributionMatchingConfig, SyntheticGradientConfig
 from hmn.containers import KINDS, Storage, storage
 from hmn.containers.base import Container, ImageShape, PixelShape
 from hmn.cost import Step, step_flops, training_flops
@@ -193,6 +193,12 @@ def _check_pairs(plan: Plan) -> None:
         batch_norm = networks.has_batch_norm(plan.build())
     rule = "instance or none: condensing compares single images on it; evaluate on others with mode=evaluate"
     require("network.norm", not batch_norm, "batch", rule)
+    written = not isinstance(config.objective, SyntheticGradientConfig | DistributionMatchingConfig)
+    matching, rule = (
+        config.compute.matching,
+        f"another for {config.objective.name}: it is of convolution gradients only",
+    )
+    require("compute.matching", written or matching != "r_operator", matching, rule)
     group = getattr(config.objective, "classes_per_step", None)
     require("objective.classes_per_step", group is None or group <= classes, group, f"at most {classes}")
 

@@ -178,6 +178,7 @@ OWN = {
     "objective.real_batch": 8,
     "objective.network_lr": 0.5,
     "objective.strategy": "none",
+    "objective.augmentation_rule": "vico",
     "objective.inner_steps": 50,
     "objective.bank.seed": 1,
     "objective.bank.networks": 3,

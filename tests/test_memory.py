@@ -7,7 +7,8 @@ import torch
 
 from hmn.compute import Compute
 from hmn.errors import ConfigError
-from hmn.memory import classes_per_chunk, saved_bytes
+from hmn.memory import classes_per_chunk, feature_bytes, matching_bytes, saved_bytes
+from hmn.objectives.distance import all_weights
 from tests.test_condense import CLASSES, CPU, PER_CLASS, build, clone_of, config, make_container, make_run
 
 
@@ -15,6 +16,14 @@ def test_saved_bytes_are_what_backward_needs():
     x, weight = torch.randn(10, 4), torch.randn(4, 4, requires_grad=True)
     # x @ w keeps x, tanh its result; the weight is owned, not kept for this call
     assert saved_bytes(lambda: (x @ weight).tanh(), [weight]) == 4 * (10 * 4 + 10 * 4)
+
+
+def test_features_keep_less_than_a_gradient_and_all_weights_more_than_the_convolutions():
+    network, pixels = build(), (3, 8, 8)
+    features, convolutions = feature_bytes(network, pixels), matching_bytes(network, pixels)
+    # At least the input of every norm and of every pooling: 4 channels at 8 x 8 and at 4 x 4.
+    assert 4 * 2 * 4 * (64 + 16) <= features < convolutions
+    assert matching_bytes(network, pixels, "cosine", all_weights) > matching_bytes(network, pixels, "cosine")
 
 
 @pytest.mark.parametrize("changes", [{}, {"synthetic_batch": 2}, {"step_policy": "per_class"}, {"classes_per_step": 2}])

@@ -92,6 +92,41 @@ def test_flops_follow_batches_and_classes():
     assert planned("mode=plan", "objective.network_samples=0").step_flops.update == 0
 
 
+def test_flops_of_dc_add_the_classifier_and_the_synthetic_epochs():
+    image = ("mode=plan", "dataset=cifar10", "memory=ipc10", "container=image", "pruning=none")
+    plan = planned(*image, "objective=dc")
+    assert plan.matching_steps == 1000 * 10
+    # 50 epochs on 100 images after each of a network's steps but the last of 10.
+    assert plan.step_flops.update == 50 * 100 * TRAINING * 9 // 10
+    assert planned(*image[:2], "container=image", "pruning=none", "objective=dc").step_flops.update == 0
+    weights, inputs = sum(CONVOLUTIONS) + CLASSIFIER, sum(CONVOLUTIONS[1:]) + CLASSIFIER
+    once = FORWARD + weights + inputs
+    per_class = 256 * once + 10 * (once + 2 * weights + inputs + FORWARD)
+    assert 1 <= plan.step_flops.matching / (10 * per_class) < 1.05
+
+
+def test_flops_of_dm_are_one_backward_pass_and_those_of_idm_its_pool():
+    image = ("mode=plan", "dataset=cifar10", "memory=ipc10", "container=image", "pruning=none")
+    plan = planned(*image, "objective=distribution_matching")
+    features = FORWARD - CLASSIFIER
+    assert plan.step_flops.matching == 10 * (256 * features + 10 * 2 * features)
+    assert plan.step_flops.update == 0
+    assert planned(*image, "objective=idm").step_flops.update == 2 * 10 * 256 * TRAINING
+
+
+@pytest.mark.parametrize("objective", ["dc", "distribution_matching"])
+def test_the_written_out_form_is_refused_for_what_it_has_no_formula_for(objective):
+    with pytest.raises(ConfigError, match=r"^compute\.matching=r_operator: must be another for "):
+        planned("mode=plan", f"objective={objective}", "compute.matching=r_operator")
+
+
+def test_dc_asks_for_its_loops_where_its_table_has_none():
+    with pytest.raises(ConfigError, match=r"^objective\.inner_steps=null: must be given .* of 1, 10, 20, 30, 40, 50$"):
+        planned("mode=plan", "objective=dc", "memory.images_per_class=5")
+    plan = planned("mode=plan", "objective=dc", "memory=ipc50")
+    assert (plan.config.objective.inner_steps, plan.config.objective.network_epochs) == (50, 10)
+
+
 def test_expected_flops_are_those_of_condensing_and_of_training_the_judges():
     small = ("dataset=cifar10", "objective.outer_steps=2", "objective.inner_steps=3", "evaluation.networks=4")
     plan = planned(*small, "evaluation.epochs=5")

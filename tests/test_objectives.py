@@ -1,0 +1,33 @@
+"""Every objective that matches class by class as a whole run: condensed, evaluated, kept."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.command import TINY, run
+
+BASE = (*TINY[1:], "container=image", "pruning=none", "evaluation.networks=1", "evaluation.epochs=1")
+RUNS = {
+    "idc": ("debug=smoke", "objective=idc"),
+    "dream": ("debug=smoke", "objective=dream", "objective.real_batch=16", "objective.k_means_interval=2"),
+    "dc": ("debug=dc", "container.pixel_space=normalised", "container.init=noise"),
+    "dsa": ("debug=dc", "objective=dsa", "container=hmn", "network.width=2"),
+    "distribution_matching": ("debug=dm", "compute.memory_limit=4"),
+    "idm": ("debug=dm", "objective=idm", "container=multiformation", "memory=ipc1"),
+}
+STEPS = {"idc": 6, "dream": 6, "dc": 4, "dsa": 4, "distribution_matching": 4, "idm": 4}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_condenses_evaluates_and_keeps(tmp_path, name):
+    outcome = run(tmp_path, *BASE, *RUNS[name])
+    assert outcome.code == 0, outcome.err
+    (result,) = tmp_path.glob("runs/*/result.json")
+    found = json.loads(result.read_text())
+    assert found["condense_steps"] == STEPS[name]
+    assert 0 <= found["accuracy"]["mean"] <= 1
+    losses = [json.loads(line) for line in (result.parent / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["condense/loss"] for row in losses if "condense/loss" in row]
+    assert len(losses) == STEPS[name] and all(loss > 0 for loss in losses)
