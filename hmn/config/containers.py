@@ -23,6 +23,7 @@ class ContainerConfig:
 
     NAME: ClassVar[str] = ""
     INITS: ClassVar[tuple[str, ...]] = ()
+    CONDENSED: ClassVar[bool] = True  # else nothing is: objective, pruning and learning curve are not used
 
     name: str = MISSING
     init: str = MISSING  # where the parameters start; fit_real: fitted to as many random real images
@@ -201,10 +202,11 @@ class FredConfig(PixelConfig):
 
 @dataclass(kw_only=True)
 class CoresetConfig(ContainerConfig):
-    """Chosen real images: nothing is condensed, so objective and pruning are not used."""
+    """Real images, chosen from the training set and kept as they are."""
 
     NAME: ClassVar[str] = "coreset"
     INITS: ClassVar[tuple[str, ...]] = ("real",)
+    CONDENSED: ClassVar[bool] = False
 
     init: str = "real"
     method: str = "random"
