@@ -204,7 +204,7 @@ def test_rates_decay_by_a_cosine_from_their_peak_to_the_final_fraction():
 def test_each_tier_is_one_group_of_the_optimiser_and_none_is_left_out():
     container = make_container()
     for by_class in (False, True):
-        groups = ContainerOptimizer(container, SETTINGS, 10, by_class=by_class).adam.param_groups
+        groups = ContainerOptimizer(container, SETTINGS, 10, by_class=by_class).inner.param_groups
         counts = [sum(member.numel() for member in group["params"]) for group in groups]
         tiers = container.tiers()
         assert tuple(tiers) == TIERS
@@ -760,7 +760,7 @@ def spoilt_from(step: int, what: str):
 def all_finite(state: dict[str, Any]) -> bool:
     tensors = [
         *state["container"].values(),
-        *(value for row in state["adam"]["state"].values() for value in row.values()),
+        *(value for row in state["optimizer"]["state"].values() for value in row.values()),
     ]
     return all(bool(value.isfinite().all()) for value in tensors)
 
