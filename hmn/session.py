@@ -13,7 +13,7 @@ from torch import Tensor
 from hmn import artifacts, build, compute, condense, coresets, distributed, networks, pictures, prune, tracking
 from hmn.artifacts import decode_all
 from hmn.checkpoint import Checkpoints, atomic_write
-from hmn.containers.base import Container, tier_floats
+from hmn.containers.base import Container
 from hmn.containers.fit import fit_real
 from hmn.data import datasets
 from hmn.data.preprocess import Normalise, unit_range
@@ -126,7 +126,7 @@ class Session:
             "images_per_class": str(container.images_per_class),
             "budget_floats": self.plan.storage.budget_floats,
             "stored_floats": container.storage_floats(),
-            "tier_floats": tier_floats(container),
+            "tier_floats": container.tier_floats(),
             "artifact_sha256": card["sha256"],
         }
 

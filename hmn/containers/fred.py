@@ -69,6 +69,10 @@ class FrequencyMemory(Container):
         spectrum = dct(images, self.shape.orthonormal).unflatten(0, by_class).flatten(3)
         self.instances.copy_(spectrum.gather(3, chosen[:, None, None].expand_as(self.instances)))
 
+    def tier_floats(self) -> dict[str, int]:
+        mask = self.shape.shared_floats
+        return super().tier_floats() | ({"positions": mask} if mask else {})
+
 
 def most_varying(spectrum: Tensor, count: int) -> Tensor:
     """The ``count`` positions (C, count) int64, ascending, where ``spectrum`` (C, G, channels, H, W), averaged over the
