@@ -5,7 +5,7 @@ networks are trained on the rest. Where accuracy stays, what was dropped had rep
 2024, whose reason to prune this is). Decoded images are dropped, not instances: what the set stores stays as it is, and
 containers whose images are tied can be measured as well.
 
-Writes OUTPUT/redundancy.json and draws it, beside the files of ``--beside`` (needs the extra ``figures``). KEY=VALUE
+Writes OUTPUT/redundancy.json and draws it, beside the file of every ``--beside`` (needs the extra ``figures``). KEY=VALUE
 are settings as of run.py: ``pruning.score*`` of the AUM, ``network.*`` and ``evaluation.*`` of the networks.
 """
 
@@ -139,7 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("artifact", help="a run folder or a condensed.safetensors")
     parser.add_argument("output", type=Path, help="the folder to write to")
     parser.add_argument("--drop", type=shares, default="0,0.1,0.2,0.3,0.4,0.5", help="of each class, in [0, 1)")
-    parser.add_argument("--beside", type=Path, nargs="+", default=[], help=f"{FILE} of others, for the same picture")
+    # Once for each: what takes several values would take the settings too.
+    parser.add_argument("--beside", type=Path, action="append", default=[], help=f"another {FILE} for the picture")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as of run.py")
     given = parser.parse_intermixed_args(arguments)
     plan = planned(given.artifact, given.overrides)

@@ -77,6 +77,7 @@ def test_a_set_is_measured_drawn_and_leaves_no_checkpoints(tmp_path, toy, make, 
     kept = keep(tmp_path / "kept", make(), toy)
     output = tmp_path / "out"
     redundancy.main([str(kept), str(output), "--drop", "0,0.2,0.8", *TINY])
+    drawn = (output / "redundancy.png").read_bytes()
     measured = json.loads((output / redundancy.FILE).read_text())
     assert [row["images_per_class"] for row in measured["rows"]] == counts
     for row in measured["rows"]:
@@ -88,6 +89,18 @@ def test_a_set_is_measured_drawn_and_leaves_no_checkpoints(tmp_path, toy, make, 
     assert {path.name for path in output.iterdir()} == {".lock", redundancy.FILE, "redundancy.png"}
     with Image.open(output / "redundancy.png") as picture:
         assert picture.width > 300
+    redundancy.draw([measured, measured | {"set": "another"}], output / "redundancy.png")
+    assert (output / "redundancy.png").read_bytes() != drawn
+
+
+def test_a_measurement_is_drawn_beside_others(tmp_path, toy, monkeypatch):
+    other = tmp_path / "other.json"
+    other.write_text('{"set": "other"}')
+    monkeypatch.setattr(redundancy, "measure", lambda *_: {"set": "own"})
+    drawn = []
+    monkeypatch.setattr(redundancy, "draw", lambda measured, _: drawn.extend(measured))
+    redundancy.main([str(keep(tmp_path / "kept", raw(), toy)), str(tmp_path), "--beside", str(other), *TINY])
+    assert drawn == [{"set": "own"}, {"set": "other"}]
 
 
 def test_the_easiest_images_of_every_class_are_dropped(tmp_path, toy, monkeypatch):
