@@ -203,6 +203,10 @@ def _check_pairs(plan: Plan) -> None:
         require(f"container.lr_scale.{tier}", tier in tiers, config.container.lr_scale[tier], f"of {', '.join(tiers)}")
     over, tied = config.pruning.over_budget, plan.shape.tied
     require("pruning.over_budget", not over or tied is None, over, f"0 for container={config.container.name}: {tied}")
+    with torch.device("meta"):
+        batch_norm = networks.has_batch_norm(plan.build())
+    rule = "instance or none: condensing compares single images on it; evaluate on others with mode=evaluate"
+    require("network.norm", not batch_norm, "batch", rule)
     group = getattr(config.objective, "classes_per_step", None)
     require("objective.classes_per_step", group is None or group <= classes, group, f"at most {classes}")
 

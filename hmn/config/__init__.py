@@ -35,6 +35,20 @@ __all__ = [  # what other modules take from here
 ]
 
 MODES = ("run", "plan", "evaluate", "full_data", "random_subset", "experts")
+NETWORK_NORMS = {  # the norms that each network can have
+    "convnet": ("instance", "batch", "none"),
+    "resnet10": ("instance", "batch"),
+    "resnet18": ("instance", "batch"),
+    "resnet_ap10": ("instance", "batch"),
+    "resnet18_ap": ("instance", "batch"),
+    "vgg11": ("instance", "batch", "none"),
+    "vgg16": ("instance", "batch", "none"),
+    "densenet121": ("instance", "batch"),
+    "alexnet": ("none",),
+    "lenet": ("none",),
+    "mlp": ("none",),
+}
+FIXED_WIDTHS = ("alexnet", "lenet")
 DATASETS = ("svhn", "cifar10", "cifar100", "tiny_imagenet", "imagenet10", "folder", "arrays", "digits")
 
 
@@ -100,15 +114,21 @@ class PruningConfig:
 
 @dataclass(kw_only=True)
 class NetworkConfig:
-    """The architecture that is matched and evaluated: ConvNet-D{depth}-W{width}."""
+    """The architecture that is matched and evaluated."""
 
-    name: str = MISSING
-    width: int = 128
-    depth: int | None = None  # null: as many blocks as leave a map of at most 4 x 4, at least 2
+    name: str = MISSING  # one of NETWORK_NORMS
+    width: int | None = None  # of the first layer (densenet121: growth; mlp: every hidden layer); null: the paper's
+    depth: int | None = None  # convnet only; null: as many blocks as leave a map of at most 4 x 4, at least 2
+    norm: str = "instance"  # instance: GroupNorm of one channel per group; batch, which cannot be matched; none
 
     def __post_init__(self) -> None:
-        one_of("network.name", self.name, ("convnet",))
-        require("network.width", self.width >= 1, self.width, "at least 1")
+        one_of("network.name", self.name, tuple(NETWORK_NORMS))
+        one_of("network.norm", self.norm, NETWORK_NORMS[self.name])
+        fixed = self.width is None or self.name not in FIXED_WIDTHS
+        require("network.width", fixed, self.width, f"null for {self.name}")
+        require("network.width", self.width is None or self.width >= 1, self.width, "null or at least 1")
+        fixed = self.depth is None or self.name == "convnet"
+        require("network.depth", fixed, self.depth, f"null for {self.name}")
         require("network.depth", self.depth is None or self.depth >= 1, self.depth, "null or at least 1")
 
 
