@@ -38,7 +38,8 @@ class Plan:
         head = [datasets.display_name(config.dataset).replace("/", "_")]
         if config.mode in ("run", "random_subset"):
             head.append(f"ipc{config.memory.images_per_class}")
-        head.append(config.container.name if config.mode == "run" else config.mode)
+        name = config.container.name if config.mode == "run" else config.mode
+        head.append(f"{name}_{config.container.method}" if config.kind == "coreset" else name)
         return "-".join([*head, digest(scientific(config) | {"artifact": self.artifact})])
 
     @property
@@ -87,17 +88,27 @@ class Plan:
 
     @property
     def expected_flops(self) -> float:
-        """Of the whole run, scoring, the beta search and decoders aside: decides whether compiling pays."""
+        """Of the whole run, scoring, the beta search and decoders aside: decides whether compiling pays.
+
+        Of a coreset with the networks that it is chosen by, which may train for longer than those that judge it.
+        """
         evaluation, memory = self.config.evaluation, self.config.memory
         per_class = {
             "run": self.storage.images_per_class if self.storage else 0,
             "random_subset": memory.images_per_class,
         }
         # A full set's size is not known before it is read; 5,000 images per class is CIFAR-10's and SVHN's order.
-        images = self.data.classes * per_class.get(self.config.mode, 5000)
+        full = 5000
+        images = self.data.classes * per_class.get(self.config.mode, full)
         judging = evaluation.networks * self.epochs * images * self.training_flops
-        condensing = (self.step_flops.matching + self.step_flops.update) * self.matching_steps if self.storage else 0
-        return float(judging + condensing)
+        making = 0
+        if self.config.condenses:
+            making = (self.step_flops.matching + self.step_flops.update) * self.matching_steps
+        elif self.storage:
+            container = self.config.container
+            epochs = (container.networks or 0) * (container.epochs or 0)
+            making = epochs * self.data.classes * full * self.training_flops
+        return float(judging + making)
 
     @property
     def epochs(self) -> int:
@@ -112,6 +123,13 @@ class Plan:
         with torch.device("meta"):
             container = self.container(stored.instances)
             network = self.build()
+        making: dict[str, Any] = {"not_used": "objective, pruning, evaluation.curve_points"}
+        if self.config.condenses:
+            making = {
+                "matching_steps": self.matching_steps,
+                "matching_step_flops": self.step_flops.matching,
+                "network_update_flops": self.step_flops.update,
+            }
         return {
             "run_id": self.run_id,
             "dataset": {"name": datasets.display_name(self.config.dataset), **dataclasses.asdict(self.data)},
@@ -125,9 +143,7 @@ class Plan:
             "tier_floats": container.tier_floats(),
             "images_per_class": stored.images_per_class,
             "over_budget_images_per_class": stored.over_budget_images_per_class,
-            "matching_steps": self.matching_steps,
-            "matching_step_flops": self.step_flops.matching,
-            "network_update_flops": self.step_flops.update,
+            **making,
             "evaluation_steps_per_network": self.epochs
             * math.ceil(stored.images_per_class * self.data.classes / self.config.evaluation.batch),
         }
@@ -168,10 +184,11 @@ def make_plan(config: Config, typed: Sequence[str] = ()) -> Plan:
         # A plan is a plan of the run: it shares the run's id.
         filled = kind.fill(config.container, images_per_class=ipc, **shape)
         config = dataclasses.replace(config, container=filled, mode="run")
-        stored = storage(kind.shape_of(filled, **shape), ipc, config.pruning.over_budget)
+        over_budget = config.pruning.over_budget if config.condenses else 0.0
+        stored = storage(kind.shape_of(filled, **shape), ipc, over_budget)
     plan = Plan(config, data, stored, artifact)
     _ = plan.build  # checks the network's depth against the image side
-    if stored is not None:
+    if config.condenses:
         _check_pairs(plan)
     return plan
 
