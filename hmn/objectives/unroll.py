@@ -34,7 +34,7 @@ Batch = Callable[[int], tuple[Tensor, Tensor]]
 
 
 class Trail(NamedTuple):
-    """What the way back needs: parameters and velocity before every ``segment``-th step, and the end of the training."""
+    """For the way back: parameters and velocity before every ``segment``-th step, and the parameters at the end."""
 
     kept: dict[int, tuple[Parameters, Parameters | None]]
     steps: int
