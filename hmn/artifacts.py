@@ -10,13 +10,13 @@ from typing import Any
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from hmn.checkpoint import atomic_write, write_text
 from hmn.compute import at_once
 from hmn.containers import rebuild
-from hmn.containers.base import storage_floats
+from hmn.containers.base import Container
 from hmn.errors import ArtifactError
 
 SCHEMA_VERSION = 1
@@ -30,7 +30,7 @@ class CondensedSet(Dataset):
     ``data.mean`` and ``data.std``. ``card`` tells budget, shapes, preprocessing, measured accuracy and provenance.
     """
 
-    def __init__(self, container: nn.Module, card: dict[str, Any]) -> None:
+    def __init__(self, container: Container, card: dict[str, Any]) -> None:
         self.container = container
         self.card = card
         self._images, self._labels = decode_all(container)
@@ -47,7 +47,7 @@ class CondensedSet(Dataset):
 
 
 @torch.no_grad()
-def decode_all(container: nn.Module, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+def decode_all(container: Container, chunk: int | None = None) -> tuple[Tensor, Tensor]:
     """All images (N, channels, H, W) in [0, 1] and labels (N,) of a container, on its device."""
     device = next(container.parameters()).device
     index = torch.arange(container.classes * container.images_per_class, device=device)
@@ -62,7 +62,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save(folder: Path, container: nn.Module, card: dict[str, Any]) -> dict[str, Any]:
+def save(folder: Path, container: Container, card: dict[str, Any]) -> dict[str, Any]:
     """Write tensors, then the card with their checksum, the container's shape and floats; returns the full card."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in container.state_dict().items()}
     with atomic_write(folder / TENSORS) as temporary:
@@ -71,7 +71,7 @@ def save(folder: Path, container: nn.Module, card: dict[str, Any]) -> dict[str, 
         "schema_version": SCHEMA_VERSION,
         "sha256": sha256(folder / TENSORS),
         "container": container.specification(),
-        "stored_floats": storage_floats(container),
+        "stored_floats": container.storage_floats(),
         **card,
     }
     write_text(folder / CARD, json.dumps(card, indent=2) + "\n")
@@ -97,17 +97,24 @@ def load_condensed(path: str | Path) -> CondensedSet:
             f"{tensors_path}: not a safetensors file ({error}); pickled tensors are never loaded"
         ) from None
     try:
-        with torch.device("meta"):
-            container = rebuild(card["container"])
-        container.load_state_dict(tensors, assign=True)
-        if others := {str(tensor.dtype) for tensor in tensors.values()} - {"torch.float32"}:
-            raise TypeError(f"{', '.join(sorted(others))} instead of torch.float32")  # a budget counts float32 numbers
+        with torch.device("meta"):  # a wrong card may ask for any amount of memory
+            shapes = rebuild(card["container"]).state_dict()
+        for name in shapes.keys() & tensors.keys():
+            kept, found = shapes[name].dtype, tensors[name].dtype
+            if found != kept:
+                raise TypeError(f"{found} instead of {kept}")  # a budget counts float32 numbers
+            if tensors[name].shape != shapes[name].shape:
+                raise ValueError(f"{name}: {list(tensors[name].shape)} instead of {list(shapes[name].shape)}")
+        if shapes.keys() != tensors.keys():
+            raise KeyError(f"{', '.join(sorted(shapes.keys() ^ tensors.keys()))}: not in both")
+        container = rebuild(card["container"])
+        container.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise ArtifactError(f"{tensors_path}: its tensors are not the container its card describes: {reason}") from None
-    if storage_floats(container) > card["budget"]["floats"]:
+    if container.storage_floats() > card["budget"]["floats"]:
         raise ArtifactError(
-            f"{tensors_path}: stores {storage_floats(container)} floats, over the budget of {card['budget']['floats']}"
+            f"{tensors_path}: stores {container.storage_floats()} floats, over the budget of {card['budget']['floats']}"
         )
     return CondensedSet(container, card)
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hmn.compute import Compute
-from hmn.config import GradientMatchingConfig, require
+from hmn.config import require
+from hmn.config.objectives import ClassMatchingConfig
 from hmn.containers.base import Container
 from hmn.data import augment
 from hmn.objectives.gradient import loop
@@ -42,7 +43,7 @@ def decoding_bytes(container: Container, strategy: str) -> int:
     size = container.shape.image_size
     index = torch.arange(2, device=next(container.parameters()).device)
     drawn = augment.draw(strategy, 2, size, torch.Generator(index.device).manual_seed(0))
-    kept = saved_bytes(lambda: augment.apply(container.decode(index), drawn), list(container.parameters()))
+    kept = saved_bytes(lambda: augment.apply(container.decode_matched(index), drawn), list(container.parameters()))
     return kept // 2
 
 
@@ -59,11 +60,12 @@ def matching_bytes(network: nn.Module, pixels: tuple[int, int, int], metric: str
 def classes_per_chunk(
     container: Container,
     network: nn.Module,
-    config: GradientMatchingConfig,
+    config: ClassMatchingConfig,
     compute: Compute,
     *,
     limit: float | None,
     strategy: str,
+    metric: str = "mse",
 ) -> int:
     """How many classes of a step are decoded and matched at a time; what is computed does not depend on it.
 
@@ -75,11 +77,11 @@ def classes_per_chunk(
         return group if compute.device.type == "cuda" else min(compute.classes_per_call, group)
     shape = container.shape
     pixels = (shape.channels, shape.image_size, shape.image_size)
-    synthetic = min(config.synthetic_batch, container.images_per_class)
+    synthetic = min(config.synthetic_batch, container.matched_per_class)
     image = FLOAT * math.prod(pixels)
     # Of each class in a chunk: its graph of decoding, and about four copies of every image on its way to the step.
     per_class = ALIVE * synthetic * decoding_bytes(container, strategy) + 4 * (config.real_batch + synthetic) * image
-    in_step = synthetic * matching_bytes(network, pixels, config.metric) * min(compute.classes_per_call, group)
+    in_step = synthetic * matching_bytes(network, pixels, metric) * min(compute.classes_per_call, group)
     free = limit * 2**30 - compute.current_bytes() - SLACK * in_step
     least = (compute.current_bytes() + SLACK * (in_step + per_class)) / 2**30
     chunk = int(free / (SLACK * per_class))

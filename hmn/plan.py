@@ -11,18 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from hmn import networks
 from hmn.artifacts import read_card, tensors_file
-from hmn.compute import Compute, device_of
+from hmn.compute import device_of
 from hmn.config import Config, DatasetConfig, digest, require, scientific
-from hmn.containers import Storage, hmn_shape, storage, with_preset
-from hmn.containers.base import tier_floats
-from hmn.containers.hierarchical import HierarchicalMemory
+from hmn.containers import KINDS, Storage, storage
+from hmn.containers.base import Container, ImageShape, PixelShape, tier_floats
+from hmn.cost import Step, step_flops, training_flops
 from hmn.data import datasets
-from hmn.objectives.gradient import nested
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,47 +50,36 @@ class Plan:
         shape = dataclasses.asdict(self.data)
         return networks.builder(self.config.network, **shape)
 
-    def container(self, images_per_class: int) -> HierarchicalMemory:
-        return HierarchicalMemory(hmn_shape(self.config.container, **dataclasses.asdict(self.data)), images_per_class)
-
     @cached_property
-    def network_flops(self) -> int:
-        """Forward pass of one image; one multiply-add counts as 2."""
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            self.build()(torch.empty(2, self.data.channels, self.data.image_size, self.data.image_size))
-        return counter.get_total_flops() // 2
+    def shape(self) -> ImageShape:
+        """The container's, without the data set's statistics."""
+        config = self.config.container
+        return KINDS[config.name].shape_of(config, **dataclasses.asdict(self.data))
+
+    def container(
+        self, instances: int, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None
+    ) -> Container:
+        """An empty one; ``mean`` and ``std`` are of the data, for those that store normalised pixels."""
+        shape = self.shape
+        if isinstance(shape, PixelShape) and shape.pixel_space == "normalised":
+            shape = dataclasses.replace(shape, mean=mean, std=std)
+        return KINDS[self.config.container.name].container(shape, instances)
+
+    @property
+    def pixels(self) -> tuple[int, int, int]:
+        return (self.data.channels, self.data.image_size, self.data.image_size)
 
     @cached_property
     def training_flops(self) -> int:
-        """Forward and backward pass of one training image."""
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            network = self.build()
-            images = torch.empty(2, self.data.channels, self.data.image_size, self.data.image_size)
-            loss = F.cross_entropy(network(images), torch.zeros(2, dtype=torch.int64))
-            torch.autograd.grad(loss, list(network.parameters()))
-        return counter.get_total_flops() // 2
+        return training_flops(self.build, self.pixels)
 
     @cached_property
-    def matching_flops(self) -> int:
-        """One matching step of all its classes by the plain loop, decoder and network update aside."""
-        objective = self.config.objective
-        count = min(objective.synthetic_batch, self.storage.over_budget_images_per_class)
-        side = (self.data.channels, self.data.image_size, self.data.image_size)
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            network = self.build()
-            form = nested(network, objective.metric, Compute(torch.device("cpu")))
-            real, synthetic = torch.empty(objective.real_batch, *side), torch.empty(count, *side)
-            labels = [torch.zeros(len(images), dtype=torch.int64) for images in (real, synthetic)]
-            parameters = dict(network.named_parameters())
-            form.match(parameters, form.gradients(parameters, real, labels[0]), synthetic, labels[1])
-        return counter.get_total_flops() * min(objective.classes_per_step or self.data.classes, self.data.classes)
-
-    @property
-    def update_flops(self) -> int:
-        """The matched network's training on real images after one matching step."""
-        objective = self.config.objective
-        batches = math.ceil(objective.network_samples / objective.network_batch)
-        return batches * objective.network_batch * self.training_flops
+    def step_flops(self) -> Step:
+        """Of one container step; the container shows the objective what it holds over budget."""
+        with torch.device("meta"):
+            images = self.container(self.storage.over_budget_instances).matched_per_class
+        objective, classes = self.config.objective, self.data.classes
+        return step_flops(objective, self.build, self.pixels, classes=classes, images_per_class=images)
 
     @property
     def matching_steps(self) -> int:
@@ -110,7 +96,7 @@ class Plan:
         # A full set's size is not known before it is read; 5,000 images per class is CIFAR-10's and SVHN's order.
         images = self.data.classes * per_class.get(self.config.mode, 5000)
         judging = evaluation.networks * self.epochs * images * self.training_flops
-        condensing = (self.matching_flops + self.update_flops) * self.matching_steps if self.storage else 0
+        condensing = (self.step_flops.matching + self.step_flops.update) * self.matching_steps if self.storage else 0
         return float(judging + condensing)
 
     @property
@@ -124,7 +110,7 @@ class Plan:
         """The plan as plain values; floats are float32 numbers stored, FLOPs count a multiply-add as 2."""
         stored = self.storage
         with torch.device("meta"):
-            container = self.container(stored.images_per_class)
+            container = self.container(stored.instances)
             network = self.build()
         return {
             "run_id": self.run_id,
@@ -140,8 +126,8 @@ class Plan:
             "images_per_class": stored.images_per_class,
             "over_budget_images_per_class": stored.over_budget_images_per_class,
             "matching_steps": self.matching_steps,
-            "matching_step_flops": self.matching_flops,
-            "network_update_flops": self.update_flops,
+            "matching_step_flops": self.step_flops.matching,
+            "network_update_flops": self.step_flops.update,
             "evaluation_steps_per_network": self.epochs
             * math.ceil(stored.images_per_class * self.data.classes / self.config.evaluation.batch),
         }
@@ -177,17 +163,31 @@ def make_plan(config: Config, typed: Sequence[str] = ()) -> Plan:
     if config.mode != "plan":
         device_of(config.compute)  # a missing GPU is said before a folder is made or data are read
     if config.mode in ("run", "plan"):
-        ipc = config.memory.images_per_class
-        filled = with_preset(config.container, images_per_class=ipc, **dataclasses.asdict(data))
+        ipc, shape = config.memory.images_per_class, dataclasses.asdict(data)
+        kind = KINDS[config.container.name]
         # A plan is a plan of the run: it shares the run's id.
+        filled = kind.fill(config.container, images_per_class=ipc, **shape)
         config = dataclasses.replace(config, container=filled, mode="run")
-        shape = hmn_shape(filled, **dataclasses.asdict(data))
-        stored = storage(shape, ipc, config.pruning.over_budget)
-        group = config.objective.classes_per_step
-        require("objective.classes_per_step", group is None or group <= data.classes, group, f"at most {data.classes}")
+        stored = storage(kind.shape_of(filled, **shape), ipc, config.pruning.over_budget)
     plan = Plan(config, data, stored, artifact)
     _ = plan.build  # checks the network's depth against the image side
+    if stored is not None:
+        _check_pairs(plan)
     return plan
+
+
+def _check_pairs(plan: Plan) -> None:
+    """Refuse settings that do not go together, or not with this data."""
+    config, classes = plan.config, plan.data.classes
+    with torch.device("meta"):
+        container = plan.container(plan.storage.over_budget_instances)
+    tiers = container.tiers()
+    for tier in config.container.lr_scale:
+        require(f"container.lr_scale.{tier}", tier in tiers, config.container.lr_scale[tier], f"of {', '.join(tiers)}")
+    over, tied = config.pruning.over_budget, container.TIED
+    require("pruning.over_budget", not over or tied is None, over, f"0 for container={config.container.name}: {tied}")
+    group = getattr(config.objective, "classes_per_step", None)
+    require("objective.classes_per_step", group is None or group <= classes, group, f"at most {classes}")
 
 
 def _evaluated_dataset(given: DatasetConfig, kept: dict[str, Any], typed: Sequence[str]) -> DatasetConfig:

@@ -124,7 +124,7 @@ class GradientMatchingConfig(ClassMatchingConfig):
 
 @dataclass(kw_only=True)
 class SyntheticGradientConfig(ClassMatchingConfig):
-    """Gradient matching on networks that train on the synthetic set: DC (Zhao et al., ICLR 2021) and DSA (ICML 2021)."""
+    """Gradient matching on networks that train on the synthetic set: DC (Zhao et al., ICLR 2021), DSA (ICML 2021)."""
 
     NAMES: ClassVar[tuple[str, ...]] = ("dc", "dsa")
 
@@ -231,7 +231,7 @@ class ExpertsConfig:
 
 @dataclass(kw_only=True)
 class TrajectoryMatchingConfig(UnrolledConfig):
-    """MTT (Cazenavette et al., CVPR 2022): a student on synthetic images should end where an expert on real ones does."""
+    """MTT (Cazenavette et al., CVPR 2022): a student on synthetic images is to end where an expert on real ones did."""
 
     NAMES: ClassVar[tuple[str, ...]] = ("trajectory_matching",)
 

@@ -13,10 +13,10 @@ class RealImages(Protocol):
     """Where containers that start from real images get them."""
 
     def draw(self, count: int, how: str = "random") -> Tensor:
-        """``count`` training images of every class, (C * count, channels, H, W) in [0, 1], ordered by class.
+        """``count`` training images of every class, (C * count, channels, H, W) in [0, 1], by class.
 
-        ``how``: ``random``, ``first`` of the data set, or ``k_means``, nearest to the centres of the class's clusters. A
-        class with too few images gives all of them and then repeats them.
+        ``how``: ``random``, ``first`` of the data set, or ``k_means``, nearest to the centres of the class's clusters.
+        A class with too few images gives all of them and then repeats them.
         """
 
 
@@ -47,7 +47,7 @@ class ImageShape:
 
 @dataclass(frozen=True, kw_only=True)
 class PixelShape(ImageShape):
-    """With the space that the container's own pixels are in; ``mean`` and ``std`` of the data where it is normalised."""
+    """With the space of the container's own pixels; ``mean`` and ``std`` of the data where they are normalised."""
 
     pixel_space: str = "unit"
     mean: tuple[float, ...] | None = None
@@ -78,8 +78,10 @@ class Container(nn.Module):
         return self.instances.shape[1] * self.shape.images_per_instance
 
     def decode(self, index: Tensor) -> Tensor:
-        """Images (n, channels, H, W) of ``index`` (n,), differentiable; 0 is black and 1 white, and what is not bounded
-        may leave that range."""
+        """Images (n, channels, H, W) of ``index`` (n,), differentiable.
+
+        0 is black and 1 white; what is not bounded may leave that range.
+        """
         raise NotImplementedError
 
     @property
@@ -92,8 +94,10 @@ class Container(nn.Module):
         return self.decode(index)
 
     def initialise(self, generator: torch.Generator, config: Any, real: RealImages) -> None:
-        """Give all parameters their starting values by ``config.init``, the container's own section; ``fit_real``, which
-        fits them afterwards, starts as ``random`` would."""
+        """Give all parameters their starting values by ``config.init``; ``config`` is the container's own section.
+
+        ``fit_real``, which fits them to real images afterwards, starts at random.
+        """
         raise NotImplementedError
 
     def tiers(self) -> dict[str, list[nn.Parameter]]:
@@ -119,8 +123,10 @@ class Container(nn.Module):
         """Bring a condensed container into the form that is kept: called once, before anything judges it."""
 
     def keep(self, index: Tensor) -> None:
-        """Keep only the images ``index`` (n,). Raises ``ValueError`` unless all classes keep equally many, at least one,
-        and for images that are tied."""
+        """Keep only the images ``index`` (n,).
+
+        Raises ``ValueError`` unless all classes keep equally many, at least one, and for images that are tied.
+        """
         if self.TIED is not None:
             raise ValueError(f"{self.NAME}: {self.TIED}")
         rows = self.kept_rows(index)
@@ -128,7 +134,7 @@ class Container(nn.Module):
         self.instances = nn.Parameter(kept.unflatten(0, (self.classes, -1)).clone())
 
     def kept_rows(self, index: Tensor) -> Tensor:
-        """``index`` in order and without doubles. Raises ``ValueError`` unless all classes keep equally many, and some."""
+        """``index`` in order, without doubles. Raises ``ValueError`` unless all classes keep equally many, and some."""
         index = index.unique()
         counts = torch.bincount(index // self.images_per_class, minlength=self.classes)
         if counts.min() < 1 or counts.min() != counts.max():

@@ -1,0 +1,35 @@
+"""Real training images for containers that start from them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hmn.data.kmeans import nearest_to_centres
+from hmn.data.preprocess import unit_range
+from hmn.data.sampling import repeated_subset
+
+
+class TrainingImages:
+    """Of ``images`` (N, channels, H, W) uint8 and ``labels`` (N,), ordered by class."""
+
+    def __init__(
+        self, images: Tensor, labels: Tensor, class_names: tuple[str, ...], generator: torch.Generator
+    ) -> None:
+        self.images, self.labels, self.class_names, self.generator = images, labels, class_names, generator
+
+    def draw(self, count: int, how: str = "random") -> Tensor:
+        """``count`` images of every class: see ``containers.base.RealImages``."""
+        if how == "random":
+            index = repeated_subset(self.labels, count, self.class_names, self.generator)
+        else:
+            index = torch.cat([self._of_class(label, count, how) for label in range(len(self.class_names))])
+        return unit_range(self.images[index])
+
+    def _of_class(self, label: int, count: int, how: str) -> Tensor:
+        members = (self.labels == label).nonzero().flatten()
+        distinct = min(count, len(members))
+        if how == "k_means":
+            pixels = unit_range(self.images[members]).flatten(1)
+            members = members[nearest_to_centres(pixels, distinct, self.generator)]
+        return members[torch.arange(count, device=members.device) % distinct]

@@ -1,0 +1,181 @@
+"""Matching class by class: real and synthetic images of one class go through one network and are compared there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hmn import distributed
+from hmn.capture import Replay, optimizer_tensors
+from hmn.compute import Compute
+from hmn.condense import SLOT, Condensation
+from hmn.config.objectives import ClassMatchingConfig
+from hmn.containers.base import Container
+from hmn.data import augment
+from hmn.data.preprocess import Normalise
+from hmn.objectives.gradient import MatchingStep
+from hmn.optimizer import ContainerOptimizer
+from hmn.realside import Choice, RealSide
+from hmn.seeding import generator
+
+
+class ClassMatching(Condensation):
+    """``match`` says how far a class's synthetic images are from the real side, in ``parts`` numbers.
+
+    ``chunk`` classes are decoded and matched at a time: what is computed does not depend on it, the memory does.
+    Several processes draw alike for all classes, and each decodes and matches only those it owns. What classes share
+    is the same everywhere after every step; a class's rows and their moments are right only at its owner, and
+    everywhere after :meth:`gather`.
+    """
+
+    def __init__(
+        self,
+        container: Container,
+        side: RealSide,
+        config: ClassMatchingConfig,
+        *,
+        match: MatchingStep,
+        parts: int,
+        normalise: Normalise,
+        compute: Compute,
+        seed: int,
+        fingerprint: str,
+        chunk: int | None = None,
+        rate_factor: float = 1.0,
+        lr_scale: dict[str, float] | None = None,
+    ) -> None:
+        self.side, self.config, self.match, self.parts, self.normalise = side, config, match, parts, normalise
+        self.group = min(config.classes_per_step or container.classes, container.classes)
+        self.chunk = chunk or self.group
+        self.owned = distributed.owned(container.classes)
+        by_class = config.step_policy == "per_class" or self.group < container.classes
+        total = config.outer_steps * config.inner_steps
+        optimizer = ContainerOptimizer(
+            container, config, total, by_class=by_class, factor=rate_factor, lr_scale=lr_scale
+        )
+        super().__init__(
+            container,
+            optimizer,
+            compute=compute,
+            fingerprint=fingerprint,
+            images_per_step=self.group * (config.real_batch + min(config.synthetic_batch, container.matched_per_class)),
+            gradient_clip=config.gradient_clip,
+        )
+        self.generators = {
+            "rows": generator(seed, SLOT, "rows", device=compute.device),
+            "classes": generator(seed, SLOT, "classes"),  # on the host: it steers which calls are made
+        }
+        # What the host decides within a step, as which rows are stepped or what processes sum, is not recorded.
+        self.replay = None
+        if compute.device.type == "cuda" and not by_class and distributed.world() == 1:
+            generators = [self.generators["rows"], *side.generators()]
+            self.replay = Replay(self._whole_step, self._state_tensors, generators)
+
+    def run_step(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """One matching step of every class, or of a random group, then the real side's update.
+
+        Returns the distance per layer summed over those classes, and the gradient's norm per tier; neither is read.
+        """
+        if self.step % self.config.inner_steps == 0:
+            self.container.project()
+        self.side.begin(self.step)
+        self.optimizer.set_rates(self.step)
+        classes = torch.arange(self.container.classes)
+        if self.group < len(classes):
+            classes = torch.randperm(len(classes), generator=self.generators["classes"])[: self.group].sort().values
+        if self.replay:
+            measured = self.replay(self._chosen(classes) | self.side.choose_update())
+        else:
+            parts = [classes] if self.config.step_policy == "accumulate" else classes.split(1)
+            found = [self._match_and_apply(part, self._chosen(part)) for part in parts]
+            self.side.update(self.side.choose_update())
+            measured = {**found[-1], "losses": torch.stack([one["losses"] for one in found]).sum(0)}
+        self.step += 1
+        losses = measured.pop("losses")
+        return losses, measured
+
+    def _chosen(self, classes: Tensor) -> Choice:
+        return self.side.choose(classes) | {"classes": classes.to(self.compute.device, non_blocking=True)}
+
+    def _whole_step(self, choice: Choice) -> dict[str, Tensor]:
+        """A step of all classes, as device work alone."""
+        measured = self._match_and_apply(torch.arange(self.container.classes), choice)
+        self.side.update(choice)
+        return measured
+
+    def _match_and_apply(self, classes: Tensor, choice: Choice) -> dict[str, Tensor]:
+        """Match ``classes`` (k,), step the optimiser; returns ``losses`` per layer and the gradient norm by tier."""
+        losses = self._match(classes, choice)
+        if (penalty := self.container.penalty()) is not None:
+            penalty.backward()
+        norms = self._sum_over_processes(losses)
+        self.optimizer.step(classes)
+        return {"losses": losses, **norms}
+
+    def _state_tensors(self) -> list[Tensor]:
+        return optimizer_tensors(self.optimizer.inner) + self.side.state_tensors()
+
+    def _match(self, classes: Tensor, choice: Choice) -> Tensor:
+        """Add to the container the mean gradient over ``classes`` (k,); returns the distances per layer, summed.
+
+        Of classes that other processes own, nothing is added.
+        """
+        on_device = choice["classes"]
+        k, total = len(on_device), self.container.matched_per_class
+        n = min(self.config.synthetic_batch, total)
+        drawn = self.side.draw(choice, k)
+        rows = self._rows(on_device, n, total)
+        parameters = self.side.parameters(choice)
+        distances = []
+        first, end = torch.searchsorted(classes, torch.tensor([self.owned.start, self.owned.stop])).tolist()
+        for start in range(first, end, self.chunk):
+            part = slice(start, min(start + self.chunk, end))
+            real = self.side.real(choice, drawn, part)
+            decoded = self.normalise(self.container.decode_matched(rows[part].flatten()))
+            synthetic = augment.apply(decoded, drawn[part].repeat(n)).unflatten(0, (-1, n))
+            layers, pixel_gradients = self.match(parameters, real, synthetic.detach(), on_device[part])
+            synthetic.backward(pixel_gradients / k)
+            distances.append(layers)
+        if not distances:
+            return torch.zeros(self.parts, device=self.compute.device)
+        return torch.stack(distances).sum(0)
+
+    def _rows(self, classes: Tensor, n: int, total: int) -> Tensor:
+        """Container indices (k, n): all images of each class, or a random ``n`` of them."""
+        if n == total:
+            rows = torch.arange(n, device=classes.device).expand(len(classes), n)
+        else:
+            keys = torch.rand(len(classes), total, generator=self.generators["rows"], device=classes.device)
+            rows = keys.argsort(1)[:, :n]
+        return classes[:, None] * total + rows
+
+    def _sum_over_processes(self, layers: Tensor) -> dict[str, Tensor]:
+        """Make ``layers`` and the gradients of what classes share those of all classes; returns the norms per tier.
+
+        Of what classes own only the norms are exchanged: the rows' gradients are their owner's business.
+        """
+        for parameter in self.optimizer.parameters:
+            if parameter.grad is None:  # none of these classes is ours
+                parameter.grad = torch.zeros_like(parameter)
+        squares = {id(p): p.grad.norm().square() for p in self.optimizer.class_parameters}
+        shared = [p for p in self.optimizer.parameters if id(p) not in squares]
+        distributed.sum_([layers, *squares.values(), *(p.grad for p in shared)])
+        squares |= {id(p): p.grad.norm().square() for p in shared}
+        return self.norms(squares)
+
+    def gather(self) -> None:
+        """Make the rows of all classes right at every process."""
+        distributed.gather_rows(self.optimizer.class_rows(), self.owned)
+
+    def own_state(self) -> dict[str, Any]:
+        return {
+            "side": self.side.state_dict(),
+            "generators": {name: stream.get_state() for name, stream in self.generators.items()},
+        }
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        self.side.load_state_dict(state["side"])
+        for name, value in state["generators"].items():
+            self.generators[name].set_state(value)

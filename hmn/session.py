@@ -1,0 +1,321 @@
+"""The stages of one run: condense, prune, evaluate, keep; and the references that skip some of them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hmn import artifacts, build, compute, condense, distributed, networks, pictures, prune, tracking
+from hmn.artifacts import decode_all
+from hmn.checkpoint import Checkpoints, atomic_write
+from hmn.containers.base import Container, tier_floats
+from hmn.containers.fit import fit_real
+from hmn.data import datasets
+from hmn.data.preprocess import Normalise
+from hmn.data.sampling import random_subset, repeated_subset
+from hmn.data.source import TrainingImages
+from hmn.errors import DataError
+from hmn.evaluate import Accuracies, Images, Judge, evaluate, quick_accuracy, recipe_of
+from hmn.plan import Plan
+from hmn.seeding import generator
+from hmn.training import training_step
+
+
+class Session:
+    """One run at work: its plan, its data on the device, and where its state and measurements go."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        data: datasets.RealData,
+        chosen: compute.Compute,
+        checkpoints: Checkpoints,
+        tracker: tracking.Tracker,
+        folder: Path,
+        provenance: dict[str, Any],
+    ) -> None:
+        self.plan, self.config, self.data, self.compute = plan, plan.config, data, chosen
+        self.checkpoints, self.tracker, self.folder, self.provenance = checkpoints, tracker, folder, provenance
+        recipe = recipe_of(self.config.evaluation, flip=self.config.dataset.flip)
+        self.train_step = training_step(plan.build().to(chosen.device), chosen)
+        self.judge = Judge(
+            build=plan.build,
+            step=self.train_step,
+            normalise=Normalise(data.mean, data.std, chosen.device),
+            recipe=dataclasses.replace(recipe, epochs=plan.epochs),
+            seed=self.config.seed,
+            checkpoints=checkpoints,
+            together=chosen.together(max(self.config.evaluation.networks, self.config.pruning.score_networks)),
+        )
+        self.workshop = build.Workshop(
+            config=plan.config,
+            data=data,
+            build=plan.build,
+            compute=chosen,
+            train_step=self.train_step,
+            normalise=self.judge.normalise,
+            checkpoints=checkpoints,
+        )
+        self.held_out = Images(data.held_out.images, data.held_out.labels)
+
+    def condense_and_evaluate(self) -> dict[str, Any]:
+        """Condense over budget, prune down to it, evaluate, keep."""
+        config, stored = self.config, self.plan.storage
+        mean, std = tuple(self.data.mean), tuple(self.data.std)
+        container = self.plan.container(stored.over_budget_instances, mean, std).to(self.compute.device)
+        work = self._condensation(container)
+        container.finish()
+        over_budget = Images(*decode_all(container))
+        pruning = {"over_budget": config.pruning.over_budget, "cut_per_class": stored.over_budget_images_per_class}
+        pruning["cut_per_class"] -= stored.images_per_class
+        if pruning["cut_per_class"]:
+            index, chosen = self._choose(over_budget)
+            container.keep(index)
+            pruning |= chosen
+        curve = work.curve
+        images, labels = decode_all(container)
+        if config.evaluation.curve_points:
+            epochs = config.evaluation.curve_epochs
+            pruned = quick_accuracy(self.judge, Images(images, labels), self.held_out, epochs, "curve_pruned")
+            self.tracker.log({"curve/pruned_accuracy": pruned}, step_key="prune/step", step=0)
+            pruning["held_out_accuracy"] = pruned
+        self._keep_picture(images, labels)
+        accuracies = self._evaluate(Images(images, labels))
+        card = self._card(accuracies, pruning)
+        card = distributed.from_first(lambda: artifacts.save(self.folder, container, card))
+        files = [self.folder / name for name in (artifacts.TENSORS, artifacts.CARD, "condensed.png")]
+        self.tracker.log_artifact(self.plan.run_id, files, card)
+        return {
+            "accuracy": _plain(accuracies),
+            "images_per_class": str(container.images_per_class),
+            "budget_floats": stored.budget_floats,
+            "stored_floats": container.storage_floats(),
+            "tier_floats": tier_floats(container),
+            "over_budget_images_per_class": stored.over_budget_images_per_class,
+            "pruning": pruning,
+            "curve": [{"step": step, "held_out_accuracy": value} for step, value in sorted(curve.items())],
+            "condense_steps": work.step,
+            "condense_seconds": work.seconds,
+            **work.measured(),
+            "artifact_sha256": card["sha256"],
+        }
+
+    def _condensation(self, container: Container) -> condense.Condensation:
+        config = self.config
+        real = TrainingImages(
+            self.data.train.images,
+            self.data.train.labels,
+            self.data.class_names,
+            generator(config.seed, "container", "real", device=self.compute.device),
+        )
+        container.initialise(generator(config.seed, "container", device=self.compute.device), config.container, real)
+        state = self.checkpoints.load(condense.SLOT)
+        if state is None and config.container.init == "fit_real":
+            self._fit(container)
+        # A GPU need not repeat another's fit to the last bit.
+        distributed.copy_first_(container.state_dict().values())
+        work = build.condensation(self.workshop, container)
+        if state is not None:
+            if state["data"] != self.data.fingerprint:
+                raise DataError(
+                    f"{self.folder}: its checkpoint was made on other images; move the run away to start anew"
+                )
+            work.load_state_dict(state)
+            print(f"continuing at step {work.step} of {work.total_steps}")
+        self.tracker.rewind("condense/step", work.step)
+        # What the later stages recorded is recorded again, whether they are repeated or read back.
+        for step_key in ("prune/step", "prune/candidate", "evaluate/network"):
+            self.tracker.rewind(step_key, -1)
+        self.tracker.rewind("curve/step", max(work.curve, default=-1))
+        logging = config.tracking
+
+        def on_report(measured: condense.Report) -> None:
+            self.tracker.log(_metrics(measured), step_key="condense/step", step=measured.step)
+            before = measured.step - logging.log_every_steps
+            if before // logging.images_every_steps != measured.step // logging.images_every_steps:
+                work.gather()
+                self._log_grid(container, measured.step)
+
+        def on_curve(step: int) -> float:
+            kept = copy.deepcopy(container)  # as it would be kept if it ended here
+            kept.finish()
+            images = Images(*decode_all(kept))
+            epochs = config.evaluation.curve_epochs
+            value = quick_accuracy(self.judge, images, self.held_out, epochs, f"curve_{step}")
+            metrics = {"curve/held_out_accuracy": value, "curve/condense_seconds": work.seconds}
+            self.tracker.log(metrics, step_key="curve/step", step=step)
+            self._log_grid(container, step)
+            return value
+
+        if work.step == 0:
+            self._log_grid(container, 0)
+        with self.checkpoints.timed("condense"):
+            condense.condense(
+                work,
+                self.checkpoints,
+                log_every_steps=logging.log_every_steps,
+                on_report=on_report,
+                curve_points=config.evaluation.curve_points,
+                on_curve=on_curve,
+            )
+        self._log_grid(container, work.step)
+        return work
+
+    def _fit(self, container: Container) -> None:
+        settings = self.config.container
+        stream = generator(self.config.seed, "fit", device=self.compute.device)
+        index = repeated_subset(self.data.train.labels, container.images_per_class, self.data.class_names, stream)
+        with self.checkpoints.timed("fit"):
+            error = fit_real(
+                container,
+                self.data.train.images[index],
+                steps=settings.fit_steps,
+                batch=settings.fit_batch,
+                lr=settings.fit_learning_rate,
+                generator=stream,
+                checkpoints=self.checkpoints,
+            )
+        self.tracker.rewind("fit/step", -1)
+        self.tracker.log({"fit/mean_squared_error": error}, step_key="fit/step", step=settings.fit_steps)
+
+    def _choose(self, over_budget: Images) -> tuple[Tensor, dict[str, Any]]:
+        """Which instances stay, and how that was decided."""
+        settings, stored = self.config.pruning, self.plan.storage
+        with self.checkpoints.timed("score"):
+            scores = prune.area_under_margin(
+                self.judge, over_budget, settings.score, settings.score_networks, settings.score_epochs
+            )
+        self.tracker.log_histogram("prune/aum", scores, step_key="prune/step", step=0)
+        scores = scores.unflatten(0, (self.plan.data.classes, stored.over_budget_images_per_class))
+        chosen: dict[str, Any] = {"score": settings.score, "beta": settings.beta}
+        if settings.beta is None:
+            with self.checkpoints.timed("search_beta"):
+                best, searched = prune.search_beta(
+                    self.judge, over_budget, scores, stored.images_per_class, self.held_out, settings.search_epochs
+                )
+            chosen |= {"beta": best, "searched": {str(beta): value for beta, value in searched.items()}}
+            for position, (beta, value) in enumerate(searched.items()):
+                metrics = {"prune/beta": beta, "prune/held_out_accuracy": value}
+                self.tracker.log(metrics, step_key="prune/candidate", step=position)
+        return prune.kept_instances(scores, stored.images_per_class, chosen["beta"]), chosen
+
+    def evaluate_artifact(self) -> dict[str, Any]:
+        """Train fresh networks on a kept set. The card's class names must be the data's."""
+        kept = artifacts.load_condensed(self.config.artifact)
+        if tuple(kept.card["data"]["class_names"]) != self.data.class_names:
+            raise DataError(f"artifact={self.config.artifact}: its classes are not those of {self.data.name}")
+        if kept.card["data"]["fingerprint"] != self.data.fingerprint:
+            print(f"{self.data.name} is not bit for bit the data this set was condensed from")
+        images, labels = (tensor.to(self.compute.device) for tensor in kept.tensors())
+        # The set was condensed for its own normalisation, whatever the data at hand would measure.
+        mean, std = kept.card["data"]["mean"], kept.card["data"]["std"]
+        self.judge = dataclasses.replace(self.judge, normalise=Normalise(mean, std, self.compute.device))
+        self._keep_picture(images, labels)
+        return {
+            "accuracy": _plain(self._evaluate(Images(images, labels))),
+            "images_per_class": str(kept.container.images_per_class),
+            "stored_floats": kept.card["stored_floats"],
+            "artifact_sha256": kept.card["sha256"],
+        }
+
+    def full_data(self) -> dict[str, Any]:
+        """Train on all training images (without those held out), as the sets are condensed from them."""
+        train = self.data.train
+        counts = torch.bincount(train.labels).unique().tolist()
+        per_class = str(counts[0]) if len(counts) == 1 else f"{min(counts)}-{max(counts)}"
+        return {
+            "accuracy": _plain(self._evaluate(Images(train.images, train.labels))),
+            "images_per_class": per_class,
+            "stored_floats": train.images.numel(),
+        }
+
+    def random_subset(self) -> dict[str, Any]:
+        """Train on as many random real images as the budget pays for, drawn uniformly from each class."""
+        count = self.config.memory.images_per_class
+        stream = generator(self.config.seed, "random_subset", device=self.compute.device)
+        index = random_subset(self.data.train.labels, count, self.data.class_names, stream)
+        images, labels = self.data.train.images[index], self.data.train.labels[index]
+        self._keep_picture(images.float() / 255, labels)
+        return {
+            "accuracy": _plain(self._evaluate(Images(images, labels))),
+            "images_per_class": str(count),
+            "stored_floats": images.numel(),
+        }
+
+    def _evaluate(self, train: Images) -> Accuracies:
+        settings = self.config.evaluation
+        test = Images(self.data.test.images, self.data.test.labels)
+        with self.checkpoints.timed("evaluate"):
+            found = evaluate(self.judge, train, test, settings.networks, settings.test_points, "evaluate")
+        for index, value in enumerate(found.last):
+            self.tracker.log({"evaluate/accuracy": value}, step_key="evaluate/network", step=index)
+        return found
+
+    def _card(self, accuracies: Accuracies, pruning: dict[str, Any]) -> dict[str, Any]:
+        config, data = self.config, self.data
+        return {
+            "run_id": self.plan.run_id,
+            "budget": {
+                "images_per_class": config.memory.images_per_class,
+                "floats": self.plan.storage.budget_floats,
+            },
+            "data": {
+                "name": data.name,
+                "class_names": list(data.class_names),
+                "channels": self.plan.data.channels,
+                "image_size": self.plan.data.image_size,
+                "pixels": "float32 in [0, 1]; subtract mean and divide by std per channel before use",
+                "mean": list(data.mean),
+                "std": list(data.std),
+                "fingerprint": data.fingerprint,
+                "config": dataclasses.asdict(config.dataset),
+            },
+            "objective": dataclasses.asdict(config.objective),
+            "pruning": pruning,
+            "evaluation": {
+                "network": networks.full_name(config.network, self.plan.data.image_size),
+                **dataclasses.asdict(config.evaluation),
+                "accuracy": _plain(accuracies),
+            },
+            "provenance": self.provenance,
+        }
+
+    def _log_grid(self, container: Container, step: int) -> None:
+        if not distributed.first():
+            return
+        index = torch.tensor(list(condense.grid_rows(container, 10)), device=self.compute.device)
+        with torch.no_grad():
+            images = container.decode(index)
+        grid = pictures.class_grid(images, index // container.images_per_class, pixels=32)
+        self.tracker.log_image("condense/images", grid, step_key="condense/step", step=step)
+
+    def _keep_picture(self, images: Tensor, labels: Tensor) -> None:
+        if not distributed.first():
+            return
+        with atomic_write(self.folder / "condensed.png") as temporary:
+            pictures.class_grid(images, labels).save(temporary)
+
+
+def _metrics(measured: condense.Report) -> dict[str, float]:
+    layers = {f"condense/loss_layer{layer}": value for layer, value in enumerate(measured.losses, start=1)}
+    norms = {f"condense/gradient_norm/{tier}": value for tier, value in measured.gradient_norms.items()}
+    return {
+        "condense/loss": sum(measured.losses),
+        **layers,
+        **norms,
+        "condense/steps_per_second": measured.steps_per_second,
+        "condense/images_per_second": measured.images_per_second,
+        "condense/peak_bytes": measured.peak_bytes,
+        "condense/memory_lr": measured.learning_rate,
+        **{f"condense/{name}": value for name, value in measured.measured.items()},
+    }
+
+
+def _plain(accuracies: Accuracies) -> dict[str, Any]:
+    measured = {"mean": accuracies.mean, "std": accuracies.std, "best_mean": accuracies.best_mean}
+    return measured | dataclasses.asdict(accuracies)
