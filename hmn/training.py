@@ -105,6 +105,7 @@ class NetworkUpdate:
         weight_decay: float,
         strategy: str,
         cutmix: float,
+        rule: str = "idc",
     ) -> None:
         self.network = network
         self.step = step
@@ -112,6 +113,7 @@ class NetworkUpdate:
         self.generator = generator
         self.batch = batch
         self.strategy = strategy
+        self.rule = rule
         self.cutmix = cutmix
         self.fused = _replayable(generator.device)
         self.optimizer = torch.optim.SGD(
@@ -149,9 +151,8 @@ class NetworkUpdate:
             labels = torch.cat([labels, labels.index_select(-1, fill)], -1)
             weights[n:] = 0
         shape = images.shape
-        drawn = augment.draw(
-            self.strategy, labels.numel(), shape[-1], self.generator, batches=labels.numel() // self.batch
-        )
+        batches = labels.numel() // self.batch
+        drawn = augment.draw(self.strategy, labels.numel(), shape[-1], self.generator, rule=self.rule, batches=batches)
         inputs = augment.apply(self.normalise(images).flatten(0, -4), drawn).reshape(shape)
         partners, share = labels, torch.ones(networks, device=images.device)
         if self.cutmix:
