@@ -31,8 +31,12 @@ class ConvNet(nn.Module):
         self.body = nn.Sequential(*blocks)
         self.classifier = nn.Linear(width * size * size, classes)
 
+    def features(self, images: Tensor) -> Tensor:
+        """What the classifier sees, (n, f)."""
+        return self.body(images).flatten(1)
+
     def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(self.body(images).flatten(1))
+        return self.classifier(self.features(images))
 
 
 def default_depth(size: int) -> int:
