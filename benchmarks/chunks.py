@@ -21,11 +21,12 @@ import torch
 from benchmarks import harness, memory, problem
 from benchmarks.harness import Row
 from hmn.compute import Compute
-from hmn.condense import Condensation
 from hmn.config import HmnConfig
-from hmn.containers import hmn_shape, storage, with_preset
+from hmn.containers import storage
 from hmn.containers.hierarchical import HierarchicalMemory
+from hmn.containers.presets import hmn_shape, with_preset
 from hmn.data.datasets import RealData, Split
+from hmn.matching import ClassMatching
 from hmn.memory import classes_per_chunk
 from hmn.networks.convnet import ConvNet, default_depth
 from hmn.objectives.gradient import matching_step
@@ -63,7 +64,7 @@ def child(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     real = noise(classes, side, options.real).to(device)
     shape = hmn_shape(with_preset(HmnConfig(name="hmn"), images_per_class=10, **data), **data)
     container = HierarchicalMemory(shape, storage(shape, 10, 0.0).images_per_class).to(device)
-    container.initialise(generator(0, "container", device=device))
+    container.initialise(generator(0, "container", device=device), HmnConfig(name="hmn"), None)
     build = partial(ConvNet, 3, classes, side, width=options.width, depth=default_depth(side))
     config = problem.matching_config(options, network_samples=0, synthetic_batch=synthetic)
     compute = Compute(device)
@@ -74,7 +75,7 @@ def child(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         real, config, build=build, train=training_step(network, compute), compute=compute, seed=0, flip=True
     )
     idle = compute.current_bytes()
-    run = Condensation(
+    run = ClassMatching(
         container,
         live,
         config,

@@ -27,9 +27,9 @@ from benchmarks.problem import Problem, work
 from hmn import bank
 from hmn.checkpoint import Stop
 from hmn.compute import Compute
-from hmn.condense import Condensation
 from hmn.config import BankConfig, GradientMatchingConfig
 from hmn.containers.hierarchical import HierarchicalMemory
+from hmn.matching import ClassMatching
 from hmn.memory import classes_per_chunk
 from hmn.objectives.gradient import matching_step, real_gradients, stored_step
 from hmn.realside import LiveSide
@@ -52,7 +52,7 @@ def condensation(
     *,
     chunk: int | None,
     bank_compute: Compute | None = None,
-) -> Condensation:
+) -> ClassMatching:
     """A run of ours that decodes ``chunk`` classes at a time, or as many as a run without a memory limit.
 
     A form that stores real gradients has its bank made here, by ``bank_compute`` if that is given.
@@ -70,7 +70,7 @@ def condensation(
 
     if not form.stored:
         step = matching_step(network, config.metric, compute)
-        return Condensation(container, live(compute, "condense"), config, match=step, **shared)
+        return ClassMatching(container, live(compute, "condense"), config, match=step, **shared)
     making = bank_compute or compute
     folder = tempfile.TemporaryDirectory()
     paths = bank.build(
@@ -85,7 +85,7 @@ def condensation(
     )
     side = bank.BankSide(paths, config.bank, config.strategy, problem.SIZE, at.device, 0)
     side.folder = folder  # removed with the side that reads it
-    return Condensation(container, side, config, match=stored_step(network, config.metric, compute), **shared)
+    return ClassMatching(container, side, config, match=stored_step(network, config.metric, compute), **shared)
 
 
 def variants(chosen: Sequence[Form], at: Problem, options: argparse.Namespace) -> list[Variant]:

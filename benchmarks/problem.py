@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hmn.config import DatasetConfig, GradientMatchingConfig, HmnConfig
-from hmn.containers import hmn_shape, storage, with_preset
+from hmn.containers import storage
 from hmn.containers.hierarchical import HierarchicalMemory
+from hmn.containers.presets import hmn_shape, with_preset
 from hmn.data import datasets, folder
 from hmn.data.datasets import RealData, Split
 from hmn.data.preprocess import Normalise
@@ -69,7 +70,7 @@ class Problem:
         shape = hmn_shape(with_preset(HmnConfig(name="hmn"), images_per_class=images_per_class, **data), **data)
         count = storage(shape, images_per_class, OVER_BUDGET).over_budget_images_per_class
         container = HierarchicalMemory(shape, count).to(self.device)
-        container.initialise(generator(0, "container", device=self.device))
+        container.initialise(generator(0, "container", device=self.device), HmnConfig(name="hmn"), None)
         return container
 
 

@@ -19,7 +19,6 @@ from hmn.data.preprocess import Normalise
 from hmn.matching import ClassMatching
 from hmn.memory import classes_per_chunk
 from hmn.networks import Builder
-from hmn.objectives.distance import convolution_weights
 from hmn.objectives.gradient import matching_step, real_gradients, stored_step
 from hmn.optimizer import idc_rate_factor
 from hmn.realside import LiveSide
@@ -105,7 +104,6 @@ def gradient_matching(shop: Workshop, container: Container) -> ClassMatching:
         side,
         objective,
         match=make_step(network, objective.metric, compute),
-        parts=len(convolution_weights(dict(network.named_parameters()))),
         normalise=shop.normalise,
         compute=compute,
         seed=config.seed,

@@ -15,6 +15,7 @@ from hmn.config.objectives import ClassMatchingConfig
 from hmn.containers.base import Container
 from hmn.data import augment
 from hmn.data.preprocess import Normalise
+from hmn.objectives.distance import convolution_weights
 from hmn.objectives.gradient import MatchingStep
 from hmn.optimizer import ContainerOptimizer
 from hmn.realside import Choice, RealSide
@@ -22,7 +23,8 @@ from hmn.seeding import generator
 
 
 class ClassMatching(Condensation):
-    """``match`` says how far a class's synthetic images are from the real side, in ``parts`` numbers.
+    """``match`` says how far a class's synthetic images are from the real side, in ``parts`` numbers: one per matched
+    layer, where that is ``None``.
 
     ``chunk`` classes are decoded and matched at a time: what is computed does not depend on it, the memory does.
     Several processes draw alike for all classes, and each decodes and matches only those it owns. What classes share
@@ -37,7 +39,7 @@ class ClassMatching(Condensation):
         config: ClassMatchingConfig,
         *,
         match: MatchingStep,
-        parts: int,
+        parts: int | None = None,
         normalise: Normalise,
         compute: Compute,
         seed: int,
@@ -139,7 +141,7 @@ class ClassMatching(Condensation):
             synthetic.backward(pixel_gradients / k)
             distances.append(layers)
         if not distances:
-            return torch.zeros(self.parts, device=self.compute.device)
+            return torch.zeros(self.parts or len(convolution_weights(parameters)), device=self.compute.device)
         return torch.stack(distances).sum(0)
 
     def _rows(self, classes: Tensor, n: int, total: int) -> Tensor:

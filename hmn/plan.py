@@ -184,7 +184,7 @@ def _check_pairs(plan: Plan) -> None:
     tiers = container.tiers()
     for tier in config.container.lr_scale:
         require(f"container.lr_scale.{tier}", tier in tiers, config.container.lr_scale[tier], f"of {', '.join(tiers)}")
-    over, tied = config.pruning.over_budget, container.TIED
+    over, tied = config.pruning.over_budget, plan.shape.tied
     require("pruning.over_budget", not over or tied is None, over, f"0 for container={config.container.name}: {tied}")
     group = getattr(config.objective, "classes_per_step", None)
     require("objective.classes_per_step", group is None or group <= classes, group, f"at most {classes}")

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 import hmn
 from hmn import artifacts
 from hmn.artifacts import CARD, TENSORS, decode_all, load_condensed, sha256
-from hmn.containers.base import storage_floats
+from hmn.config import HmnConfig
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
 from hmn.errors import ArtifactError
 from tests.command import ROOT
@@ -28,14 +28,14 @@ SHAPE |= {"feature_kernel": 1, "class_channels": 1, "instance_channels": 2, "dec
 
 
 def container(seed: int = 0, **changes: Any) -> HierarchicalMemory:
-    made = HierarchicalMemory(HmnShape(**SHAPE | changes), images_per_class=4)
-    made.initialise(torch.Generator().manual_seed(seed))
+    made = HierarchicalMemory(HmnShape(**SHAPE | changes), 4)
+    made.initialise(torch.Generator().manual_seed(seed), HmnConfig(name="hmn"), None)
     return made
 
 
 def save(folder: Path, made: HierarchicalMemory | None = None, **card: Any) -> Path:
     made = made or container()
-    artifacts.save(folder, made, {"budget": {"floats": storage_floats(made)}, "data": {}, **card})
+    artifacts.save(folder, made, {"budget": {"floats": made.storage_floats()}, "data": {}, **card})
     return folder
 
 
@@ -270,7 +270,7 @@ def test_a_card_that_describes_no_container_or_another_is_refused(tmp_path, spec
 
 
 def test_a_set_over_its_budget_is_refused(tmp_path):
-    floats = storage_floats(container())
+    floats = container().storage_floats()
     save(tmp_path, budget={"floats": floats - 1})
     refused(tmp_path, f"stores {floats} floats", f"over the budget of {floats - 1}")
     assert load_condensed(save(tmp_path, budget={"floats": floats}))

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from hmn.bank import BankSide, build, snapshot_steps
 from hmn.checkpoint import Checkpoints, Stop
-from hmn.condense import Condensation
 from hmn.config import BankConfig, bank_identity
 from hmn.errors import ArtifactError, Interrupted
+from hmn.matching import ClassMatching
 from hmn.objectives.gradient import matching_step, real_gradients, stored_step
 from hmn.realside import LiveSide
 from hmn.training import training_step
@@ -54,8 +54,8 @@ def side(paths: list[Path], *, seed: int = SEED) -> BankSide:
     return BankSide(paths, SETTINGS.bank, SETTINGS.strategy, 8, torch.device("cpu"), seed)
 
 
-def make_run(paths: list[Path], *, container_seed: int = 0) -> Condensation:
-    return Condensation(
+def make_run(paths: list[Path], *, container_seed: int = 0) -> ClassMatching:
+    return ClassMatching(
         make_container(container_seed),
         side(paths),
         SETTINGS,
@@ -98,7 +98,7 @@ def test_a_banked_step_is_the_live_step_of_the_same_network_images_and_draw(tmp_
     run = make_run(make_bank(tmp_path))
     run.side.order, run.side.position = torch.tensor([2]), 0  # network 1, untrained
     reference = live(1)
-    lively = Condensation(
+    lively = ClassMatching(
         make_container(),
         reference,
         SETTINGS,

@@ -80,7 +80,7 @@ def test_a_counted_read_is_counted():
 def test_a_whole_step_reads_nothing_back(changes, monkeypatch):
     run = make_run(config(**changes))
     run.run_step()
-    monkeypatch.setattr(run.optimizer.adam, "step", lambda: None)  # on a CPU, and only there, it reads its step count
+    monkeypatch.setattr(run.optimizer.inner, "step", lambda: None)  # on a CPU, and only there, it reads its step count
     run.side.begin(run.step)
     choice = run._chosen(torch.arange(3)) | run.side.choose_update()
     with HostReads() as reads:

@@ -25,7 +25,6 @@ from safetensors.torch import load_file
 import hmn
 from hmn import cli, experiment
 from hmn.config import Config
-from hmn.containers.base import storage_floats
 from tests.command import TINY, Outcome, planned, run, start
 from tests.wandb_reader import read_offline_run, without_login
 
@@ -133,7 +132,7 @@ def test_the_one_line_loader_loads_it(finished):
     count = planned(*finished.arguments).storage.images_per_class
     assert (images.shape, images.dtype) == ((3 * count, 1, 8, 8), torch.float32)
     assert labels.bincount().tolist() == [count] * 3
-    assert storage_floats(condensed.container) == finished.result["stored_floats"]
+    assert condensed.container.storage_floats() == finished.result["stored_floats"]
     loader = torch.utils.data.DataLoader(condensed, batch_size=len(condensed), shuffle=False)
     (batch, batch_labels), *rest = list(loader)
     assert (torch.equal(batch, images), torch.equal(batch_labels, labels), rest) == (True, True, [])
@@ -391,7 +390,7 @@ BAD_SETTINGS = {
     "container.latent_side=3": ["container.latent_side=3: must be", "dataset.image_size=8"],
     "container=hmn_p3": ["over the budget of 640", "the smallest budget that fits is 138,841"],
     "compute.device=cuda": ["compute.device=cuda: must be cpu or auto: this machine has no such GPU"],
-    "mode=train": ["mode=train: must be one of run, plan, evaluate, full_data, random_subset"],
+    "mode=train": ["mode=train: must be one of run, plan, evaluate, full_data, random_subset, experts"],
     "mode=evaluate": ["artifact=null: must be given for mode=evaluate"],
     "mode=evaluate artifact=absent": ["artifact=absent: no condensed.safetensors there"],
     "dataset=folder": ["dataset.root=null: must be given for dataset=folder"],

@@ -20,16 +20,18 @@ from hmn import condense as condensing
 from hmn import realside
 from hmn.checkpoint import Checkpoints, Stop
 from hmn.compute import Compute
-from hmn.condense import Condensation, ContainerOptimizer, Report, condense, curve_steps, grid_rows
-from hmn.config import GradientMatchingConfig
+from hmn.condense import Report, condense, curve_steps, grid_rows
+from hmn.config import GradientMatchingConfig, HmnConfig
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
 from hmn.data import augment
 from hmn.data.datasets import RealData, Split
 from hmn.data.sampling import per_class
 from hmn.errors import DataError, Diverged, Interrupted
+from hmn.matching import ClassMatching
 from hmn.networks import initialise
 from hmn.networks.convnet import ConvNet
 from hmn.objectives.gradient import matching_step
+from hmn.optimizer import ContainerOptimizer
 from hmn.realside import LiveSide
 from hmn.seeding import generator
 from hmn.training import training_step
@@ -56,7 +58,7 @@ OWNED = ("instances", "class_memory", "extractor_weight", "extractor_bias")
 
 def make_container(seed: int = 0) -> HierarchicalMemory:
     container = HierarchicalMemory(SHAPE, PER_CLASS)
-    container.initialise(torch.Generator().manual_seed(seed))
+    container.initialise(torch.Generator().manual_seed(seed), HmnConfig(name="hmn"), None)
     return container
 
 
@@ -98,7 +100,7 @@ def make_run(settings: GradientMatchingConfig, *, container_seed: int = 0, flip:
     side = live_side(settings, flip=flip, compute=compute)
     container = make_container(container_seed).to(compute.device)
     shared = {"normalise": side.normalise, "compute": compute, "seed": SEED, "fingerprint": REAL.fingerprint}
-    return Condensation(container, side, settings, **shared, **parts)
+    return ClassMatching(container, side, settings, **shared, **parts)
 
 
 def live_side(
@@ -193,7 +195,7 @@ def test_rates_decay_by_a_cosine_from_their_peak_to_the_final_fraction():
         random_gradients(container, torch.Generator().manual_seed(0))
         optimizer.set_rates(done)
         optimizer.step(torch.arange(CLASSES))
-        rates.append([group["lr"] for group in optimizer.adam.param_groups])
+        rates.append([group["lr"] for group in optimizer.inner.param_groups])
     for tier, index in zip(TIERS, range(5), strict=True):
         peak = 0.03 if tier in MEMORIES else 0.002
         assert [rate[index] for rate in rates] == pytest.approx([peak, 0.6 * peak, 0.2 * peak], rel=1e-12)
@@ -202,7 +204,7 @@ def test_rates_decay_by_a_cosine_from_their_peak_to_the_final_fraction():
 def test_each_tier_is_one_group_of_the_optimiser_and_none_is_left_out():
     container = make_container()
     for by_class in (False, True):
-        groups = ContainerOptimizer(container, SETTINGS, 10, by_class=by_class).adam.param_groups
+        groups = ContainerOptimizer(container, SETTINGS, 10, by_class=by_class).inner.param_groups
         counts = [sum(member.numel() for member in group["params"]) for group in groups]
         tiers = container.tiers()
         assert tuple(tiers) == TIERS
@@ -244,11 +246,11 @@ def test_classes_that_do_not_take_part_keep_values_and_moments_bit_for_bit():
     container = make_container()
     optimizer, stream = ContainerOptimizer(container, SETTINGS, 8, by_class=True), torch.Generator().manual_seed(1)
     for done, turn in enumerate(TURNS):
-        before, moments = clone_of(container), copy.deepcopy(optimizer.adam.state_dict()["state"])
+        before, moments = clone_of(container), copy.deepcopy(optimizer.inner.state_dict()["state"])
         random_gradients(container, stream)
         optimizer.set_rates(done)
         optimizer.step(torch.tensor(turn))
-        after, later = clone_of(container), optimizer.adam.state_dict()["state"]
+        after, later = clone_of(container), optimizer.inner.state_dict()["state"]
         for name in OWNED:
             moved = [not torch.equal(before[name][c], after[name][c]) for c in range(CLASSES)]
             assert moved == [c in turn for c in range(CLASSES)]
@@ -266,7 +268,7 @@ def test_classes_that_do_not_take_part_keep_values_and_moments_bit_for_bit():
 class Recorder:
     """Notes the gradients that each optimiser step is given, and the container they were taken at."""
 
-    def __init__(self, run: Condensation, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, run: ClassMatching, monkeypatch: pytest.MonkeyPatch) -> None:
         self.turns: list[tuple[list[int], nn.Module, dict[str, Tensor]]] = []
         step = run.optimizer.step
 
@@ -364,7 +366,7 @@ def test_a_step_is_that_of_a_naive_loop_over_classes(changes: dict[str, Any], mo
             torch.testing.assert_close(norms[tier], norm, rtol=1e-6, atol=0)
 
 
-def watch_turns(run: Condensation, monkeypatch: pytest.MonkeyPatch, steps: int) -> list[list[list[int]]]:
+def watch_turns(run: ClassMatching, monkeypatch: pytest.MonkeyPatch, steps: int) -> list[list[list[int]]]:
     """The classes of every optimiser step, by step."""
     recorder, found = Recorder(run, monkeypatch), []
     for _ in range(steps):
@@ -578,7 +580,7 @@ def test_a_checkpoint_names_the_data_it_was_made_on():
 def test_the_seed_decides_everything_and_another_one_differs():
     settings = config()
     runs = [make_run(settings) for _ in range(2)]
-    other = Condensation(
+    other = ClassMatching(
         make_container(),
         live_side(settings, seed=SEED + 1),
         settings,
@@ -598,7 +600,7 @@ def test_the_seed_decides_everything_and_another_one_differs():
 # The whole loop
 
 
-def run_all(run: Condensation, checkpoints: Checkpoints, **options: Any) -> list[Report]:
+def run_all(run: ClassMatching, checkpoints: Checkpoints, **options: Any) -> list[Report]:
     reports: list[Report] = []
     condense(run, checkpoints, **{"log_every_steps": 1, "on_report": reports.append, **options})
     return reports
@@ -648,7 +650,7 @@ def test_the_curve_has_evenly_spaced_points_both_ends_included(total: int, point
 def test_the_curve_is_measured_at_its_steps_once_even_by_a_run_that_is_resumed(tmp_path: Path):
     measured: list[tuple[int, Tensor]] = []
 
-    def curve_of(run: Condensation):
+    def curve_of(run: ClassMatching):
         def on_curve(step: int) -> float:
             assert step == run.step
             measured.append((step, run.container.instances.detach().clone()))
@@ -758,7 +760,7 @@ def spoilt_from(step: int, what: str):
 def all_finite(state: dict[str, Any]) -> bool:
     tensors = [
         *state["container"].values(),
-        *(value for row in state["adam"]["state"].values() for value in row.values()),
+        *(value for row in state["optimizer"]["state"].values() for value in row.values()),
     ]
     return all(bool(value.isfinite().all()) for value in tensors)
 

@@ -143,7 +143,7 @@ def test_a_value_out_of_range_is_named_with_its_key_and_the_rule(section, name, 
 
 
 def test_the_top_level_is_checked_too():
-    refused("mode=train: must be one of run, plan, evaluate, full_data, random_subset", mode="train")
+    refused("mode=train: must be one of run, plan, evaluate, full_data, random_subset, experts", mode="train")
     refused("seed=-1: must be at least 0", seed=-1)
 
 
@@ -250,7 +250,7 @@ SCIENCE: dict[str, dict[str, Any]] = {
     },
     "memory": {"images_per_class": 11},
     "container": {
-        "name": ...,  # there is only one
+        "name": ...,  # another container has other settings
         "preset": "p1",
         "latent_side": 4,
         "dataset_channels": 4,
@@ -262,13 +262,14 @@ SCIENCE: dict[str, dict[str, Any]] = {
         "decoder": "transposed",
         "decoder_norm": True,
         "init": "fit_real",
+        "lr_scale": {"decoder": 2.0},
         "instance_init_scale": 2.0,
         "fit_steps": 7,
         "fit_batch": 7,
         "fit_learning_rate": 0.1,
     },
     "objective": {
-        "name": ...,  # there is only one
+        "name": ...,  # another objective has other settings
         "metric": "l1",
         "outer_steps": 7,
         "inner_steps": 7,
@@ -276,7 +277,12 @@ SCIENCE: dict[str, dict[str, Any]] = {
         "synthetic_batch": 7,
         "classes_per_step": 7,
         "strategy": "none",
+        "augmentation_rule": "vico",
         "step_policy": "per_class",
+        "optimizer": "sgd",
+        "lr_scaling": "idc",
+        "momentum": 0.1,
+        "gradient_clip": 7.0,
         "memory_lr": 0.1,
         "weights_lr": 0.1,
         "beta1": 0.1,
@@ -289,6 +295,7 @@ SCIENCE: dict[str, dict[str, Any]] = {
         "network_weight_decay": 0.1,
         "network_strategy": "none",
         "network_cutmix": 0.1,
+        "k_means_interval": 7,
         "bank": BankConfig(networks=7),
     },
     "pruning": {

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from hmn import compute, distributed
 from hmn.checkpoint import Checkpoints
 from hmn.compute import Compute
-from hmn.condense import Condensation
-from hmn.config import ComputeConfig, GradientMatchingConfig
+from hmn.config import ComputeConfig, GradientMatchingConfig, HmnConfig
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
 from hmn.data.datasets import RealData, Split
 from hmn.data.preprocess import Normalise
 from hmn.errors import ConfigError
 from hmn.evaluate import Images, Judge, evaluate
+from hmn.matching import ClassMatching
 from hmn.networks.convnet import ConvNet
 from hmn.objectives.gradient import matching_step
 from hmn.prune import area_under_margin
@@ -61,7 +61,7 @@ def real(classes: int) -> RealData:
     )
 
 
-def condensation(classes: int, **changes: Any) -> Condensation:
+def condensation(classes: int, **changes: Any) -> ClassMatching:
     values = {"outer_steps": 3, "inner_steps": 2, "real_batch": 4, "network_samples": 16, "network_batch": 8}
     settings = GradientMatchingConfig(name="gradient_matching", **{**values, **changes})
     shape = HmnShape(
@@ -77,13 +77,13 @@ def condensation(classes: int, **changes: Any) -> Condensation:
         decoder_width=4,
     )
     container = HierarchicalMemory(shape, 3)
-    container.initialise(torch.Generator().manual_seed(0))
+    container.initialise(torch.Generator().manual_seed(0), HmnConfig(name="hmn"), None)
     build, data = network_of(classes), real(classes)
     train = training_step(build(), CPU)
     side = LiveSide(data, settings, build=build, train=train, compute=CPU, seed=4, flip=True)
     match = matching_step(build(), settings.metric, CPU)
     shared = {"normalise": side.normalise, "compute": CPU, "seed": 4, "fingerprint": data.fingerprint}
-    return Condensation(container, side, settings, match=match, **shared)
+    return ClassMatching(container, side, settings, match=match, **shared)
 
 
 def network_of(classes: int) -> Callable[[], nn.Module]:
@@ -148,7 +148,7 @@ def exchanged(here: Path, alone: Path) -> dict[str, Any]:
 
 def continued(folder: Path) -> dict[str, Any]:
     work = condensation(5, classes_per_step=2)
-    work.container.initialise(torch.Generator().manual_seed(99))
+    work.container.initialise(torch.Generator().manual_seed(99), HmnConfig(name="hmn"), None)
     work.load_state_dict(Checkpoints(folder, 0).load("condense"))
     for _ in range(STEPS - 2):
         work.run_step()

@@ -70,32 +70,32 @@ def test_networks_of_other_data_have_the_published_sizes(dataset, parameters):
 
 def test_flops_are_the_hand_count():
     plan = planned("mode=plan", "dataset=cifar10")
-    assert plan.network_flops == FORWARD == 101_490_688
+    assert FORWARD == 101_490_688
     assert plan.training_flops == TRAINING == 297_394_176
     assert round(TRAINING / FORWARD, 2) == 2.93
     # 2,000 samples in batches of 64 are 32 batches.
-    assert plan.update_flops == 32 * 64 * TRAINING
+    assert plan.step_flops.update == 32 * 64 * TRAINING
     # A matching step differentiates convolution weights only, on real images once and on decoded ones twice.
     weights, inputs = sum(CONVOLUTIONS), sum(CONVOLUTIONS[1:]) + CLASSIFIER
     once = FORWARD + weights + inputs
     twice = once + 2 * weights + inputs + FORWARD
     per_class = 64 * once + 87 * twice
-    assert 1 <= plan.matching_flops / (10 * per_class) < 1.15  # the counter sees some terms that nothing needs
+    assert 1 <= plan.step_flops.matching / (10 * per_class) < 1.15  # the counter sees some terms that nothing needs
 
 
 def test_flops_follow_batches_and_classes():
     plan = planned("mode=plan", "dataset=cifar100")
     group = planned("mode=plan", "dataset=cifar100", "objective.classes_per_step=20")
-    assert plan.matching_flops == 5 * group.matching_flops
+    assert plan.step_flops.matching == 5 * group.step_flops.matching
     few = planned("mode=plan", "dataset=cifar100", "objective.synthetic_batch=10", "objective.real_batch=10")
-    assert few.matching_flops < plan.matching_flops / 5
-    assert planned("mode=plan", "objective.network_samples=0").update_flops == 0
+    assert few.step_flops.matching < plan.step_flops.matching / 5
+    assert planned("mode=plan", "objective.network_samples=0").step_flops.update == 0
 
 
 def test_expected_flops_are_those_of_condensing_and_of_training_the_judges():
     small = ("dataset=cifar10", "objective.outer_steps=2", "objective.inner_steps=3", "evaluation.networks=4")
     plan = planned(*small, "evaluation.epochs=5")
-    condensing = 6 * (plan.matching_flops + plan.update_flops)
+    condensing = 6 * (plan.step_flops.matching + plan.step_flops.update)
     assert plan.expected_flops == condensing + 4 * 5 * 780 * TRAINING
     assert planned(*small, "evaluation.epochs=5", "mode=random_subset").expected_flops == 4 * 5 * 10 * TRAINING
     full = planned(*small, "evaluation.full_data_epochs=2", "mode=full_data")

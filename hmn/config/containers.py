@@ -107,13 +107,17 @@ class MultiformationConfig(PixelConfig):
     init: str = "mix"
     pixel_space: str = "unit"
     factor: int = 2  # f
-    decode: str = "single"  # single: factor f; multi: factors 1 to f; bound: multi in training, as many as bound allows
-    bound: int = 128  # decoded images per class of decode=bound
+    # single: factor f; multi: every factor from 1 to f; bound: single, but condensing sees stored images at smaller
+    # factors too, so that a class has at most ``bound`` decoded ones
+    decode: str = "single"
+    bound: int | None = None  # decode=bound: null: 128
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(SECTION, 1, self, "factor", "bound")
         one_of("container.decode", self.decode, ("single", "multi", "bound"))
+        used = self.bound is None or self.decode == "bound"
+        require("container.bound", used, self.bound, "null: only container.decode=bound uses it")
 
 
 @dataclass(kw_only=True)
@@ -170,7 +174,7 @@ class SpeedConfig(PixelConfig):
     preset: str = "auto"  # a row of hmn/containers/speed.py; auto: the row nearest to dataset and memory
     tokens: int | None = None  # K
     token_dim: int | None = None  # D
-    depth: int | None = None  # R applications of the same block
+    depth: int | None = None  # R blocks, each with weights of its own, that read the same tokens and code
     heads: int | None = None
     top_k: int | None = None  # entries of each image's and head's code that are kept and charged, 1.5 floats each
     patch: int | None = None  # side of a patch in pixels

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from hmn.budget import budget_floats, images_that_fit
 from hmn.config import ContainerConfig
-from hmn.containers import image, presets
+from hmn.containers import fred, haba, image, linba, multiformation, presets, speed
 from hmn.containers.base import Container, ImageShape
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
 
@@ -29,6 +29,16 @@ class Kind(NamedTuple):
 KINDS = {
     "hmn": Kind(HierarchicalMemory, HmnShape, presets.with_preset, presets.hmn_shape),
     "image": Kind(image.RawImages, image.RawShape, image.fill, image.shape_of),
+    "multiformation": Kind(
+        multiformation.Multiformation,
+        multiformation.MultiformationShape,
+        multiformation.fill,
+        multiformation.shape_of,
+    ),
+    "haba": Kind(haba.Haba, haba.HabaShape, haba.fill, haba.shape_of),
+    "linba": Kind(linba.LinearBases, linba.LinbaShape, linba.fill, linba.shape_of),
+    "speed": Kind(speed.SparseCodes, speed.SpeedShape, speed.fill, speed.shape_of),
+    "fred": Kind(fred.FrequencyMemory, fred.FredShape, fred.fill, fred.shape_of),
 }
 
 

@@ -44,6 +44,11 @@ class ImageShape:
     def images_per_instance(self) -> int:
         return 1
 
+    @property
+    def tied(self) -> str | None:
+        """Why single images cannot be dropped, where they cannot."""
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class PixelShape(ImageShape):
@@ -63,7 +68,6 @@ class Container(nn.Module):
     """
 
     NAME: ClassVar[str]
-    TIED: ClassVar[str | None] = None  # why single images cannot be dropped, where they cannot
 
     shape: ImageShape
     instances: nn.Parameter
@@ -76,6 +80,11 @@ class Container(nn.Module):
     def images_per_class(self) -> int:
         """G."""
         return self.instances.shape[1] * self.shape.images_per_instance
+
+    @property
+    def tied(self) -> str | None:
+        """Why single images cannot be dropped, where they cannot: :meth:`keep` refuses with it."""
+        return self.shape.tied
 
     def decode(self, index: Tensor) -> Tensor:
         """Images (n, channels, H, W) of ``index`` (n,), differentiable.
@@ -131,8 +140,8 @@ class Container(nn.Module):
 
         Raises ``ValueError`` unless all classes keep equally many, at least one, and for images that are tied.
         """
-        if self.TIED is not None:
-            raise ValueError(f"{self.NAME}: {self.TIED}")
+        if self.tied is not None:
+            raise ValueError(f"{self.NAME}: {self.tied}")
         rows = self.kept_rows(index)
         kept = self.instances.detach().flatten(0, 1)[rows]
         self.instances = nn.Parameter(kept.unflatten(0, (self.classes, -1)).clone())

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, fields, replace
 
-from hmn.budget import budget_floats
 from hmn.config import HmnConfig, require
 from hmn.containers.hierarchical import HmnShape
+from hmn.containers.nearest import distance, fits
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,8 @@ PRESETS = {
 
 def by_distance(image_size: int, classes: int, images_per_class: int) -> list[str]:
     """The default presets, nearest data first: by image side, then number of classes, then images per class."""
-
-    def distance(name: str) -> tuple[float, float, float]:
-        row = PRESETS[name]
-        pairs = ((row.image_size, image_size), (row.classes, classes), (row.images_per_class, images_per_class))
-        return tuple(abs(math.log(made_for / here)) for made_for, here in pairs)  # type: ignore[return-value]
-
-    return sorted((name for name, row in PRESETS.items() if row.by_default), key=distance)
+    names = [name for name, row in PRESETS.items() if row.by_default]
+    return sorted(names, key=lambda name: distance(PRESETS[name], image_size, classes, images_per_class))
 
 
 def latent_side(preset: Preset, image_size: int) -> int:
@@ -83,16 +78,16 @@ def with_preset(
     latent side from which doubling cannot reach the image's side.
     """
 
-    def fits(name: str) -> bool:
-        shape = hmn_shape(_filled(config, name, image_size), classes=classes, channels=channels, image_size=image_size)
-        needed = shape.shared_floats + classes * shape.instance_floats
-        return needed <= budget_floats(images_per_class, classes, channels, image_size)
+    def pays(name: str) -> bool:
+        filled = _filled(config, name, image_size)
+        shape = hmn_shape(filled, classes=classes, channels=channels, image_size=image_size)
+        return fits(shape, images_per_class)
 
     if config.preset != "auto":
         require("container.preset", config.preset in PRESETS, config.preset, f"auto or one of {', '.join(PRESETS)}")
         return _filled(config, config.preset, image_size)
     ranked = by_distance(image_size, classes, images_per_class)
-    return _filled(config, next(filter(fits, ranked), ranked[0]), image_size)
+    return _filled(config, next(filter(pays, ranked), ranked[0]), image_size)
 
 
 def _filled(config: HmnConfig, name: str, image_size: int) -> HmnConfig:

@@ -10,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from hmn.config import DATASETS
+from hmn.containers import KINDS
 from hmn.containers.presets import PRESETS
 from hmn.data.official import IMAGENET10
 from tests.command import CONF, configured, planned
@@ -18,7 +19,7 @@ FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
 GROUPS = {
     "dataset": sorted(DATASETS),
     "memory": ["ipc1", "ipc10", "ipc50"],
-    "container": sorted(["hmn", *(f"hmn_{name}" for name in PRESETS)]),
+    "container": sorted([*KINDS, *(f"hmn_{name}" for name in PRESETS)]),
     "objective": ["gradient_matching"],
     "pruning": ["double_end", "none"],
     "network": ["convnet"],

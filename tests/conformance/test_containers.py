@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hmn.config import HmnConfig
 from hmn.containers import rebuild
-from hmn.containers.base import storage_floats, tier_floats
+from hmn.containers.base import tier_floats
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
 
 CLASSES, IMAGES = 3, 4  # of every container made here
@@ -33,7 +34,7 @@ def hmn(**changes: object) -> Callable[[], nn.Module]:
 
     def make() -> nn.Module:
         container = HierarchicalMemory(HmnShape(**values | changes), IMAGES)
-        container.initialise(torch.Generator().manual_seed(0))
+        container.initialise(torch.Generator().manual_seed(0), HmnConfig(name="hmn"), None)
         return container
 
     return make
@@ -113,14 +114,14 @@ def test_every_parameter_is_used_and_gets_a_finite_gradient(container):
 def test_all_that_is_stored_is_float32_parameters(container):
     assert list(container.buffers()) == []
     assert all(parameter.dtype == torch.float32 for parameter in container.parameters())
-    assert storage_floats(container) == sum(value.numel() for value in container.state_dict().values())
+    assert container.storage_floats() == sum(value.numel() for value in container.state_dict().values())
 
 
 def test_the_tiers_are_all_parameters_once(container):
     grouped = [id(parameter) for parameters in container.tiers().values() for parameter in parameters]
     assert len(set(grouped)) == len(grouped)
     assert set(grouped) == {id(parameter) for parameter in container.parameters()}
-    assert sum(tier_floats(container).values()) == storage_floats(container)
+    assert sum(tier_floats(container).values()) == container.storage_floats()
 
 
 def test_some_tier_is_a_memory_and_all_tiers_have_names_of_their_own(container):
@@ -162,12 +163,12 @@ def test_survivors_of_pruning_are_bit_equal_and_stay_in_order(container):
 
 
 def test_every_pruned_image_frees_the_same_storage(container):
-    sizes = [storage_floats(container)]
+    sizes = [container.storage_floats()]
     for kept in (3, 2, 1):
         labels = torch.arange(CLASSES)[:, None] * container.images_per_class
         container.keep((labels + torch.arange(kept)).flatten())
-        sizes.append(storage_floats(container))
-        assert storage_floats(container) == sum(tier_floats(container).values())
+        sizes.append(container.storage_floats())
+        assert container.storage_floats() == sum(tier_floats(container).values())
     freed = {before - after for before, after in zip(sizes, sizes[1:], strict=False)}
     assert len(freed) == 1 and freed.pop() > 0
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hmn.checkpoint import Checkpoints, Stop
+from hmn.config import HmnConfig
 from hmn.containers.fit import SLOT, fit_real
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
 from hmn.errors import Interrupted
@@ -34,7 +35,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def made(seed: int = 0) -> HierarchicalMemory:
     container = HierarchicalMemory(SHAPE, 2)
-    container.initialise(generator(seed))
+    container.initialise(generator(seed), HmnConfig(name="hmn"), None)
     return container
 
 

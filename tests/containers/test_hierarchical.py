@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hmn.budget import budget_floats
+from hmn.config import HmnConfig
 from hmn.containers import storage
-from hmn.containers.base import storage_floats, tier_floats
-from hmn.containers.hierarchical import HierarchicalMemory, HmnShape, shared_floats
+from hmn.containers.base import tier_floats
+from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
 from hmn.containers.presets import PRESETS
 from hmn.errors import ConfigError
 from hmn.prune import kept_instances
@@ -65,7 +66,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def made(shape: HmnShape = TINY, images_per_class: int = 4, seed: int = 0, scale: float = 1.0) -> HierarchicalMemory:
     container = HierarchicalMemory(shape, images_per_class)
-    container.initialise(generator(seed), instance_scale=scale)
+    container.initialise(generator(seed), HmnConfig(name="hmn", instance_init_scale=scale), None)
     return container
 
 
@@ -183,14 +184,14 @@ def test_a_tier_without_channels_is_neither_stored_nor_counted(changes, tiers):
     expected = decoder
     expected += 128 + 10 * 36 if "dataset" in tiers else 0
     expected += 10 * 32 if "class" in tiers else 0
-    assert shared_floats(shape) == expected
-    assert storage_floats(container) == expected + 10 * 78 * 32
+    assert shape.shared_floats == expected
+    assert container.storage_floats() == expected + 10 * 78 * 32
 
 
 @pytest.mark.parametrize("decoder", ["upsample", "transposed"])
 def test_decoder_norm_adds_two_numbers_per_hidden_channel(decoder):
     plain = replace(P1, decoder=decoder)
-    assert shared_floats(replace(plain, decoder_norm=True)) == shared_floats(plain) + 2 * (16 + 16 + 8)
+    assert replace(plain, decoder_norm=True).shared_floats == plain.shared_floats + 2 * (16 + 16 + 8)
 
 
 # Initialisation
@@ -220,7 +221,7 @@ def test_the_instance_scale_multiplies_instances_alone_and_makes_images_differ_m
 
 def test_memories_start_standard_normal():
     container = HierarchicalMemory(replace(TINY, classes=20, dataset_channels=64, class_channels=8), 40)
-    container.initialise(generator())
+    container.initialise(generator(), HmnConfig(name="hmn"), None)
     for memory in (container.dataset, container.class_memory, container.instances):
         n = memory.numel()
         assert abs(memory.mean()) < 5 / math.sqrt(n)
@@ -282,9 +283,9 @@ def test_survivors_stay_in_order_whatever_the_order_asked_for():
 
 def test_pruning_frees_exactly_the_instances():
     container = made()
-    before, tiers = storage_floats(container), tier_floats(container)
+    before, tiers = container.storage_floats(), tier_floats(container)
     container.keep(torch.tensor(KEPT))
-    assert storage_floats(container) == before - 6 * TINY.instance_floats
+    assert container.storage_floats() == before - 6 * TINY.instance_floats
     assert tier_floats(container) == tiers | {"instances": 6 * TINY.instance_floats}
     assert container.instances.requires_grad and container.instances.is_leaf
 
@@ -316,8 +317,8 @@ def test_shared_floats_are_every_parameter_but_the_instances(row):
     shape = HmnShape(classes=row.classes, channels=3, image_size=row.image_size, **values)
     with torch.device("meta"):
         container = HierarchicalMemory(shape, 7)
-    assert storage_floats(container) == shared_floats(shape) + row.classes * 7 * shape.instance_floats
-    assert sum(tier_floats(container).values()) == storage_floats(container)
+    assert container.storage_floats() == shape.shared_floats + row.classes * 7 * shape.instance_floats
+    assert sum(tier_floats(container).values()) == container.storage_floats()
 
 
 @st.composite
@@ -355,18 +356,18 @@ def test_any_shape_budget_and_pruning_ends_within_the_budget_and_with_equal_clas
     try:
         stored = storage(shape, images_per_class, over_budget)
     except ConfigError:
-        assert storage_floats(HierarchicalMemory(shape, 1)) > budget
+        assert HierarchicalMemory(shape, 1).storage_floats() > budget
         return
     container = HierarchicalMemory(shape, stored.over_budget_images_per_class)
-    condensed = storage_floats(container)
+    condensed = container.storage_floats()
     assert condensed <= (1 + over_budget) * budget + 1e-6 < condensed + one_more
     with torch.no_grad():  # each instance is its own number, so it can be found again
         numbers = torch.arange(shape.classes * container.images_per_class, dtype=torch.float32)
         container.instances.copy_(numbers.view(shape.classes, -1, 1, 1, 1))
     scores = torch.rand(shape.classes, container.images_per_class, generator=generator(seed))
     container.keep(kept_instances(scores, stored.images_per_class, beta))
-    assert storage_floats(container) == stored.stored_floats(shape.classes) <= budget
-    assert storage_floats(container) + one_more > budget
+    assert container.storage_floats() == stored.stored_floats(shape.classes) <= budget
+    assert container.storage_floats() + one_more > budget
     survivors = container.instances[:, :, 0, 0, 0]
     assert survivors.shape == (shape.classes, stored.images_per_class) and stored.images_per_class >= 1
     owners = survivors.long() // stored.over_budget_images_per_class

@@ -10,10 +10,10 @@ import torch
 
 from hmn.budget import budget_floats
 from hmn.config import HmnConfig
-from hmn.containers import Storage, hmn_shape, presets, storage, with_preset
-from hmn.containers.base import storage_floats, tier_floats
+from hmn.containers import Storage, presets, storage
+from hmn.containers.base import tier_floats
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape, make_decoder
-from hmn.containers.presets import PRESETS, by_distance, latent_side
+from hmn.containers.presets import PRESETS, by_distance, hmn_shape, latent_side, with_preset
 from hmn.errors import ConfigError
 
 
@@ -101,8 +101,9 @@ def test_a_preset_takes_exactly_these_floats_and_leaves_these_images(name, row):
         budget_floats=budget,
         shared_floats=row.shared,
         instance_floats=row.instance,
-        images_per_class=row.images,
-        over_budget_images_per_class=row.over,
+        images_per_instance=1,
+        instances=row.images,
+        over_budget_instances=row.over,
     )
     assert stored == expected
     container = on_meta(shape, row.images)
@@ -113,7 +114,7 @@ def test_a_preset_takes_exactly_these_floats_and_leaves_these_images(name, row):
         "instances": classes * row.images * row.instance,
         "decoder": sum(row.layers),
     }
-    assert storage_floats(container) == stored.stored_floats(classes) == row.used
+    assert container.storage_floats() == stored.stored_floats(classes) == row.used
     assert row.used <= budget < row.used + classes * row.instance
     assert round(100 * row.shared / budget, 1) == row.share
 
@@ -338,6 +339,6 @@ def test_a_budget_too_small_is_told_the_smallest_that_fits_and_that_one_does():
     with pytest.raises(ConfigError) as caught:
         storage(shape, 1, 0.1)
     smallest = int(re.search(r"smallest budget that fits is ([\d,]+)", str(caught.value))[1].replace(",", ""))
-    assert smallest == storage_floats(on_meta(shape, 1)) == 41_235 + 10 * 128
+    assert smallest == on_meta(shape, 1).storage_floats() == 41_235 + 10 * 128
     assert "memory.images_per_class" in str(caught.value)
     assert storage(shape, 2, 0.1).images_per_class == (61_440 - 41_235) // 1280

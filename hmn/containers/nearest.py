@@ -1,0 +1,33 @@
+"""Which row of a container's table of settings a data set and memory get: the nearest one that the budget pays for."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+from hmn.budget import budget_floats
+from hmn.containers.base import ImageShape
+
+
+class MadeFor(Protocol):
+    """The data and memory that a row's settings were made for."""
+
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def classes(self) -> int: ...
+    @property
+    def images_per_class(self) -> int: ...
+
+
+def distance(row: MadeFor, image_size: int, classes: int, images_per_class: int) -> tuple[float, float, float]:
+    """Sorts rows by image side, then number of classes, then images per class, each as a ratio."""
+    pairs = ((row.image_size, image_size), (row.classes, classes), (row.images_per_class, images_per_class))
+    side, count, memory = (abs(math.log(made_for / here)) for made_for, here in pairs)
+    return side, count, memory
+
+
+def fits(shape: ImageShape, images_per_class: int) -> bool:
+    """Whether the budget of ``images_per_class`` pays for one instance of every class."""
+    needed = shape.shared_floats + shape.classes * shape.instance_floats
+    return needed <= budget_floats(images_per_class, shape.classes, shape.channels, shape.image_size)
