@@ -68,7 +68,7 @@ class Unrolled:
         def slope(theta: Parameters, images: Tensor, labels: Tensor, w: Parameters) -> Tensor:
             return inner(grad(loss)(theta, images, labels), w)
 
-        def backward(
+        def vjp(
             theta: Parameters, w: Parameters, lam: Parameters, images: Tensor, labels: Tensor, lr: Tensor
         ) -> tuple[Parameters, Parameters, Tensor, Tensor]:
             w = {name: momentum * w[name] + lam[name] for name in lam}
@@ -82,9 +82,12 @@ class Unrolled:
                 gradient, value = grad_and_value(loss)(parameters, images, labels)
             return value, gradient
 
-        self._forward = compute.maybe_compile(forward)
-        self._backward = compute.maybe_compile(backward)
-        self.cross_entropy = compute.maybe_compile(judge)  # (parameters, images, labels) -> value, its gradient
+        # (theta_t, v_t, images, labels, alpha) -> theta_{t+1}, v_{t+1}
+        self.forward = compute.maybe_compile(forward)
+        # (theta_t, w_{t+2}, lambda_{t+1}, images, labels, alpha) -> w_{t+1}, lambda_t, dL/dx_t, what dL/dalpha gains
+        self.vjp = compute.maybe_compile(vjp)
+        # (parameters, images, labels) -> value, its gradient with respect to the parameters
+        self.cross_entropy = compute.maybe_compile(judge)
 
     @torch.no_grad()
     def train(self, parameters: Parameters, batch: Batch, steps: int, lr: Tensor) -> Trail:
@@ -94,7 +97,7 @@ class Unrolled:
         for t in range(steps):
             if t % self.segment == 0:
                 kept[t] = theta, v if self.segment > 1 else None
-            theta, v = self._forward(theta, v, *batch(t), lr)
+            theta, v = self.forward(theta, v, *batch(t), lr)
         return Trail(kept, steps, theta)
 
     def backward(self, trail: Trail, gradient: Parameters, batch: Batch, lr: Tensor) -> Tensor:
@@ -109,7 +112,7 @@ class Unrolled:
             thetas = self._thetas(trail, start, batch, lr)
             for t in reversed(range(start, start + len(thetas))):
                 images, labels = batch(t)
-                w, lam, by_images, by_lr_t = self._backward(thetas.pop(), w, lam, images.detach(), labels, lr)
+                w, lam, by_images, by_lr_t = self.vjp(thetas.pop(), w, lam, images.detach(), labels, lr)
                 images.backward(by_images)
                 by_lr = by_lr + by_lr_t
         return by_lr
@@ -120,7 +123,7 @@ class Unrolled:
         theta, v = trail.kept.pop(start)
         thetas = [theta]
         for t in range(start, min(start + self.segment, trail.steps) - 1):
-            theta, v = self._forward(theta, v, *batch(t), lr)
+            theta, v = self.forward(theta, v, *batch(t), lr)
             thetas.append(theta)
         return thetas
 
