@@ -121,8 +121,9 @@ def copy_first_(tensors: Iterable[Tensor]) -> None:
         return
     for tensor in tensors:
         value = tensor.contiguous()
+        octets = value.flatten().view(torch.uint8)  # the same memory: gloo and NCCL know no 16-bit integers
         with _reaching_others():
-            dist.broadcast(value, src=0, group=_group(value.device))
+            dist.broadcast(octets, src=0, group=_group(value.device))
         tensor.copy_(value)
 
 

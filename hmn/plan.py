@@ -18,7 +18,7 @@ from hmn.compute import device_of
 from hmn.config import Config, DatasetConfig, digest, require, scientific
 from hmn.config.objectives import UnrolledConfig
 from hmn.containers import KINDS, Storage, storage
-from hmn.containers.base import Container, ImageShape, PixelShape, tier_floats
+from hmn.containers.base import Container, ImageShape, PixelShape
 from hmn.cost import Step, step_flops, training_flops
 from hmn.data import datasets
 
@@ -134,7 +134,7 @@ class Plan:
             "shared_floats": stored.shared_floats,
             "instance_floats": stored.instance_floats,
             "stored_floats": stored.stored_floats(self.data.classes),
-            "tier_floats": tier_floats(container),
+            "tier_floats": container.tier_floats(),
             "images_per_class": stored.images_per_class,
             "over_budget_images_per_class": stored.over_budget_images_per_class,
             "matching_steps": self.matching_steps,

@@ -13,7 +13,7 @@ from torch import Tensor
 from hmn import artifacts, build, compute, condense, distributed, experts, networks, pictures, prune, tracking
 from hmn.artifacts import decode_all
 from hmn.checkpoint import Checkpoints, atomic_write
-from hmn.containers.base import Container, tier_floats
+from hmn.containers.base import Container
 from hmn.containers.fit import fit_real
 from hmn.data import datasets
 from hmn.data.preprocess import Normalise
@@ -95,7 +95,7 @@ class Session:
             "images_per_class": str(container.images_per_class),
             "budget_floats": stored.budget_floats,
             "stored_floats": container.storage_floats(),
-            "tier_floats": tier_floats(container),
+            "tier_floats": container.tier_floats(),
             "over_budget_images_per_class": stored.over_budget_images_per_class,
             "pruning": pruning,
             "curve": [{"step": step, "held_out_accuracy": value} for step, value in sorted(curve.items())],

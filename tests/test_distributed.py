@@ -161,15 +161,15 @@ def told() -> dict[str, Any]:
     distributed.gather_rows(rows, distributed.owned(5))
     tensors = [torch.tensor([1.0, number]), torch.tensor([[2.0]])]
     distributed.sum_(tensors)
-    copied = torch.full((2, 2), float(number)).T
-    distributed.copy_first_([copied])
+    copied, positions = torch.full((2, 2), float(number)).T, torch.tensor([number, -7 - number], dtype=torch.int16)
+    distributed.copy_first_([copied, positions, torch.tensor(number)])
     return {
         "owned": [list(distributed.owned(classes)) for classes in (4, 5, 10)],
         "rows": [row[0].item() for _, row in rows],
         "sums": [tensor.tolist() for tensor in tensors],
         "largest": distributed.agree(number, -number, 7),
         "first": distributed.from_first(lambda: {"number": number}),
-        "copied": copied.tolist(),
+        "copied": [copied.tolist(), positions.tolist()],
     }
 
 
@@ -284,7 +284,7 @@ def test_what_processes_tell_each_other(several):
         assert told["largest"] == [1, 0, 7]
     for told in two + four:
         assert told["first"] == {"number": 0}
-        assert told["copied"] == [[0, 0], [0, 0]]
+        assert told["copied"] == [[[0, 0], [0, 0]], [0, -7]]
 
 
 def test_alone_nothing_is_exchanged():

@@ -154,17 +154,18 @@ class Container(nn.Module):
             raise ValueError("every class must keep the same number of images, at least one")
         return index
 
+    def tier_floats(self) -> dict[str, int]:
+        """The float32 numbers that each tier takes in the form that is kept: by default every parameter."""
+        return {name: sum(p.numel() for p in parameters) for name, parameters in self.tiers().items()}
+
     def storage_floats(self) -> int:
-        """The float32 numbers that the budget is charged for, in the form that is kept: by default every parameter."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """What the budget is charged for."""
+        return sum(self.tier_floats().values())
 
     def specification(self) -> dict[str, Any]:
         """Plain values from which :func:`hmn.containers.rebuild` makes an empty container of the same shape."""
-        return {"name": self.NAME, "images_per_class": self.images_per_class, **asdict(self.shape)}
-
-
-def tier_floats(container: Container) -> dict[str, int]:
-    return {name: sum(p.numel() for p in parameters) for name, parameters in container.tiers().items()}
+        shape = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.shape).items()}
+        return {"name": self.NAME, "images_per_class": self.images_per_class, **shape}
 
 
 class PixelSpace(nn.Module):

@@ -59,6 +59,9 @@ class FrequencyMemory(Container):
         spectrum = kept.new_zeros(*kept.shape[:2], side**2).scatter(2, where, kept).unflatten(2, (side, side))
         return self.space.to_images(self.inverse @ spectrum @ self.inverse.T)
 
+    def storage_floats(self) -> int:
+        return super().storage_floats() + self.shape.shared_floats
+
     @torch.no_grad()
     def initialise(self, generator: torch.Generator, config: FredConfig, real: RealImages) -> None:
         """Real images, and from the same ones each class's positions."""
@@ -68,6 +71,10 @@ class FrequencyMemory(Container):
         self.positions.copy_(packed.pack(chosen))
         spectrum = dct(images, self.shape.orthonormal).unflatten(0, by_class).flatten(3)
         self.instances.copy_(spectrum.gather(3, chosen[:, None, None].expand_as(self.instances)))
+
+    def tier_floats(self) -> dict[str, int]:
+        mask = self.shape.shared_floats
+        return super().tier_floats() | ({"positions": mask} if mask else {})
 
 
 def most_varying(spectrum: Tensor, count: int) -> Tensor:

@@ -220,7 +220,7 @@ def shape_of(config: MultiformationConfig, *, classes: int, channels: int, image
     )
     used = range(1, config.factor + 1) if config.decode == "bound" else shape.factors
     holds = all((factor - 1) * tile_side(image_size, factor) < image_size for factor in used)
-    rule = f"small enough that every tile has pixels of the image: dataset.image_size={image_size}, with "
-    rule += f"container.decode={config.decode}"
+    rule = f"such that every tile has pixels of the image, with container.decode={config.decode} at every factor used: "
+    rule += f"dataset.image_size={image_size}"
     require("container.factor", holds, config.factor, rule)
     return shape

@@ -164,8 +164,8 @@ class SparseCodes(Container):
             self.positions = self.positions.flatten(0, 1)[rows].unflatten(0, (self.classes, -1))
         super().keep(index)
 
-    def storage_floats(self) -> int:
-        return self.shape.shared_floats + self.instances.shape[:2].numel() * self.shape.instance_floats
+    def tier_floats(self) -> dict[str, int]:
+        return super().tier_floats() | {"instances": self.instances.shape[:2].numel() * self.shape.instance_floats}
 
 
 class FReeNet(nn.Module):

@@ -15,7 +15,6 @@ from torch import Tensor
 from hmn.budget import budget_floats
 from hmn.config import HmnConfig
 from hmn.containers import storage
-from hmn.containers.base import tier_floats
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
 from hmn.containers.presets import PRESETS
 from hmn.errors import ConfigError
@@ -283,10 +282,10 @@ def test_survivors_stay_in_order_whatever_the_order_asked_for():
 
 def test_pruning_frees_exactly_the_instances():
     container = made()
-    before, tiers = container.storage_floats(), tier_floats(container)
+    before, tiers = container.storage_floats(), container.tier_floats()
     container.keep(torch.tensor(KEPT))
     assert container.storage_floats() == before - 6 * TINY.instance_floats
-    assert tier_floats(container) == tiers | {"instances": 6 * TINY.instance_floats}
+    assert container.tier_floats() == tiers | {"instances": 6 * TINY.instance_floats}
     assert container.instances.requires_grad and container.instances.is_leaf
 
 
@@ -318,7 +317,7 @@ def test_shared_floats_are_every_parameter_but_the_instances(row):
     with torch.device("meta"):
         container = HierarchicalMemory(shape, 7)
     assert container.storage_floats() == shape.shared_floats + row.classes * 7 * shape.instance_floats
-    assert sum(tier_floats(container).values()) == container.storage_floats()
+    assert sum(container.tier_floats().values()) == container.storage_floats()
 
 
 @st.composite

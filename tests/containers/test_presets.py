@@ -11,7 +11,6 @@ import torch
 from hmn.budget import budget_floats
 from hmn.config import HmnConfig
 from hmn.containers import Storage, presets, storage
-from hmn.containers.base import tier_floats
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape, make_decoder
 from hmn.containers.presets import PRESETS, by_distance, hmn_shape, latent_side, with_preset
 from hmn.errors import ConfigError
@@ -107,7 +106,7 @@ def test_a_preset_takes_exactly_these_floats_and_leaves_these_images(name, row):
     )
     assert stored == expected
     container = on_meta(shape, row.images)
-    assert tier_floats(container) == {
+    assert container.tier_floats() == {
         "dataset": row.dataset,
         "extractors": classes * row.extractor,
         "class": classes * row.class_memory,

@@ -1,0 +1,373 @@
+"""SPEED against a decoder written out patch by patch, the published counts to the digit, and its sparse form."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hmn.budget import budget_floats
+from hmn.config.containers import SpeedConfig
+from hmn.containers import KINDS, rebuild, storage
+from hmn.containers.speed import PRESETS, FReeNet, SparseCodes, SpeedShape, fill, patch_side
+from hmn.errors import ConfigError
+
+SMALL = SpeedShape(
+    classes=2, channels=3, image_size=8, tokens=5, token_dim=6, depth=2, heads=3, top_k=7, patch=4, l1=0.5
+)
+DATA = {
+    "cifar10": dict(classes=10, channels=3, image_size=32),
+    "cifar100": dict(classes=100, channels=3, image_size=32),
+    "tiny": dict(classes=200, channels=3, image_size=64),
+    "imagenet": dict(classes=10, channels=3, image_size=128),
+    "imagenet10": dict(classes=10, channels=3, image_size=224),
+    "digits": dict(classes=10, channels=1, image_size=8),
+}
+
+
+def configured(**changes: object) -> SpeedConfig:
+    return SpeedConfig(**{"name": "speed", **changes})
+
+
+def started(shape: SpeedShape = SMALL, instances: int = 3, seed: int = 0) -> SparseCodes:
+    container = SparseCodes(shape, instances)
+    container.initialise(torch.Generator().manual_seed(seed), configured(), None)
+    return container
+
+
+def planned(data: dict[str, int], images_per_class: int = 1, **changes: object) -> SpeedShape:
+    kind = KINDS["speed"]
+    return kind.shape_of(kind.fill(configured(**changes), **data, images_per_class=images_per_class), **data)
+
+
+def everything(container: SparseCodes) -> Tensor:
+    return torch.arange(container.classes * container.images_per_class)
+
+
+# Decoding
+
+
+def written_out(container: SparseCodes, code: Tensor) -> Tensor:
+    """The image (channels, H, W) of one dense code (heads, P, K)."""
+    shape, decoder = container.shape, container.decoder
+    width, across = shape.token_dim // shape.heads, shape.image_size // shape.patch
+    image = torch.zeros(shape.channels, shape.image_size, shape.image_size)
+    for patch in range(shape.patches):
+        x = torch.zeros(shape.token_dim)
+        for block in decoder.blocks:
+            mixed = torch.zeros(shape.token_dim)
+            for head in range(shape.heads):
+                part = slice(head * width, (head + 1) * width)
+                for token in range(shape.tokens):
+                    mixed[part] += code[head, patch, token] * container.tokens[token, part]
+            x = x + block.project.weight @ mixed + block.project.bias
+            x = F.layer_norm(x, (shape.token_dim,), block.norm_mixed.weight, block.norm_mixed.bias, eps=1e-6)
+            first, _, second = block.mlp
+            x = x + second.weight @ F.gelu(first.weight @ x + first.bias) + second.bias
+            x = F.layer_norm(x, (shape.token_dim,), block.norm_mlp.weight, block.norm_mlp.bias, eps=1e-6)
+        pixels = (decoder.head.weight @ x + decoder.head.bias).view(shape.patch, shape.patch, shape.channels)
+        top, left = patch // across * shape.patch, patch % across * shape.patch
+        image[:, top : top + shape.patch, left : left + shape.patch] = pixels.permute(2, 0, 1)
+    return image
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, {"channels": 1, "patch": 2, "heads": 1, "depth": 1}])
+def test_every_patch_mixes_the_tokens_head_by_head_through_all_blocks(changes):
+    container = started(replace(SMALL, **changes))
+    for name, parameter in container.named_parameters():
+        if "bias" in name or "norm" in name:  # start at 0 and 1, where leaving them out changes nothing
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) / 5)
+    for index in (0, 4):
+        expected = written_out(container, container.instances[index // 3, index % 3])
+        torch.testing.assert_close(container.decode(torch.tensor([index]))[0], expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_pixels_are_in_the_datas_normalisation():
+    statistics = dict(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.1))
+    container, plain = started(replace(SMALL, pixel_space="normalised", **statistics)), started()
+    mean, std = (torch.tensor(statistics[key]).view(3, 1, 1) for key in ("mean", "std"))
+    expected = plain.decode(everything(plain)) * std + mean
+    torch.testing.assert_close(container.decode(everything(container)), expected)
+
+
+def test_memories_start_normal_and_layers_xavier_uniform():
+    shape = replace(SMALL, tokens=60, token_dim=30, depth=1)
+    container = started(shape, instances=20)
+    for memory in (container.tokens, container.instances):
+        assert memory.std().item() == pytest.approx(0.2, rel=0.1)
+        assert abs(memory.mean().item()) < 0.02
+    block = container.decoder.blocks[0]
+    for layer in (block.project, block.mlp[0], block.mlp[2], container.decoder.head):
+        outputs, inputs = layer.weight.shape
+        bound = (6 / (inputs + outputs)) ** 0.5
+        assert 0.97 * bound < layer.weight.abs().max() <= bound
+        assert not layer.bias.any()
+    for norm in (block.norm_mixed, block.norm_mlp):
+        assert (norm.weight == 1).all() and not norm.bias.any()
+
+
+def test_the_start_depends_on_the_generator_alone():
+    first, again, other = (started(seed=seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert not any(torch.equal(first[name], other[name]) for name in ("tokens", "instances", "decoder.head.weight"))
+
+
+def test_codes_and_tokens_are_memories_and_the_decoder_is_not():
+    container = started()
+    tiers = container.tiers()
+    assert list(tiers) == ["instances", "tokens", "decoder"]
+    assert container.memory_tiers() == {"instances", "tokens"}
+    assert tiers["decoder"] == list(container.decoder.parameters())
+
+
+def test_the_penalty_is_the_codes_weighted_absolute_sum_while_they_are_dense():
+    container = started()
+    container.penalty().backward()
+    assert container.penalty().item() == pytest.approx(0.5 * container.instances.abs().sum().item())
+    torch.testing.assert_close(container.instances.grad, 0.5 * container.instances.detach().sign())
+    assert container.tokens.grad is None
+    assert started(replace(SMALL, l1=0.0)).penalty() is None
+    container.finish()
+    assert container.penalty() is None
+
+
+# The sparse form
+
+
+@torch.no_grad()
+def test_finishing_keeps_each_heads_largest_entries_and_decodes_to_exactly_them():
+    container, masked = started(), started()
+    codes = container.instances.clone().flatten(3)
+    for row in codes.flatten(0, 2):
+        row[row.abs().argsort()[:-7]] = 0
+    masked.instances.copy_(codes.view_as(masked.instances))
+    container.finish()
+    assert container.instances.shape == container.positions.shape == (2, 3, 3, 7)
+    assert container.shape == replace(SMALL, sparse=True)
+    expected = masked.decode(everything(masked))
+    assert torch.equal(container.decode(everything(container)), expected)
+    assert not torch.equal(started().decode(everything(masked)), expected)
+
+
+def test_finishing_again_changes_nothing():
+    container = started()
+    container.finish()
+    before = {name: value.clone() for name, value in container.state_dict().items()}
+    container.finish()
+    assert all(torch.equal(value, before[name]) for name, value in container.state_dict().items())
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_the_charge_is_that_of_the_finished_form(finished):
+    container = started()
+    if finished:
+        container.finish()
+    # 30 tokens; two blocks of 3 x (36 + 6) + 2 x 12; head 6 x 48 + 48; 3 x 7 x 1.5 = 31.5 for each of 6 images
+    assert container.storage_floats() == 30 + 2 * 150 + 336 + 6 * 32
+
+
+def test_what_is_stored_is_what_is_charged():
+    shape = replace(SMALL, top_k=8)
+    container = started(shape)
+    container.finish()
+    stored = container.state_dict()
+    assert stored["positions"].dtype == torch.int16
+    assert sum(value.numel() * value.element_size() for value in stored.values()) == 4 * container.storage_floats()
+
+
+@torch.no_grad()
+def test_positions_in_the_upper_half_of_16_bits_are_found():
+    shape = replace(SMALL, tokens=4096, image_size=16, heads=1, top_k=1)
+    assert shape.code_size == 65_536
+    container = started(shape, instances=1)
+    container.instances[0, 0, 0, 15, 4095] = 9.0
+    container.instances[1, 0, 0, 8, 0] = -9.0
+    container.finish()
+    assert container.positions.flatten().tolist() == [-1, -32_768]
+    dense = container._codes(torch.tensor([0, 1]))
+    assert dense[0, 0, 15, 4095] == 9 and dense[1, 0, 8, 0] == -9 and dense.count_nonzero() == 2
+
+
+@pytest.mark.parametrize("finished_first", [False, True])
+def test_pruning_and_finishing_go_in_any_order(finished_first):
+    container, whole = started(), started()
+    steps = [container.finish, lambda: container.keep(torch.tensor([4, 1, 2, 5]))]
+    for step in steps if finished_first else reversed(steps):
+        step()
+    whole.finish()
+    kept = torch.tensor([1, 2, 4, 5])
+    assert container.images_per_class == 2
+    assert torch.equal(container.positions.flatten(0, 1), whole.positions.flatten(0, 1)[kept])
+    with torch.no_grad():
+        assert torch.equal(container.decode(torch.arange(4)), whole.decode(kept))
+
+
+def test_refused_pruning_leaves_codes_and_positions():
+    container = started()
+    container.finish()
+    with pytest.raises(ValueError, match="every class"):
+        container.keep(torch.tensor([0, 1, 3]))
+    assert container.instances.shape == container.positions.shape == (2, 3, 3, 7)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_both_forms_are_rebuilt_from_their_specification(finished):
+    container = started()
+    if finished:
+        container.finish()
+    again = rebuild(container.specification())
+    again.load_state_dict(container.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again.decode(everything(again)), container.decode(everything(container)))
+
+
+# Storage
+
+PUBLISHED = {  # images per class, decoder, all floats, budget
+    "cifar10_ipc1": (17, 4_880, 29_872, 30_720),
+    "cifar10_ipc10": (124, 32_976, 306_960, 307_200),
+    "cifar10_ipc50": (272, 345_072, 1_532_400, 1_536_000),
+    "cifar100_ipc1": (11, 61_296, 305_040, 307_200),
+    "cifar100_ipc10": (62, 345_072, 3_035_760, 3_072_000),
+    "cifar100_ipc50": (100, 345_072, 15_297_360, 15_360_000),
+    "tiny_ipc1": (17, 446_144, 2_437_312, 2_457_600),
+    "tiny_ipc10": (78, 446_144, 24_440_512, 24_576_000),
+    "imagenet_ipc1": (15, 260_928, 482_880, 491_520),
+    "imagenet_ipc10": (111, 964_032, 4_898_496, 4_915_200),
+}
+
+
+@pytest.mark.parametrize(("name", "row"), PUBLISHED.items(), ids=PUBLISHED.keys())
+def test_published_settings_leave_the_published_numbers_of_images(name, row):
+    images, decoder, floats, budget = row
+    data, made_for = DATA[name.split("_")[0]], PRESETS[name]
+    shape = planned(data, made_for.images_per_class)
+    assert shape == planned(data, preset=name)
+    assert {key: getattr(shape, key) for key in vars(made_for) if key != "images_per_class"} == {
+        key: value for key, value in vars(made_for).items() if key != "images_per_class"
+    }
+    with torch.device("meta"):
+        assert sum(parameter.numel() for parameter in FReeNet(shape).parameters()) == decoder
+        stored = storage(shape, made_for.images_per_class, 0.0)
+        assert (stored.instances, stored.stored_floats(data["classes"]), stored.budget_floats) == (
+            images,
+            floats,
+            budget,
+        )
+        container = SparseCodes(replace(shape, sparse=True), images)
+        assert container.storage_floats() == floats
+        decoded = container.decode(torch.arange(2, device="meta"))
+    assert decoded.shape == (2, 3, data["image_size"], data["image_size"])
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    classes=st.integers(1, 12),
+    channels=st.integers(1, 3),
+    patch=st.sampled_from([1, 2, 4]),
+    heads=st.integers(1, 4),
+    width=st.integers(1, 4),
+    tokens=st.integers(1, 9),
+    depth=st.integers(1, 3),
+    top_k=st.integers(1, 4),
+    instances=st.integers(1, 4),
+)
+def test_every_shape_is_charged_its_parameters_and_half_a_float_for_each_position(
+    classes, channels, patch, heads, width, tokens, depth, top_k, instances
+):
+    data = dict(classes=classes, channels=channels, image_size=8)
+    own = dict(patch=patch, heads=heads, token_dim=heads * width, tokens=tokens, depth=depth, top_k=top_k)
+    shape = SpeedShape(**data, **own, l1=0.0, sparse=True)
+    with torch.device("meta"):
+        container = SparseCodes(shape, instances)
+    parameters = sum(parameter.numel() for parameter in container.parameters())
+    halves = -(-heads * top_k // 2)  # rounded up for each image
+    assert container.storage_floats() == parameters + classes * instances * halves
+    assert shape.shared_floats + classes * instances * shape.instance_floats == container.storage_floats()
+
+
+# What is left open
+
+
+@pytest.mark.parametrize(
+    ("data", "rows"),
+    [
+        ("cifar10", {1: "cifar10_ipc1", 10: "cifar10_ipc10", 50: "cifar10_ipc50"}),
+        ("cifar100", {1: "cifar100_ipc1", 10: "cifar100_ipc10", 50: "cifar100_ipc50"}),
+        ("tiny", {1: "tiny_ipc1", 10: "tiny_ipc10", 50: "tiny_ipc10"}),
+        ("imagenet", {1: "imagenet_ipc1", 10: "imagenet_ipc10", 50: "imagenet_ipc10"}),
+        ("imagenet10", {1: "imagenet_ipc1", 10: "imagenet_ipc10", 50: "imagenet_ipc10"}),
+        ("digits", {1: "digits_ipc1", 10: "digits_ipc10", 50: "digits_ipc50"}),
+    ],
+)
+def test_auto_takes_the_nearest_row_and_fills_the_budget_with_it(data, rows):
+    data = DATA[data]
+    for ipc, name in rows.items():
+        filled = fill(configured(), **data, images_per_class=ipc)
+        assert filled.preset == name
+        stored = storage(planned(data, ipc), ipc, 0.1)
+        budget = budget_floats(ipc, **data)
+        assert budget - data["classes"] * stored.instance_floats < stored.stored_floats(data["classes"]) <= budget
+
+
+def test_auto_passes_over_rows_that_the_budget_does_not_pay_for():
+    few = dict(classes=2, channels=3, image_size=32)
+    assert fill(configured(), **few, images_per_class=50).preset == "cifar10_ipc10"
+    with pytest.raises(ConfigError, match="over the budget of 307,200"):
+        storage(planned(few, 50, preset="cifar10_ipc50"), 50, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("preset", "size", "tokens", "patch"),
+    [
+        ("cifar10_ipc1", 32, 16, 4),
+        ("cifar10_ipc1", 16, 16, 2),
+        ("cifar10_ipc1", 28, 16, 4),
+        ("cifar10_ipc1", 30, 16, 3),
+        ("imagenet_ipc1", 224, 256, 14),
+        ("imagenet_ipc1", 128, 257, 16),  # 256 patches of 257 tokens have too many positions
+        ("cifar10_ipc1", 31, 16, 1),
+        ("digits_ipc1", 8, 8, 2),
+    ],
+)
+def test_patches_divide_the_side_into_about_as_many_as_in_the_preset(preset, size, tokens, patch):
+    assert patch_side(PRESETS[preset], size, tokens) == patch
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("tokens", 9), ("token_dim", 64), ("depth", 4), ("heads", 4), ("top_k", 5), ("patch", 8), ("l1", 0.0)],
+)
+def test_each_field_can_be_given_and_the_preset_fills_the_others(key, value):
+    plain, changed = (planned(DATA["cifar10"], **given) for given in ({}, {key: value}))
+    assert getattr(plain, key) != value
+    assert changed == replace(plain, **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"preset": "p1"}, f"container.preset=p1: must be auto or one of {', '.join(PRESETS)}"),
+        ({"patch": 5}, "container.patch=5: must be a divisor of dataset.image_size=32"),
+        ({"heads": 3}, "container.heads=3: must be a divisor of container.token_dim=32"),
+        (
+            {"tokens": 1025, "patch": 4},
+            "container.tokens=1025: must be at most 1024: positions among 64 patches times tokens take 16 bits",
+        ),
+        (
+            {"top_k": 1025},
+            "container.top_k=1025: must be at most the 1024 entries of a code, 64 patches times 16 tokens",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(changes, message):
+    with pytest.raises(ConfigError) as caught:
+        planned(DATA["cifar10"], **changes)
+    assert str(caught.value) == message
