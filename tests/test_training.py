@@ -107,6 +107,10 @@ def torch_schedule(epochs: int, make: Callable[[torch.optim.SGD], LRScheduler]) 
     return rates
 
 
+def test_a_constant_rate_stays():
+    assert schedule("constant", 4) == [RECIPE.lr] * 4
+
+
 def test_multistep_drops_to_a_fifth_at_666_and_833_of_1000_epochs():
     # IDC: MultiStep x 0.2 at 2/3 and 5/6 of the epochs.
     rates = schedule("multistep", 1000)
