@@ -29,7 +29,7 @@ def run(plan: Plan, *, command: str, group: str | None) -> dict[str, Any]:
     ``command`` are the arguments a person typed, for the hint on how to measure a missing reference.
     """
     folder = plan.folder
-    shared_out = plan.data.classes if plan.config.mode == "run" else None
+    shared_out = plan.data.classes if plan.config.condenses else None
     distributed.start(compute.device_of(plan.config.compute), at_most=shared_out)
     alone = exclusive(folder) if distributed.first() else contextlib.nullcontext()  # for all processes of this run
     with alone, Stop().listening() as stop:
@@ -73,11 +73,12 @@ def _work(plan: Plan, folder: Path, stop: Stop, group: str | None) -> dict[str, 
         session = Session(plan, data.to(chosen.device), chosen, checkpoints, tracker, folder, provenance)
         measured = {
             "run": session.condense_and_evaluate,
+            "coreset": session.choose_and_evaluate,
             "evaluate": session.evaluate_artifact,
             "full_data": session.full_data,
             "random_subset": session.random_subset,
             "experts": session.experts,
-        }[config.mode]()
+        }[config.kind]()
         result = {
             "run_id": plan.run_id,
             "mode": config.mode,
@@ -110,6 +111,8 @@ def _reference(plan: Plan, mode: str) -> dict[str, Any] | None:
 def _rows(plan: Plan, result: dict[str, Any]) -> list[list[str]]:
     """The run's own row and those of its references that are already measured under the same profile."""
     name = {**REFERENCES, "experts": "experts"}.get(plan.config.mode, "condensed")
+    if plan.config.kind == "coreset":
+        name = f"coreset, {plan.config.container.method}"
     rows = [report.row(name, result)]
     if plan.config.mode == "run":
         for mode, label in REFERENCES.items():

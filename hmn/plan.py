@@ -42,7 +42,8 @@ class Plan:
         head = [datasets.display_name(config.dataset).replace("/", "_")]
         if config.mode in ("run", "random_subset"):
             head.append(f"ipc{config.memory.images_per_class}")
-        head.append(config.container.name if config.mode == "run" else config.mode)
+        name = config.container.name if config.mode == "run" else config.mode
+        head.append(f"{name}_{config.container.method}" if config.kind == "coreset" else name)
         return "-".join([*head, digest(scientific(config) | {"artifact": self.artifact})])
 
     @property
@@ -97,7 +98,10 @@ class Plan:
 
     @property
     def expected_flops(self) -> float:
-        """Of the whole run, scoring, the beta search and decoders aside: decides whether compiling pays."""
+        """Of the whole run, scoring, the beta search and decoders aside: decides whether compiling pays.
+
+        Of a coreset with the networks that it is chosen by, which may train for longer than those that judge it.
+        """
         evaluation, memory = self.config.evaluation, self.config.memory
         per_class = {
             "run": self.storage.images_per_class if self.storage else 0,
@@ -107,9 +111,14 @@ class Plan:
             return float(self.expert_flops)
         images = self.data.classes * per_class.get(self.config.mode, TRAIN_IMAGES)
         judging = evaluation.networks * self.epochs * images * self.training_flops
-        condensing = (self.step_flops.matching + self.step_flops.update) * self.matching_steps if self.storage else 0
-        experts = self.expert_flops if self.storage else 0
-        return float(judging + condensing + experts)
+        making = 0
+        if self.config.condenses:
+            making = (self.step_flops.matching + self.step_flops.update) * self.matching_steps + self.expert_flops
+        elif self.storage:
+            container = self.config.container
+            epochs = (container.networks or 0) * (container.epochs or 0)
+            making = epochs * self.data.classes * TRAIN_IMAGES * self.training_flops
+        return float(judging + making)
 
     @property
     def epochs(self) -> int:
@@ -124,6 +133,14 @@ class Plan:
         with torch.device("meta"):
             container = self.container(stored.instances)
             network = self.build()
+        making: dict[str, Any] = {"not_used": "objective, pruning, evaluation.curve_points"}
+        if self.config.condenses:
+            making = {
+                "matching_steps": self.matching_steps,
+                "matching_step_flops": self.step_flops.matching,
+                "network_update_flops": self.step_flops.update,
+                **({"expert_training_flops": self.expert_flops} if self.expert_flops else {}),
+            }
         return {
             "run_id": self.run_id,
             "dataset": {"name": datasets.display_name(self.config.dataset), **dataclasses.asdict(self.data)},
@@ -137,10 +154,7 @@ class Plan:
             "tier_floats": container.tier_floats(),
             "images_per_class": stored.images_per_class,
             "over_budget_images_per_class": stored.over_budget_images_per_class,
-            "matching_steps": self.matching_steps,
-            "matching_step_flops": self.step_flops.matching,
-            "network_update_flops": self.step_flops.update,
-            **({"expert_training_flops": self.expert_flops} if self.expert_flops else {}),
+            **making,
             "evaluation_steps_per_network": self.epochs
             * math.ceil(stored.images_per_class * self.data.classes / self.config.evaluation.batch),
         }
@@ -181,10 +195,11 @@ def make_plan(config: Config, typed: Sequence[str] = ()) -> Plan:
         # A plan is a plan of the run: it shares the run's id.
         filled = kind.fill(config.container, images_per_class=ipc, **shape)
         config = dataclasses.replace(config, container=filled, mode="run")
-        stored = storage(kind.shape_of(filled, **shape), ipc, config.pruning.over_budget)
+        over_budget = config.pruning.over_budget if config.condenses else 0.0
+        stored = storage(kind.shape_of(filled, **shape), ipc, over_budget)
     plan = Plan(config, data, stored, artifact)
     _ = plan.build  # checks the network's depth against the image side
-    if stored is not None:
+    if config.condenses:
         _check_pairs(plan)
     return plan
 
@@ -199,6 +214,10 @@ def _check_pairs(plan: Plan) -> None:
         require(f"container.lr_scale.{tier}", tier in tiers, config.container.lr_scale[tier], f"of {', '.join(tiers)}")
     over, tied = config.pruning.over_budget, plan.shape.tied
     require("pruning.over_budget", not over or tied is None, over, f"0 for container={config.container.name}: {tied}")
+    with torch.device("meta"):
+        batch_norm = networks.has_batch_norm(plan.build())
+    rule = "instance or none: condensing compares single images on it; evaluate on others with mode=evaluate"
+    require("network.norm", not batch_norm, "batch", rule)
     alone = not distributed.launched() or not isinstance(config.objective, UnrolledConfig)
     rule = "an objective that compares classes with each other, under torchrun: a student's steps cannot be shared out"
     require("objective.name", alone, config.objective.name, rule)

@@ -21,39 +21,53 @@ from hmn.data import augment
 from hmn.data.preprocess import Normalise
 from hmn.data.sampling import permutations
 from hmn.errors import Diverged
-from hmn.networks import Builder, initialise
+from hmn.networks import Builder, has_batch_norm, initialise
 from hmn.networks.together import Together
 
-# (parameters, images, labels, partners' labels, own share, weights) -> loss, gradients by name
-TrainingStep = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+# (parameters, buffers, images, labels, partners' labels, own share, weights) -> loss, gradients by name, buffers
+TrainingStep = Callable[..., tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]]
 
 
 def training_step(network: nn.Module, compute: Compute) -> TrainingStep:
-    """Mixed cross entropy of one batch and its gradients; ``weights`` (n,) are 0 for the padding of a short batch.
+    """Mixed cross entropy of one batch, its gradients, and the running statistics after it; none is written to.
 
-    ``network`` gives the architecture; its own parameters are never read. Nothing in our networks looks across a batch,
-    so padding leaves the gradients of the others exactly as they were, and every batch has one compiled shape.
-    m networks at once take all but ``weights`` with a leading axis m; their losses are (m,), their gradients (m, ...).
+    ``network`` gives the architecture; its own parameters and buffers are never read. ``weights`` (n,) are 0 for the
+    padding of a short batch: without batch norm nothing looks across a batch, so padding leaves the gradients of the
+    others exactly as they were, and every batch has one compiled shape.
+    m networks at once take all but ``weights`` with a leading axis m, and give all with one.
     """
 
     def loss(
-        parameters: dict[str, Tensor], images: Tensor, labels: Tensor, partners: Tensor, share: Tensor, weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        logits = functional_call(network, (parameters,), (images,))
+        parameters: dict[str, Tensor],
+        buffers: dict[str, Tensor],
+        images: Tensor,
+        labels: Tensor,
+        partners: Tensor,
+        share: Tensor,
+        weights: Tensor,
+    ) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
+        buffers = {name: value.clone() for name, value in buffers.items()}  # batch norm moves them in place
+        logits = functional_call(network, (parameters, buffers), (images,))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         own = F.cross_entropy(logits, labels, reduction="none")
         other = F.cross_entropy(logits, partners, reduction="none")
         value = ((share * own + (1 - share) * other) * weights).sum() / weights.sum()
-        return value, value
+        return value, (value, buffers)
 
     def step(
-        parameters: dict[str, Tensor], images: Tensor, labels: Tensor, partners: Tensor, share: Tensor, weights: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        parameters: dict[str, Tensor],
+        buffers: dict[str, Tensor],
+        images: Tensor,
+        labels: Tensor,
+        partners: Tensor,
+        share: Tensor,
+        weights: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         one = grad(loss, has_aux=True)
-        each = one if images.ndim == 4 else vmap(one, in_dims=(0, 0, 0, 0, 0, None))
+        each = one if images.ndim == 4 else vmap(one, in_dims=(0, 0, 0, 0, 0, 0, None))
         with compute.autocast():
-            gradients, value = each(parameters, images, labels, partners, share, weights)
-        return value, gradients
+            gradients, (value, moved) = each(parameters, buffers, images, labels, partners, share, weights)
+        return value, gradients, moved
 
     return compute.maybe_compile(step)
 
@@ -122,6 +136,7 @@ class NetworkUpdate:
         self.strategy = strategy
         self.rule = rule
         self.cutmix = cutmix
+        self.padding = not has_batch_norm(network)  # batch norm would count what fills a short batch up
         self.fused = _replayable(generator.device)
         self.optimizer = torch.optim.SGD(
             network.parameters(),
@@ -149,8 +164,8 @@ class NetworkUpdate:
         m networks together take images (m, n, channels, H, W) and labels (m, n), and give losses (m,).
         """
         *networks, n = labels.shape
-        missing = self.batch - n
-        weights = torch.ones(self.batch, device=images.device)
+        missing = self.batch - n if self.padding else 0
+        weights = torch.ones(n + missing, device=images.device)
         if missing:
             # Copies of the first image: any valid image does, its weight is 0.
             fill = torch.zeros(missing, dtype=torch.int64, device=images.device)
@@ -158,7 +173,7 @@ class NetworkUpdate:
             labels = torch.cat([labels, labels.index_select(-1, fill)], -1)
             weights[n:] = 0
         shape = images.shape
-        batches = labels.numel() // self.batch
+        batches = labels.numel() // len(weights)
         drawn = augment.draw(self.strategy, labels.numel(), shape[-1], self.generator, rule=self.rule, batches=batches)
         inputs = augment.apply(self.normalise(images).flatten(0, -4), drawn).reshape(shape)
         partners, share = labels, torch.ones(networks, device=images.device)
@@ -167,14 +182,21 @@ class NetworkUpdate:
         layout = torch.contiguous_format if networks else torch.channels_last  # see Together
         inputs = inputs.contiguous(memory_format=layout)
         parameters = {name: value.detach() for name, value in self.network.named_parameters()}
-        loss, gradients = self.step(parameters, inputs, labels, partners, share, weights)
+        buffers = dict(self.network.named_buffers())
+        loss, gradients, moved = self.step(parameters, buffers, inputs, labels, partners, share, weights)
         for name, parameter in self.network.named_parameters():
             gradient = gradients[name]
             if self.fused and gradient.stride() != parameter.stride():  # the fused form pairs numbers by address
                 gradient = torch.empty_like(parameter).copy_(gradient)
             parameter.grad = gradient
         self.optimizer.step()
+        for name, value in moved.items():
+            buffers[name].copy_(value)
         return loss
+
+    def tensors(self) -> list[Tensor]:
+        """What an update changes in place, the generator aside."""
+        return [*optimizer_tensors(self.optimizer), *self.network.buffers()]
 
     def state_dict(self) -> dict[str, Any]:
         return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -220,7 +242,7 @@ class Training:
         options["batch"] = min(recipe.batch, len(images))  # a set smaller than a batch needs no padding
         self.update = NetworkUpdate(self.network, step, normalise, self.generator, **options)
         if self.update.fused:
-            self.run_batch = Replay(self.run_batch, lambda: optimizer_tensors(self.update.optimizer), [self.generator])
+            self.run_batch = Replay(self.run_batch, self.update.tensors, [self.generator])
         self.epoch = 0
 
     @property

@@ -35,6 +35,20 @@ __all__ = [  # what other modules take from here
 ]
 
 MODES = ("run", "plan", "evaluate", "full_data", "random_subset", "experts")
+NETWORK_NORMS = {  # the norms that each network can have
+    "convnet": ("instance", "batch", "none"),
+    "resnet10": ("instance", "batch"),
+    "resnet18": ("instance", "batch"),
+    "resnet_ap10": ("instance", "batch"),
+    "resnet18_ap": ("instance", "batch"),
+    "vgg11": ("instance", "batch", "none"),
+    "vgg16": ("instance", "batch", "none"),
+    "densenet121": ("instance", "batch"),
+    "alexnet": ("none",),
+    "lenet": ("none",),
+    "mlp": ("none",),
+}
+FIXED_WIDTHS = ("alexnet", "lenet")
 DATASETS = ("svhn", "cifar10", "cifar100", "tiny_imagenet", "imagenet10", "folder", "arrays", "digits")
 
 
@@ -100,15 +114,21 @@ class PruningConfig:
 
 @dataclass(kw_only=True)
 class NetworkConfig:
-    """The architecture that is matched and evaluated: ConvNet-D{depth}-W{width}."""
+    """The architecture that is matched and evaluated."""
 
-    name: str = MISSING
-    width: int = 128
-    depth: int | None = None  # null: as many blocks as leave a map of at most 4 x 4, at least 2
+    name: str = MISSING  # one of NETWORK_NORMS
+    width: int | None = None  # of the first layer (densenet121: growth; mlp: every hidden layer); null: the paper's
+    depth: int | None = None  # convnet only; null: as many blocks as leave a map of at most 4 x 4, at least 2
+    norm: str = "instance"  # instance: GroupNorm of one channel per group; batch, which cannot be matched; none
 
     def __post_init__(self) -> None:
-        one_of("network.name", self.name, ("convnet",))
-        require("network.width", self.width >= 1, self.width, "at least 1")
+        one_of("network.name", self.name, tuple(NETWORK_NORMS))
+        one_of("network.norm", self.norm, NETWORK_NORMS[self.name])
+        fixed = self.width is None or self.name not in FIXED_WIDTHS
+        require("network.width", fixed, self.width, f"null for {self.name}")
+        require("network.width", self.width is None or self.width >= 1, self.width, "null or at least 1")
+        fixed = self.depth is None or self.name == "convnet"
+        require("network.depth", fixed, self.depth, f"null for {self.name}")
         require("network.depth", self.depth is None or self.depth >= 1, self.depth, "null or at least 1")
 
 
@@ -232,16 +252,26 @@ class Config:
         require("seed", self.seed >= 0, self.seed, "at least 0")
         if self.mode == "evaluate":
             require("artifact", bool(self.artifact), "null", "given for mode=evaluate")
-        if self.mode == "run" and self.pruning.over_budget > 0 and self.pruning.beta is None:
+        if self.condenses and self.pruning.over_budget > 0 and self.pruning.beta is None:
             share = self.dataset.held_out_fraction
             rule = "positive while pruning.beta is null: the search is judged on held-out images"
             require("dataset.held_out_fraction", share > 0, share, rule)
         if self.mode == "experts":
             known = isinstance(self.objective, objectives.TrajectoryMatchingConfig)
             require("objective.name", known, self.objective.name, "trajectory_matching for mode=experts")
-        if self.mode == "run" and self.evaluation.curve_points:
+        if self.condenses and self.evaluation.curve_points:
             share = self.dataset.held_out_fraction
             require("dataset.held_out_fraction", share > 0, share, "positive while evaluation.curve_points is set")
+
+    @property
+    def condenses(self) -> bool:
+        """Whether images are made, and not chosen."""
+        return self.mode == "run" and self.container.CONDENSED
+
+    @property
+    def kind(self) -> str:
+        """The mode, but ``coreset`` for a run that condenses nothing: a key of ``SECTIONS``."""
+        return "coreset" if self.mode == "run" and not self.condenses else self.mode
 
 
 def register() -> None:
@@ -288,9 +318,10 @@ def _refuse_added(prefix: str, keys: Sequence[str], known: Sequence[str]) -> Non
             raise ConfigError(f"{prefix}{key}: unknown key; valid are {', '.join(known)}")
 
 
-# What each mode's outcome depends on, besides seed and precision.
+# What the outcome of each kind of run depends on, besides seed and precision.
 SECTIONS = {
     "run": ("dataset", "memory", "container", "objective", "pruning", "network", "evaluation"),
+    "coreset": ("dataset", "memory", "container", "network", "evaluation"),
     "evaluate": ("dataset", "network", "evaluation"),
     "full_data": ("dataset", "network", "evaluation"),
     "random_subset": ("dataset", "memory", "network", "evaluation"),
@@ -304,13 +335,13 @@ def scientific(config: Config) -> dict[str, Any]:
     def kept(section: object) -> dict[str, Any]:
         values = {}
         for item in dataclasses.fields(section):
-            modes = item.metadata.get("modes", MODES)
-            if item.metadata.get("scientific", True) and config.mode in modes:
+            modes = item.metadata.get("modes", (config.kind,))
+            if item.metadata.get("scientific", True) and config.kind in modes:
                 value = getattr(section, item.name)
                 values[item.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
         return values
 
-    sections = {name: kept(getattr(config, name)) for name in SECTIONS[config.mode]}
+    sections = {name: kept(getattr(config, name)) for name in SECTIONS[config.kind]}
     if config.mode == "experts":
         sections["experts"] = dataclasses.asdict(config.objective.experts)
     own = {"mode": config.mode, "seed": config.seed, "precision": config.compute.precision}

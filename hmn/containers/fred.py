@@ -59,9 +59,6 @@ class FrequencyMemory(Container):
         spectrum = kept.new_zeros(*kept.shape[:2], side**2).scatter(2, where, kept).unflatten(2, (side, side))
         return self.space.to_images(self.inverse @ spectrum @ self.inverse.T)
 
-    def storage_floats(self) -> int:
-        return super().storage_floats() + self.shape.shared_floats
-
     @torch.no_grad()
     def initialise(self, generator: torch.Generator, config: FredConfig, real: RealImages) -> None:
         """Real images, and from the same ones each class's positions."""

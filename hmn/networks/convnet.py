@@ -6,30 +6,35 @@ import math
 
 from torch import Tensor, nn
 
+from hmn.networks.layers import norm_layer, padded
+
 
 class ConvNet(nn.Module):
-    """``depth`` blocks of 3x3 convolution, instance norm, ReLU and 2x2 average pooling, then one linear layer.
+    """``depth`` blocks of 3x3 convolution, norm, ReLU and 2x2 average pooling, then one linear layer.
 
-    "Instance norm" is GroupNorm with one channel per group: affine, no running statistics. A 28-pixel input is padded
-    to 32 by the first convolution. Input (n, channels, size, size), output (n, classes) logits.
+    A 28-pixel input is padded to 32 by the first convolution. Input (n, channels, size, size), output (n, classes)
+    logits.
     """
 
-    def __init__(self, channels: int, classes: int, size: int, *, width: int = 128, depth: int = 3) -> None:
+    def __init__(
+        self, channels: int, classes: int, size: int, *, width: int = 128, depth: int = 3, norm: str = "instance"
+    ) -> None:
         super().__init__()
+        self.norm = norm
         blocks: list[nn.Module] = []
         for index in range(depth):
-            first_of_28 = index == 0 and size == 28
+            first = index == 0
             blocks += [
-                nn.Conv2d(channels if index == 0 else width, width, 3, padding=3 if first_of_28 else 1),
-                nn.GroupNorm(width, width),
+                nn.Conv2d(channels if first else width, width, 3, padding=3 if first and size == 28 else 1),
+                norm_layer(norm, width),
                 nn.ReLU(),
                 nn.AvgPool2d(2),
             ]
-            size = (32 if first_of_28 else size) // 2
-        if size < 1:
+        side = padded(size) >> depth
+        if side < 1:
             raise ValueError(f"depth {depth} leaves no pixel of the image")
         self.body = nn.Sequential(*blocks)
-        self.classifier = nn.Linear(width * size * size, classes)
+        self.classifier = nn.Linear(width * side * side, classes)
 
     def features(self, images: Tensor) -> Tensor:
         """What the classifier sees, (n, f)."""

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
 
-from hmn.config import DATASETS
+from hmn.config import DATASETS, NETWORK_NORMS
 from hmn.containers import KINDS
 from hmn.containers.presets import PRESETS
 from hmn.data.official import IMAGENET10
+from hmn.networks import builder, full_name
 from tests.command import CONF, configured, planned
 
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
@@ -35,7 +37,7 @@ GROUPS = {
     "container": sorted([*KINDS, *(f"hmn_{name}" for name in PRESETS)]),
     "objective": sorted(["bptt", "gradient_matching", "trajectory_matching", *(f"mtt_{row}" for row in MTT_OPTIONS)]),
     "pruning": ["double_end", "none"],
-    "network": ["convnet"],
+    "network": sorted([*NETWORK_NORMS, "densenet_cifar", "resnet10_cifar"]),
     "evaluation": ["hmn_cosine", "idc_multistep"],
     "tracking": ["auto", "disabled", "offline", "online"],
     "compute": ["auto", "cpu", "cuda"],
@@ -111,6 +113,31 @@ def test_profiles_are_what_their_names_say():
         assert (profile.profile, profile.schedule, profile.epochs, profile.networks) == (name, schedule, 1000, 10)
         assert (profile.batch, profile.lr, profile.momentum, profile.weight_decay) == (64, 0.01, 0.9, 5e-4)
         assert (profile.strategy, profile.cutmix) == ("color_crop_flip_scale_rotate", 0.5)
+
+
+NETWORKS = {  # name in tables and parameters, for three channels and ten classes
+    "alexnet": ("AlexNet", 1_872_202),
+    "convnet": ("ConvNet-D3-W128", 320_010),
+    "densenet121": ("DenseNet121-BN", 6_956_298),
+    "densenet_cifar": ("DenseNet121-W12-BN", 1_000_618),
+    "lenet": ("LeNet", 62_006),
+    "mlp": ("MLP", 411_146),
+    "resnet10": ("ResNet10-BN", 4_903_242),
+    "resnet10_cifar": ("ResNet10-W32-BN", 1_228_970),
+    "resnet18": ("ResNet18-BN", 11_173_962),
+    "resnet18_ap": ("ResNet18AP", 11_250_762),
+    "resnet_ap10": ("ResNetAP10", 4_903_242),
+    "vgg11": ("VGG11", 9_231_114),
+    "vgg16": ("VGG16-BN", 14_728_266),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS["network"])
+def test_each_network_file_gives_the_published_network(name):
+    config = configured(f"network={name}").network
+    with torch.device("meta"):
+        network = builder(config, channels=3, classes=10, image_size=32)()
+    assert (full_name(config, 32), sum(value.numel() for value in network.parameters())) == NETWORKS[name]
 
 
 @pytest.mark.parametrize("row", MTT_ROWS)

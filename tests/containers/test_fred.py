@@ -99,6 +99,7 @@ def test_of_equal_variances_the_lowest_frequencies_are_kept():
     assert most_varying(torch.zeros(1, 4, 3, 4, 4), 5).tolist() == [[0, 1, 2, 3, 4]]
 
 
+@pytest.mark.filterwarnings("error")
 def test_one_image_per_class_has_positions_too():
     container = started(instances=1)
     assert unpack(container.positions).tolist() == [list(range(20))] * CLASSES

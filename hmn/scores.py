@@ -1,0 +1,106 @@
+"""What networks trained on the full training set say of each of its images: features, and how hard it was to learn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from hmn.compute import at_once
+from hmn.data.preprocess import Normalise
+from hmn.evaluate import Images, Judge
+from hmn.prune import margins
+from hmn.training import Training, logits_of, train_networks
+
+SLOT = "coreset"  # of the checkpoints, and the stream of the networks' seeds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difficulty:
+    """Per image (N,), over all epochs and averaged over networks."""
+
+    logit_margin: Tensor  # AUM: z_y - max of the others, averaged over epochs (Pleiss et al., NeurIPS 2020)
+    softmax_margin: Tensor  # of softmax probabilities, summed over epochs (CCS, Zheng et al., ICLR 2023)
+    forgetting: Tensor  # how often it went from right to wrong; as many as epochs if it never was right
+
+
+def difficulty(judge: Judge, train: Images, networks: int, epochs: int) -> Difficulty:
+    """Train ``networks`` on ``train`` by the judge's recipe and look at its un-augmented images after each epoch.
+
+    Without CutMix, whose mixed labels have no margin. Forgetting events are those of Toneva et al. (ICLR 2019), who
+    look when an image is drawn for an update, and count an image that is never learned as forgotten infinitely often.
+    """
+    n, device = len(train.labels), train.labels.device
+    recipe = replace(judge.recipe, epochs=epochs, cutmix=0.0)
+
+    def observe(group: range, training: Training, memo: dict[str, Tensor]) -> None:
+        rows = slice(group.start, group.stop)
+        logits = logits_of(training.network, train.images, judge.normalise).view(len(group), n, -1)
+        memo["logit_margin"] += margins(logits, train.labels).sum(0)
+        memo["softmax_margin"] += margins(logits.softmax(-1), train.labels).sum(0)
+        right = (logits.argmax(-1) == train.labels).float()
+        memo["forgotten"][rows] += memo["right"][rows] * (1 - right)
+        memo["learned"][rows] = torch.maximum(memo["learned"][rows], right)
+        memo["right"][rows] = right
+
+    summed = {name: torch.zeros(n, device=device) for name in ("logit_margin", "softmax_margin")}
+    by_network = {name: torch.zeros(networks, n, device=device) for name in ("right", "learned", "forgotten")}
+    memo = train_networks(
+        networks,
+        lambda group: judge.training(train, recipe, SLOT, group),
+        observe,
+        summed | by_network,
+        judge.checkpoints,
+        SLOT,
+        "coreset score",
+        judge.together,
+    )
+    return Difficulty(
+        logit_margin=memo["logit_margin"] / (networks * epochs),
+        softmax_margin=memo["softmax_margin"] / networks,
+        forgetting=torch.where(memo["learned"] > 0, memo["forgotten"], epochs).mean(0),
+    )
+
+
+def trained(judge: Judge, train: Images, networks: int, epochs: int) -> list[nn.Module]:
+    """``networks`` trained on ``train`` by the judge's recipe, CutMix and all: IDC's are, whose features herding takes.
+
+    Only the last epoch's weights are kept, since the features of a whole data set are too many to be checkpointed.
+    """
+    made = [judge.build().to(train.images.device) for _ in range(networks)]
+
+    def observe(group: range, training: Training, memo: dict[str, Tensor]) -> None:
+        if training.finished:
+            for name, value in training.network.named_parameters():
+                memo[name][group.start : group.stop] = value.detach().view(len(group), *memo[name].shape[1:])
+
+    memo = train_networks(
+        networks,
+        lambda group: judge.training(train, replace(judge.recipe, epochs=epochs), SLOT, group),
+        observe,
+        {name: torch.zeros(networks, *p.shape, device=p.device) for name, p in made[0].named_parameters()},
+        judge.checkpoints,
+        SLOT,
+        "coreset network",
+        judge.together,
+    )
+    for index, network in enumerate(made):
+        network.load_state_dict({name: values[index] for name, values in memo.items()})
+    return made
+
+
+@torch.no_grad()
+def features(networks: Sequence[nn.Module], images: Tensor, normalise: Normalise) -> Tensor:
+    """What the last layer of every network sees of un-augmented ``images``, side by side: (n, len(networks) * d)."""
+    joined = []
+    for network in networks:
+        network.eval()
+        chunks = images.split(at_once(500, images.shape[-1]))
+        joined.append(torch.cat([_penultimate(network, normalise(chunk)) for chunk in chunks]))
+    return torch.cat(joined, 1)
+
+
+def _penultimate(network: nn.Module, images: Tensor) -> Tensor:
+    return network.body(images.contiguous(memory_format=torch.channels_last)).flatten(1)
