@@ -5,8 +5,8 @@ networks are trained on the rest. Where accuracy stays, what was dropped had rep
 2024, whose reason to prune this is). Decoded images are dropped, not instances: what the set stores stays as it is, and
 containers whose images are tied can be measured as well.
 
-Writes OUTPUT/redundancy.json and draws it, beside the file of every ``--beside`` (needs the extra ``figures``). KEY=VALUE
-are settings as of run.py: ``pruning.score*`` of the AUM, ``network.*`` and ``evaluation.*`` of the networks.
+Writes OUTPUT/redundancy.json and draws it, beside the file of every ``--beside`` (needs the extra ``figures``).
+KEY=VALUE are settings as of run.py: ``pruning.score*`` of the AUM, ``network.*`` and ``evaluation.*`` of the networks.
 """
 
 from __future__ import annotations

@@ -67,20 +67,20 @@ def difficulty(judge: Judge, train: Images, networks: int, epochs: int) -> Diffi
 def trained(judge: Judge, train: Images, networks: int, epochs: int) -> list[nn.Module]:
     """``networks`` trained on ``train`` by the judge's recipe, CutMix and all: IDC's are, whose features herding takes.
 
-    Only the last epoch's weights are kept, since the features of a whole data set are too many to be checkpointed.
+    Checkpoints keep their last weights, since the features of a whole data set are far more.
     """
     made = [judge.build().to(train.images.device) for _ in range(networks)]
 
     def observe(group: range, training: Training, memo: dict[str, Tensor]) -> None:
         if training.finished:
-            for name, value in training.network.named_parameters():
-                memo[name][group.start : group.stop] = value.detach().view(len(group), *memo[name].shape[1:])
+            for name, value in training.network.state_dict().items():
+                memo[name][group.start : group.stop] = value.view(len(group), *memo[name].shape[1:])
 
     memo = train_networks(
         networks,
         lambda group: judge.training(train, replace(judge.recipe, epochs=epochs), SLOT, group),
         observe,
-        {name: torch.zeros(networks, *p.shape, device=p.device) for name, p in made[0].named_parameters()},
+        {name: value.new_zeros(networks, *value.shape) for name, value in made[0].state_dict().items()},
         judge.checkpoints,
         SLOT,
         "coreset network",
@@ -98,9 +98,6 @@ def features(networks: Sequence[nn.Module], images: Tensor, normalise: Normalise
     for network in networks:
         network.eval()
         chunks = images.split(at_once(500, images.shape[-1]))
-        joined.append(torch.cat([_penultimate(network, normalise(chunk)) for chunk in chunks]))
+        inputs = (normalise(chunk).contiguous(memory_format=torch.channels_last) for chunk in chunks)
+        joined.append(torch.cat([network.features(chunk) for chunk in inputs]))
     return torch.cat(joined, 1)
-
-
-def _penultimate(network: nn.Module, images: Tensor) -> Tensor:
-    return network.body(images.contiguous(memory_format=torch.channels_last)).flatten(1)

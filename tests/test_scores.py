@@ -20,7 +20,9 @@ from hmn.data.preprocess import Normalise
 from hmn.data.sampling import random_subset
 from hmn.errors import DataError, Interrupted
 from hmn.evaluate import Images, Judge
+from hmn.networks import Builder
 from hmn.networks.convnet import ConvNet
+from hmn.networks.resnet import ResNet
 from hmn.scores import SLOT, Difficulty, difficulty, features, trained
 from hmn.seeding import generator
 from hmn.training import Recipe, logits_of, training_step
@@ -40,11 +42,15 @@ NAMES = ("a", "b", "c")
 METHODS = ("random", "herding", "k_center", "k_means", "ccs", "aum", "forgetting")
 
 
-def build() -> ConvNet:
+def convnet() -> ConvNet:
     return ConvNet(1, 3, 8, width=4, depth=1)
 
 
-def judge(folder: Path, seed: int = 0, together: int = 1, stop: Stop | None = None) -> Judge:
+def resnet() -> ResNet:
+    return ResNet(1, 3, 9, blocks=(1, 1, 1, 1), width=2, norm="batch")
+
+
+def judge(folder: Path, seed: int = 0, together: int = 1, stop: Stop | None = None, build: Builder = convnet) -> Judge:
     return Judge(
         build=build,
         step=training_step(build(), Compute(torch.device("cpu"))),
@@ -56,9 +62,9 @@ def judge(folder: Path, seed: int = 0, together: int = 1, stop: Stop | None = No
     )
 
 
-def images(per_class: int = 4) -> Images:
+def images(per_class: int = 4, side: int = 8) -> Images:
     """uint8, ordered by class."""
-    pixels = torch.randint(0, 256, (3 * per_class, 1, 8, 8), generator=generator(0, "images"), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (3 * per_class, 1, side, side), generator=generator(0, "images"), dtype=torch.uint8)
     return Images(pixels, torch.arange(3).repeat_interleave(per_class))
 
 
@@ -150,24 +156,28 @@ def test_margins_and_forgetting_events_by_hand(tmp_path, together, groups):
 
 
 @pytest.mark.parametrize("together", [1, 2])
-def test_features_are_what_the_classifier_of_each_trained_network_sees(tmp_path, together):
-    train = images()
-    networks = trained(judge(tmp_path, together=together), train, networks=2, epochs=2)
+@pytest.mark.parametrize(("build", "side", "width"), [(convnet, 8, 64), (resnet, 9, 16)])
+def test_features_are_what_the_classifier_of_each_trained_network_sees(tmp_path, together, build, side, width):
+    train = images(side=side)
+    networks = trained(judge(tmp_path, together=together, build=build), train, networks=2, epochs=2)
     joined = features(networks, train.images, NORMALISE)
-    assert joined.shape == (12, 2 * 4 * 4 * 4)
-    for network, own in zip(networks, joined.split(64, 1), strict=True):
+    assert joined.shape == (12, 2 * width)
+    for network, own in zip(networks, joined.split(width, 1), strict=True):
         torch.testing.assert_close(network.classifier(own), logits_of(network, train.images, NORMALISE))
-    assert not torch.equal(*joined.split(64, 1))
+    assert not torch.equal(*joined.split(width, 1))
 
 
-def test_networks_whose_features_are_taken_have_been_trained_by_the_recipe_with_cutmix(tmp_path):
-    train, work = images(), judge(tmp_path)
+@pytest.mark.parametrize(("build", "side"), [(convnet, 8), (resnet, 9)])
+def test_networks_whose_features_are_taken_have_been_trained_by_the_recipe_with_cutmix(tmp_path, build, side):
+    """Running statistics of batch norm are part of them."""
+    train, work = images(side=side), judge(tmp_path, build=build)
     (network,) = trained(work, train, networks=1, epochs=2)
     training = work.training(train, dataclasses.replace(RECIPE, epochs=2), SLOT, range(1))
     while not training.finished:
         training.run_epoch()
-    for name, value in training.network.named_parameters():
-        assert torch.equal(network.get_parameter(name), value)
+    expected = training.network.state_dict()
+    assert expected.keys() == network.state_dict().keys()
+    assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
 
 
 class StopAfter(Stop):
