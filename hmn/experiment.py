@@ -77,6 +77,7 @@ def _work(plan: Plan, folder: Path, stop: Stop, group: str | None) -> dict[str, 
             "evaluate": session.evaluate_artifact,
             "full_data": session.full_data,
             "random_subset": session.random_subset,
+            "experts": session.experts,
         }[config.kind]()
         result = {
             "run_id": plan.run_id,
@@ -84,7 +85,7 @@ def _work(plan: Plan, folder: Path, stop: Stop, group: str | None) -> dict[str, 
             **measured,
             "data": {"name": data.name, "fingerprint": data.fingerprint, "notes": list(data.notes)},
             "network": networks.full_name(config.network, plan.data.image_size),
-            "profile": config.evaluation.profile,
+            "profile": "experts" if config.mode == "experts" else config.evaluation.profile,
             "device": results.device_name(chosen.device),
             "compiled": chosen.compiled,
             "compile_seconds": list(compute.compile_seconds),
@@ -109,7 +110,7 @@ def _reference(plan: Plan, mode: str) -> dict[str, Any] | None:
 
 def _rows(plan: Plan, result: dict[str, Any]) -> list[list[str]]:
     """The run's own row and those of its references that are already measured under the same profile."""
-    name = REFERENCES.get(plan.config.mode, "condensed")
+    name = {**REFERENCES, "experts": "experts"}.get(plan.config.mode, "condensed")
     if plan.config.kind == "coreset":
         name = f"coreset, {plan.config.container.method}"
     rows = [report.row(name, result)]

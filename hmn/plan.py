@@ -12,14 +12,18 @@ from typing import Any
 
 import torch
 
-from hmn import networks
+from hmn import distributed, networks
 from hmn.artifacts import read_card, tensors_file
 from hmn.compute import device_of
 from hmn.config import Config, DatasetConfig, digest, require, scientific
+from hmn.config.objectives import UnrolledConfig
 from hmn.containers import KINDS, Storage, storage
 from hmn.containers.base import Container, ImageShape, PixelShape
 from hmn.cost import Step, step_flops, training_flops
 from hmn.data import datasets
+
+# Per class; a full set's size is not known before it is read, and this is CIFAR-10's and SVHN's order.
+TRAIN_IMAGES = 5000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +87,12 @@ class Plan:
         return step_flops(objective, self.build, self.pixels, classes=classes, images_per_class=images)
 
     @property
+    def expert_flops(self) -> int:
+        """Of training the experts that trajectory matching aims at, where none are kept yet."""
+        experts = getattr(self.config.objective, "experts", None)
+        return experts.count * experts.epochs * self.data.classes * TRAIN_IMAGES * self.training_flops if experts else 0
+
+    @property
     def matching_steps(self) -> int:
         return self.config.objective.outer_steps * self.config.objective.inner_steps
 
@@ -97,17 +107,17 @@ class Plan:
             "run": self.storage.images_per_class if self.storage else 0,
             "random_subset": memory.images_per_class,
         }
-        # A full set's size is not known before it is read; 5,000 images per class is CIFAR-10's and SVHN's order.
-        full = 5000
-        images = self.data.classes * per_class.get(self.config.mode, full)
+        if self.config.mode == "experts":
+            return float(self.expert_flops)
+        images = self.data.classes * per_class.get(self.config.mode, TRAIN_IMAGES)
         judging = evaluation.networks * self.epochs * images * self.training_flops
         making = 0
         if self.config.condenses:
-            making = (self.step_flops.matching + self.step_flops.update) * self.matching_steps
+            making = (self.step_flops.matching + self.step_flops.update) * self.matching_steps + self.expert_flops
         elif self.storage:
             container = self.config.container
             epochs = (container.networks or 0) * (container.epochs or 0)
-            making = epochs * self.data.classes * full * self.training_flops
+            making = epochs * self.data.classes * TRAIN_IMAGES * self.training_flops
         return float(judging + making)
 
     @property
@@ -129,6 +139,7 @@ class Plan:
                 "matching_steps": self.matching_steps,
                 "matching_step_flops": self.step_flops.matching,
                 "network_update_flops": self.step_flops.update,
+                **({"expert_training_flops": self.expert_flops} if self.expert_flops else {}),
             }
         return {
             "run_id": self.run_id,
@@ -207,6 +218,9 @@ def _check_pairs(plan: Plan) -> None:
         batch_norm = networks.has_batch_norm(plan.build())
     rule = "instance or none: condensing compares single images on it; evaluate on others with mode=evaluate"
     require("network.norm", not batch_norm, "batch", rule)
+    alone = not distributed.launched() or not isinstance(config.objective, UnrolledConfig)
+    rule = "an objective that compares classes with each other, under torchrun: a student's steps cannot be shared out"
+    require("objective.name", alone, config.objective.name, rule)
     group = getattr(config.objective, "classes_per_step", None)
     require("objective.classes_per_step", group is None or group <= classes, group, f"at most {classes}")
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hmn import artifacts, build, compute, condense, coresets, distributed, networks, pictures, prune, tracking
+from hmn import artifacts, build, compute, condense, coresets, distributed, experts, networks, pictures, prune, tracking
 from hmn.artifacts import decode_all
 from hmn.checkpoint import Checkpoints, atomic_write
 from hmn.containers.base import Container
@@ -22,8 +22,8 @@ from hmn.data.source import TrainingImages
 from hmn.errors import DataError
 from hmn.evaluate import Accuracies, Images, Judge, evaluate, quick_accuracy, recipe_of
 from hmn.plan import Plan
-from hmn.seeding import generator
-from hmn.training import training_step
+from hmn.seeding import derived_seed, generator
+from hmn.training import accuracy, training_step
 
 # What a card says of the numbers by which a coreset names its images.
 INDEX_INTO = (
@@ -248,16 +248,28 @@ class Session:
             "artifact_sha256": kept.card["sha256"],
         }
 
+    def experts(self) -> dict[str, Any]:
+        """Train what trajectory matching aims at, as far as it is not kept yet, and test every expert at its end."""
+        settings, test, network = self.config.objective.experts, self.data.test, self.plan.build()
+        last = []
+        for path in build.experts(self.workshop):
+            network.load_state_dict(experts.read(path, settings.epochs, torch.device("cpu")))
+            on_device = network.to(self.compute.device)
+            last.append([float(accuracy(on_device, test.images, test.labels, self.judge.normalise))])
+        seeds = [derived_seed(settings.seed, "experts", number) for number in range(settings.count)]
+        found = Accuracies(by_network=last, test_epochs=[settings.epochs], seeds=seeds)
+        return {"accuracy": _plain(found), **self._all_images()}
+
     def full_data(self) -> dict[str, Any]:
         """Train on all training images (without those held out), as the sets are condensed from them."""
         train = self.data.train
-        counts = torch.bincount(train.labels).unique().tolist()
+        return {"accuracy": _plain(self._evaluate(Images(train.images, train.labels))), **self._all_images()}
+
+    def _all_images(self) -> dict[str, Any]:
+        images, labels = self.data.train.images, self.data.train.labels
+        counts = torch.bincount(labels).unique().tolist()
         per_class = str(counts[0]) if len(counts) == 1 else f"{min(counts)}-{max(counts)}"
-        return {
-            "accuracy": _plain(self._evaluate(Images(train.images, train.labels))),
-            "images_per_class": per_class,
-            "stored_floats": train.images.numel(),
-        }
+        return {"images_per_class": per_class, "stored_floats": images.numel()}
 
     def random_subset(self) -> dict[str, Any]:
         """Train on as many random real images as the budget pays for, drawn uniformly from each class."""

@@ -74,14 +74,14 @@ OPERATORS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Tensor]] = {
 def test_the_reference_augments_as_we_do_for_equal_draws(name):
     operator, values = OPERATORS[name]
     images = torch.randn(3, 3, 32, 32, generator=stream())
-    geometric = (name,) if name in augment.GEOMETRIC else ()
+    alternatives = augment.alternatives_of(name, "idc")
     drawn = {name: values}
     if name in ("brightness", "saturation", "contrast"):
         # Our three colours come together; u = 1/2 is the identity of each.
         drawn = {colour: torch.full((3,), 0.5) for colour in ("brightness", "saturation", "contrast")} | drawn
     expected = augment.apply(
         images,
-        augment.Draw(size=32, geometric=geometric, chosen=torch.zeros(3, dtype=torch.int64), **drawn),
+        augment.Draw(size=32, alternatives=alternatives, chosen=torch.zeros(3, dtype=torch.int64), **drawn),
     )
     torch.testing.assert_close(operator(images, values), expected, rtol=0, atol=1e-5)
     assert (expected - images).abs().max() > 0.01

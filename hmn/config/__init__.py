@@ -256,6 +256,9 @@ class Config:
             share = self.dataset.held_out_fraction
             rule = "positive while pruning.beta is null: the search is judged on held-out images"
             require("dataset.held_out_fraction", share > 0, share, rule)
+        if self.mode == "experts":
+            known = isinstance(self.objective, objectives.TrajectoryMatchingConfig)
+            require("objective.name", known, self.objective.name, "trajectory_matching for mode=experts")
         if self.condenses and self.evaluation.curve_points:
             share = self.dataset.held_out_fraction
             require("dataset.held_out_fraction", share > 0, share, "positive while evaluation.curve_points is set")
@@ -322,6 +325,7 @@ SECTIONS = {
     "evaluate": ("dataset", "network", "evaluation"),
     "full_data": ("dataset", "network", "evaluation"),
     "random_subset": ("dataset", "memory", "network", "evaluation"),
+    "experts": ("dataset", "network"),  # and objective.experts
 }
 
 
@@ -338,6 +342,8 @@ def scientific(config: Config) -> dict[str, Any]:
         return values
 
     sections = {name: kept(getattr(config, name)) for name in SECTIONS[config.kind]}
+    if config.mode == "experts":
+        sections["experts"] = dataclasses.asdict(config.objective.experts)
     own = {"mode": config.mode, "seed": config.seed, "precision": config.compute.precision}
     if config.dataset.kind not in ("folder", "arrays"):
         sections["dataset"].pop("root")  # official data are the same wherever they lie
@@ -352,6 +358,13 @@ def bank_identity(config: Config) -> dict[str, Any]:
     dataset = scientific(config)["dataset"]
     network = dataclasses.asdict(config.network)
     return {"dataset": dataset, "network": network, "objective": kept, "precision": config.compute.precision}
+
+
+def experts_identity(config: Config) -> dict[str, Any]:
+    """What each expert depends on, however many there are, as plain values: runs that agree on it share them."""
+    experts = {name: value for name, value in dataclasses.asdict(config.objective.experts).items() if name != "count"}
+    dataset, network = scientific(config)["dataset"], dataclasses.asdict(config.network)
+    return {"dataset": dataset, "network": network, "experts": experts, "precision": config.compute.precision}
 
 
 def digest(values: dict[str, Any]) -> str:

@@ -1,8 +1,12 @@
-"""Differentiable augmentation (Zhao & Bilen, ICML 2021) composed by IDC's rule, and CutMix.
+"""Differentiable augmentation (DSA, Zhao & Bilen, ICML 2021), its two rules of composition, and CutMix.
 
 Every operator takes one parameter per image, so siamese draws are the same parameter repeated; nothing branches on a
 draw, so no device waits for one. Operators work on mean/std-normalised images (n, channels, H, W): what they fill
 with zero is the mean colour.
+
+The rules share operators and differ in how many of those listed an image gets. ``idc`` (Kim et al., ICML 2022): flip,
+all three colours, exactly one of crop, scale and rotate, then cutout. ``vico`` (DSA, and DM, MTT and others after it):
+exactly one of all, where the colours count as one.
 """
 
 from __future__ import annotations
@@ -15,7 +19,11 @@ from torch import Tensor
 
 from hmn.data.sampling import permutations
 
-GEOMETRIC = ("crop", "scale", "rotate")  # IDC's rule applies exactly one of those listed
+# Of these, exactly one of those listed is applied; all others that are listed always are.
+ALTERNATIVES = {
+    "idc": ("crop", "scale", "rotate"),
+    "vico": ("color", "crop", "cutout", "flip", "scale", "rotate"),
+}
 CROP_RATIO = 0.125
 CUTOUT_RATIO = 0.5
 MAX_SCALE = 1.2
@@ -26,11 +34,11 @@ MAX_DEGREES = 15.0
 class Draw:
     """Parameters of one augmentation of n images, each (n,); ``None`` where the strategy lacks the operator.
 
-    ``chosen`` (n,) is the position in ``geometric`` of the one geometric operator each image gets.
+    ``chosen`` (n,) is the position in ``alternatives`` of the one of those operators that each image gets.
     """
 
     size: int
-    geometric: tuple[str, ...]
+    alternatives: tuple[str, ...]
     flip: Tensor | None = None  # bool
     brightness: Tensor | None = None  # u of [0, 1), as are the other two colours
     saturation: Tensor | None = None
@@ -50,6 +58,10 @@ class Draw:
         """The draw of the images ``part``."""
         return Draw(**{**vars(self), **{name: value[part] for name, value in self.tensors().items()}})
 
+    def applies(self, name: str) -> Tensor | None:
+        """Which images (n,) get the operator ``name``; ``None``: all of them, as it is no alternative to another."""
+        return self.chosen == self.alternatives.index(name) if name in self.alternatives else None
+
     def tensors(self) -> dict[str, Tensor]:
         """The parameters that the strategy draws; with :func:`drawn`, all it takes to have the draw again."""
         return {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
@@ -65,12 +77,19 @@ def without_flip(strategy: str) -> str:
 
 
 def draw(
-    strategy: str, n: int, size: int, generator: torch.Generator, *, one_choice: bool = True, batches: int = 1
+    strategy: str,
+    n: int,
+    size: int,
+    generator: torch.Generator,
+    *,
+    rule: str = "idc",
+    one_choice: bool = True,
+    batches: int = 1,
 ) -> Draw:
-    """Parameters for ``n`` images of side ``size``; ranges as in IDC and DSA.
+    """Parameters for ``n`` images of side ``size``; ranges as in IDC and DSA, which share them.
 
-    ``one_choice``: all ``n`` share which geometric operator is applied, as in one batch of IDC, or all of each of
-    ``batches`` equal parts; else each image (or, after :meth:`Draw.repeat`, each group) has its own choice.
+    ``one_choice``: all ``n`` share which alternative is applied, as in one batch that a network trains on, or all of
+    each of ``batches`` equal parts; else each image (or, after :meth:`Draw.repeat`, each group) has its own choice.
     """
     names = operators(strategy)
     device = generator.device
@@ -86,10 +105,10 @@ def draw(
         values["flip"] = uniform(n) < 0.5
     if "color" in names:
         values |= {name: uniform(n) for name in ("brightness", "saturation", "contrast")}
-    geometric = geometric_of(strategy)
-    if geometric:
+    alternatives = alternatives_of(strategy, rule)
+    if alternatives:
         choices = batches if one_choice else n
-        chosen = torch.randint(len(geometric), (choices, 1), generator=generator, device=device)
+        chosen = torch.randint(len(alternatives), (choices, 1), generator=generator, device=device)
         values["chosen"] = chosen.expand(-1, n // choices).flatten()
     if "crop" in names:
         shift = int(CROP_RATIO * size + 0.5)
@@ -100,22 +119,34 @@ def draw(
         values["rotate"] = (uniform(n) * 2 - 1) * (MAX_DEGREES * torch.pi / 180)
     if "cutout" in names:
         values["cutout"] = integer(0, size - _cutout_side(size) % 2)
-    return drawn(strategy, size, values)
+    return drawn(strategy, size, values, rule)
 
 
-def drawn(strategy: str, size: int, tensors: dict[str, Tensor]) -> Draw:
+def drawn(strategy: str, size: int, tensors: dict[str, Tensor], rule: str = "idc") -> Draw:
     """The draw for images of side ``size`` whose :meth:`Draw.tensors` are ``tensors``."""
-    return Draw(size=size, geometric=geometric_of(strategy), **tensors)
+    return Draw(size=size, alternatives=alternatives_of(strategy, rule), **tensors)
 
 
-def geometric_of(strategy: str) -> tuple[str, ...]:
-    return tuple(name for name in GEOMETRIC if name in operators(strategy))
+def alternatives_of(strategy: str, rule: str) -> tuple[str, ...]:
+    return tuple(name for name in ALTERNATIVES[rule] if name in operators(strategy))
 
 
 def apply(images: Tensor, drawn: Draw) -> Tensor:
-    """IDC's rule: flip, then the three colours, then each image's one geometric operator, then cutout."""
+    """Flip, the three colours, crop, scale or rotate, cutout: of each image what it gets by the draw's rule."""
     if drawn.flip is not None:
-        images = torch.where(_column(drawn.flip), images.flip(-1), images)
+        images = _where(drawn.applies("flip"), _where(drawn.flip, images.flip(-1), images), images)
+    images = _where(drawn.applies("color"), _colours(images, drawn), images)
+    if drawn.crop is not None:
+        images = shift(images, torch.where(drawn.applies("crop")[:, None], drawn.crop, 0))
+    if drawn.scale is not None or drawn.rotate is not None:
+        images = _resample(images, drawn)
+    if drawn.cutout is not None:
+        images = _where(drawn.applies("cutout"), cutout(images, drawn.cutout), images)
+    return images
+
+
+def _colours(images: Tensor, drawn: Draw) -> Tensor:
+    """Brightness, saturation, contrast, in this order."""
     if drawn.brightness is not None:
         images = images + _column(drawn.brightness - 0.5)
     if drawn.saturation is not None:
@@ -124,14 +155,6 @@ def apply(images: Tensor, drawn: Draw) -> Tensor:
     if drawn.contrast is not None:
         mean = images.mean((1, 2, 3), keepdim=True)
         images = (images - mean) * _column(drawn.contrast + 0.5) + mean
-    for position, name in enumerate(drawn.geometric):
-        applies = drawn.chosen == position
-        if name == "crop":
-            images = shift(images, torch.where(applies[:, None], drawn.crop, 0))
-    if "scale" in drawn.geometric or "rotate" in drawn.geometric:
-        images = _resample(images, drawn)
-    if drawn.cutout is not None:
-        images = cutout(images, drawn.cutout)
     return images
 
 
@@ -167,12 +190,12 @@ def _resample(images: Tensor, drawn: Draw) -> Tensor:
     theta[:, 0, 0] = theta[:, 1, 1] = 1
     resampled = torch.zeros(n, dtype=torch.bool, device=images.device)
     if drawn.scale is not None:
-        applies = drawn.chosen == drawn.geometric.index("scale")
+        applies = drawn.applies("scale")
         theta[:, 0, 0] = torch.where(applies, drawn.scale[:, 0], theta[:, 0, 0])
         theta[:, 1, 1] = torch.where(applies, drawn.scale[:, 1], theta[:, 1, 1])
         resampled = resampled | applies
     if drawn.rotate is not None:
-        applies = drawn.chosen == drawn.geometric.index("rotate")
+        applies = drawn.applies("rotate")
         cos, sin = drawn.rotate.cos(), drawn.rotate.sin()
         turned = torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)
         theta[:, :, :2] = torch.where(applies[:, None, None], turned, theta[:, :, :2])
@@ -180,6 +203,10 @@ def _resample(images: Tensor, drawn: Draw) -> Tensor:
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     moved = F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
     return torch.where(_column(resampled), moved, images)
+
+
+def _where(applies: Tensor | None, changed: Tensor, images: Tensor) -> Tensor:
+    return changed if applies is None else torch.where(_column(applies), changed, images)
 
 
 def _column(values: Tensor) -> Tensor:

@@ -46,9 +46,11 @@ class _Names(NamedTuple):
 
 
 def r_operator(network: nn.Module, metric: str, compute: Compute) -> Form:
-    """The R-operator's form. Raises ``ConfigError`` for a network that is not a :class:`ConvNet`."""
+    """The R-operator's form. Raises ``ConfigError`` for a network that is not a :class:`ConvNet` with instance norm."""
     written = isinstance(network, ConvNet)
     require("compute.matching", written, "r_operator", f"loop or compiled for {type(network).__name__}")
+    written = network.norm == "instance"
+    require("compute.matching", written, "r_operator", f"loop or compiled for network.norm={network.norm}")
     convolutions = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.Conv2d)]
     norms = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.GroupNorm)]
     layers = [

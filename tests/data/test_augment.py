@@ -87,8 +87,8 @@ def naive(image: Tensor, drawn: Draw, i: int) -> Tensor:
     for rule, name in zip((naive_brightness, naive_saturation, naive_contrast), COLOURS, strict=True):
         if getattr(drawn, name) is not None:
             image = rule(image, float(getattr(drawn, name)[i]))
-    if drawn.geometric:
-        name = drawn.geometric[int(drawn.chosen[i])]
+    if drawn.alternatives:
+        name = drawn.alternatives[int(drawn.chosen[i])]
         if name == "crop":
             image = naive_crop(image, *drawn.crop[i].tolist())
         elif name == "scale":
@@ -118,7 +118,7 @@ SHARES = [0.0, 0.1, 0.25, 0.5, 0.75, 0.999]
 @pytest.mark.parametrize("name", COLOURS)
 def test_a_colour_operator_follows_its_formula(name, channels):
     images = noise(len(SHARES), 5, channels)
-    drawn = Draw(size=5, geometric=(), **{name: torch.tensor(SHARES, dtype=torch.float64)})
+    drawn = Draw(size=5, alternatives=(), **{name: torch.tensor(SHARES, dtype=torch.float64)})
     rule = {"brightness": naive_brightness, "saturation": naive_saturation, "contrast": naive_contrast}[name]
     expected = torch.stack([rule(image, u) for image, u in zip(images, SHARES, strict=True)])
     torch.testing.assert_close(augment.apply(images, drawn), expected, rtol=0, atol=1e-12)
@@ -126,13 +126,13 @@ def test_a_colour_operator_follows_its_formula(name, channels):
 
 def test_colours_at_their_neutral_share_change_nothing():
     images, half = noise(3, 6), torch.full((3,), 0.5, dtype=torch.float64)
-    drawn = Draw(size=6, geometric=(), brightness=half, saturation=half, contrast=half)
+    drawn = Draw(size=6, alternatives=(), brightness=half, saturation=half, contrast=half)
     torch.testing.assert_close(augment.apply(images, drawn), images, rtol=0, atol=1e-12)
 
 
 def test_flip_mirrors_columns_of_the_drawn_images_only():
     images = noise(3, 5)
-    found = augment.apply(images, Draw(size=5, geometric=(), flip=torch.tensor([True, False, True])))
+    found = augment.apply(images, Draw(size=5, alternatives=(), flip=torch.tensor([True, False, True])))
     assert torch.equal(found, torch.stack([images[0].flip(2), images[1], images[2].flip(2)]))
 
 
@@ -146,7 +146,7 @@ def test_shift_is_exact_for_every_offset_and_fills_with_zero(size, reach):
 
 def test_crop_moves_only_the_images_it_is_chosen_for():
     images, crop = noise(2, 8), torch.tensor([[1, -2], [1, -2]])
-    drawn = Draw(size=8, geometric=("crop", "rotate"), chosen=torch.tensor([0, 1]), crop=crop, rotate=torch.zeros(2))
+    drawn = Draw(size=8, alternatives=("crop", "rotate"), chosen=torch.tensor([0, 1]), crop=crop, rotate=torch.zeros(2))
     found = augment.apply(images, drawn)
     assert torch.equal(found[0], naive_crop(images[0], 1, -2))
     close(found[1], images[1])
@@ -172,14 +172,14 @@ def test_cutout_hides_at_most_16_by_16_of_32_pixels_and_a_quarter_of_that_in_a_c
 @pytest.mark.parametrize("factors", [(1.0, 1.0), (0.9, 1.15), (1 / 1.2, 1.2)])
 def test_scale_resamples_by_its_own_factors_in_x_and_y(factors):
     images = noise(1, 9)
-    drawn = Draw(size=9, geometric=("scale",), chosen=torch.zeros(1), scale=torch.tensor([factors]))
+    drawn = Draw(size=9, alternatives=("scale",), chosen=torch.zeros(1), scale=torch.tensor([factors]))
     close(augment.apply(images, drawn), naive_scale(images[0], *factors)[None])
 
 
 def test_a_factor_below_one_zooms_in():
     images = torch.zeros(1, 1, 12, 12)
     images[..., 3:9, 3:9] = 1
-    drawn = Draw(size=12, geometric=("scale",), chosen=torch.zeros(1), scale=torch.tensor([[1 / 1.2, 1.0]]))
+    drawn = Draw(size=12, alternatives=("scale",), chosen=torch.zeros(1), scale=torch.tensor([[1 / 1.2, 1.0]]))
     found = augment.apply(images, drawn)[0, 0]
     assert found[6].sum() > 6.5  # wider along x
     assert found[:, 6].sum() == pytest.approx(6, abs=1e-4)  # as high as before
@@ -189,7 +189,7 @@ def test_a_factor_below_one_zooms_in():
 def test_rotate_resamples_by_its_own_angle(degrees):
     images = noise(1, 9)
     angle = math.radians(degrees)
-    drawn = Draw(size=9, geometric=("rotate",), chosen=torch.zeros(1), rotate=torch.tensor([angle]))
+    drawn = Draw(size=9, alternatives=("rotate",), chosen=torch.zeros(1), rotate=torch.tensor([angle]))
     close(augment.apply(images, drawn), naive_rotate(images[0], angle)[None])
 
 
@@ -242,7 +242,7 @@ def test_a_strategy_draws_nothing_for_operators_it_does_not_list(name):
     drawn = augment.draw(name, 3, 8, generator())
     filled = {item.name for item in fields(Draw) if torch.is_tensor(getattr(drawn, item.name))}
     expected = set(COLOURS) if name == "color" else {name}
-    assert filled == expected | ({"chosen"} if name in augment.GEOMETRIC else set())
+    assert filled == expected | ({"chosen"} if augment.alternatives_of(name, "idc") else set())
     assert all(len(getattr(drawn, key)) == 3 for key in filled)
 
 
@@ -281,7 +281,7 @@ def test_with_one_choice_a_batch_shares_its_operator_but_not_its_parameters():
         drawn = augment.draw("crop_scale_rotate", 50, 32, generator(seed))
         assert len(set(drawn.chosen.tolist())) == 1
         assert len(drawn.scale.unique(dim=0)) == len(drawn.rotate.unique()) == 50
-        operators.add(drawn.geometric[int(drawn.chosen[0])])
+        operators.add(drawn.alternatives[int(drawn.chosen[0])])
     assert operators == {"crop", "scale", "rotate"}
 
 
@@ -319,6 +319,71 @@ def test_without_flip_drops_flip_alone(strategy, expected):
     assert augment.without_flip(strategy) == expected
 
 
+# The composition (one operator of all, as DSA)
+
+
+def naive_one_of_all(image: Tensor, drawn: Draw, i: int) -> Tensor:
+    """DSA's rule for image ``i`` of a draw: the chosen operator alone, which may be all three colours."""
+    name = drawn.alternatives[int(drawn.chosen[i])]
+    if name == "color":
+        colours = {colour: getattr(drawn, colour)[i : i + 1] for colour in COLOURS}
+        return naive(image, Draw(size=drawn.size, alternatives=(), **colours), 0)
+    if name == "flip":
+        return image.flip(-1) if drawn.flip[i] else image
+    if name == "crop":
+        return naive_crop(image, *drawn.crop[i].tolist())
+    if name == "scale":
+        return naive_scale(image, *drawn.scale[i].tolist())
+    return naive_rotate(image, float(drawn.rotate[i])) if name == "rotate" else naive_cutout(image, *drawn.cutout[i])
+
+
+@pytest.mark.parametrize("strategy", [EVERYTHING, "color_crop_cutout_scale_rotate", "flip_rotate", "cutout"])
+def test_of_all_listed_an_image_gets_one_operator(strategy):
+    images = noise(40, 7)
+    drawn = augment.draw(strategy, 40, 7, generator(), rule="vico", one_choice=False)
+    assert set(drawn.chosen.tolist()) == set(range(len(strategy.split("_"))))
+    expected = torch.stack([naive_one_of_all(image, drawn, i) for i, image in enumerate(images)])
+    close(augment.apply(images, drawn), expected)
+
+
+def test_all_listed_are_chosen_equally_often():
+    drawn = augment.draw(EVERYTHING, 6000, 8, generator(), rule="vico", one_choice=False)
+    counts = Counter(drawn.alternatives[position] for position in drawn.chosen.tolist())
+    assert sorted(counts) == sorted(EVERYTHING.split("_")) and all(abs(count - 1000) < 130 for count in counts.values())
+
+
+def test_a_batch_that_a_network_trains_on_shares_the_operator_but_not_its_parameters():
+    operators = set()
+    for seed in range(40):
+        drawn = augment.draw(EVERYTHING, 20, 32, generator(seed), rule="vico")
+        assert len(set(drawn.chosen.tolist())) == 1
+        operators.add(drawn.alternatives[int(drawn.chosen[0])])
+        for name in ("scale", "rotate", *COLOURS):
+            assert len(getattr(drawn, name).unique(dim=0)) == 20
+    assert operators == set(EVERYTHING.split("_"))
+
+
+def test_one_operator_of_all_is_siamese_by_repetition_and_comes_back_from_its_tensors():
+    drawn = augment.draw(EVERYTHING, 5, 8, generator(), rule="vico", one_choice=False)
+    again = augment.drawn(EVERYTHING, 8, drawn.tensors(), "vico")
+    images = noise(5, 8)
+    expected = torch.stack([naive_one_of_all(image, drawn, i) for i, image in enumerate(images)])
+    close(augment.apply(images.repeat_interleave(3, 0), again.repeat(3)), expected.repeat_interleave(3, 0))
+
+
+def test_no_operator_has_another_parameter_by_the_other_rule():
+    """Only the choice differs in range: both rules draw it where they draw it, from equally many numbers here."""
+    one, other = (augment.draw("crop_scale_rotate", 6, 32, generator(), rule=rule) for rule in ("idc", "vico"))
+    assert one.tensors().keys() == other.tensors().keys()
+    assert all(torch.equal(value, other.tensors()[name]) for name, value in one.tensors().items())
+
+
+def test_one_operator_of_all_has_the_right_gradient():
+    drawn = augment.draw(EVERYTHING, 12, 4, generator(1), rule="vico", one_choice=False)
+    assert len(set(drawn.chosen.tolist())) == 6
+    assert torch.autograd.gradcheck(lambda x: augment.apply(x, drawn), noise(12, 4, channels=1).requires_grad_())
+
+
 # Siamese
 
 
@@ -335,7 +400,7 @@ def test_a_siamese_draw_gives_real_and_synthetic_images_of_a_group_the_same_para
 def test_groups_of_different_sizes_repeat_their_own_parameters():
     drawn = augment.draw("color_crop_cutout_flip", 3, 8, generator(), one_choice=False)
     grown = drawn.repeat(torch.tensor([2, 0, 3]))
-    assert (grown.size, grown.geometric) == (8, ("crop",))
+    assert (grown.size, grown.alternatives) == (8, ("crop",))
     for name in ("flip", *COLOURS, "chosen", "crop", "cutout"):
         values = getattr(drawn, name).tolist()
         assert getattr(grown, name).tolist() == [values[i] for i in (0, 0, 2, 2, 2)]
