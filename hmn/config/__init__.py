@@ -219,7 +219,7 @@ class ComputeConfig:
 class PathsConfig:
     runs_dir: str = "runs"
     data_dir: str = "data"
-    cache_dir: str = ".cache"  # compiled functions and snapshot banks: may be removed, is then made again
+    cache_dir: str = ".cache"  # compiled functions and what networks on real images gave: made again if removed
 
 
 @dataclass(kw_only=True)
