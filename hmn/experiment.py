@@ -29,7 +29,7 @@ def run(plan: Plan, *, command: str, group: str | None) -> dict[str, Any]:
     ``command`` are the arguments a person typed, for the hint on how to measure a missing reference.
     """
     folder = plan.folder
-    shared_out = plan.data.classes if plan.config.mode == "run" else None
+    shared_out = plan.data.classes if plan.config.condenses else None
     distributed.start(compute.device_of(plan.config.compute), at_most=shared_out)
     alone = exclusive(folder) if distributed.first() else contextlib.nullcontext()  # for all processes of this run
     with alone, Stop().listening() as stop:
@@ -73,17 +73,19 @@ def _work(plan: Plan, folder: Path, stop: Stop, group: str | None) -> dict[str, 
         session = Session(plan, data.to(chosen.device), chosen, checkpoints, tracker, folder, provenance)
         measured = {
             "run": session.condense_and_evaluate,
+            "coreset": session.choose_and_evaluate,
             "evaluate": session.evaluate_artifact,
             "full_data": session.full_data,
             "random_subset": session.random_subset,
-        }[config.mode]()
+            "experts": session.experts,
+        }[config.kind]()
         result = {
             "run_id": plan.run_id,
             "mode": config.mode,
             **measured,
             "data": {"name": data.name, "fingerprint": data.fingerprint, "notes": list(data.notes)},
             "network": networks.full_name(config.network, plan.data.image_size),
-            "profile": config.evaluation.profile,
+            "profile": "experts" if config.mode == "experts" else config.evaluation.profile,
             "device": results.device_name(chosen.device),
             "compiled": chosen.compiled,
             "compile_seconds": list(compute.compile_seconds),
@@ -108,7 +110,9 @@ def _reference(plan: Plan, mode: str) -> dict[str, Any] | None:
 
 def _rows(plan: Plan, result: dict[str, Any]) -> list[list[str]]:
     """The run's own row and those of its references that are already measured under the same profile."""
-    name = REFERENCES.get(plan.config.mode, "condensed")
+    name = {**REFERENCES, "experts": "experts"}.get(plan.config.mode, "condensed")
+    if plan.config.kind == "coreset":
+        name = f"coreset, {plan.config.container.method}"
     rows = [report.row(name, result)]
     if plan.config.mode == "run":
         for mode, label in REFERENCES.items():

@@ -1,4 +1,4 @@
-"""How many classes a condensing step can take at once within a memory limit, estimated before the first step."""
+"""How much a condensing step can take at once within a memory limit, estimated before the first step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from hmn.compute import Compute
+from hmn.compute import Compute, at_once
 from hmn.config import require
 from hmn.config.objectives import ClassMatchingConfig
 from hmn.containers.base import Container
@@ -99,3 +99,28 @@ def classes_per_chunk(
     hint = f"at least {least:.1f}: one class needs that; or lower objective.synthetic_batch or compute.classes_per_call"
     require("compute.memory_limit", chunk >= 1, limit, hint)
     return min(chunk, group)
+
+
+def images_per_chunk(
+    container: Container, network: nn.Module, compute: Compute, *, limit: float | None, batch: int, kept: int
+) -> int:
+    """How many images are decoded at a time for a student to train on; what is computed does not depend on it.
+
+    The most that stay under ``limit`` GiB beside a student's step on ``batch`` images and ``kept`` copies of its
+    parameters. With ``None``, as many as a machine of the kind can be expected to hold. Raises ``ConfigError`` with the
+    least limit if one image does not fit.
+    """
+    size = container.shape.image_size
+    if limit is None:
+        return at_once(1024 if compute.device.type == "cuda" else 128, size)
+    pixels = (container.shape.channels, size, size)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    # All images and the gradients of their pixels, beside what the student needs.
+    shown = 2 * container.classes * container.matched_per_class * math.prod(pixels)
+    student = SLACK * (batch * matching_bytes(network, pixels, "mse") + FLOAT * (kept * parameters + shown))
+    per_image = SLACK * ALIVE * decoding_bytes(container, "none")
+    chunk = int((limit * 2**30 - compute.current_bytes() - student) / per_image)
+    least = (compute.current_bytes() + student + per_image) / 2**30
+    hint = f"at least {least:.1f}; or lower the student's batch, or raise objective.segment"
+    require("compute.memory_limit", chunk >= 1, limit, hint)
+    return chunk

@@ -12,15 +12,18 @@ from typing import Any
 
 import torch
 
-from hmn import networks
+from hmn import distributed, networks
 from hmn.artifacts import read_card, tensors_file
 from hmn.compute import device_of
 from hmn.config import Config, DatasetConfig, digest, require, scientific
-from hmn.config.objectives import DistributionMatchingConfig, SyntheticGradientConfig
+from hmn.config.objectives import DistributionMatchingConfig, SyntheticGradientConfig, UnrolledConfig
 from hmn.containers import KINDS, Storage, storage
 from hmn.containers.base import Container, ImageShape, PixelShape
 from hmn.cost import Step, step_flops, training_flops
 from hmn.data import datasets
+
+# Per class; a full set's size is not known before it is read, and this is CIFAR-10's and SVHN's order.
+TRAIN_IMAGES = 5000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Plan:
         head = [datasets.display_name(config.dataset).replace("/", "_")]
         if config.mode in ("run", "random_subset"):
             head.append(f"ipc{config.memory.images_per_class}")
-        head.append(config.container.name if config.mode == "run" else config.mode)
+        name = config.container.name if config.mode == "run" else config.mode
+        head.append(f"{name}_{config.container.method}" if config.kind == "coreset" else name)
         return "-".join([*head, digest(scientific(config) | {"artifact": self.artifact})])
 
     @property
@@ -83,22 +87,38 @@ class Plan:
         return step_flops(objective, self.build, self.pixels, classes=classes, images_per_class=images)
 
     @property
+    def expert_flops(self) -> int:
+        """Of training the experts that trajectory matching aims at, where none are kept yet."""
+        experts = getattr(self.config.objective, "experts", None)
+        return experts.count * experts.epochs * self.data.classes * TRAIN_IMAGES * self.training_flops if experts else 0
+
+    @property
     def matching_steps(self) -> int:
         return self.config.objective.outer_steps * self.config.objective.inner_steps
 
     @property
     def expected_flops(self) -> float:
-        """Of the whole run, scoring, the beta search and decoders aside: decides whether compiling pays."""
+        """Of the whole run, scoring, the beta search and decoders aside: decides whether compiling pays.
+
+        Of a coreset with the networks that it is chosen by, which may train for longer than those that judge it.
+        """
         evaluation, memory = self.config.evaluation, self.config.memory
         per_class = {
             "run": self.storage.images_per_class if self.storage else 0,
             "random_subset": memory.images_per_class,
         }
-        # A full set's size is not known before it is read; 5,000 images per class is CIFAR-10's and SVHN's order.
-        images = self.data.classes * per_class.get(self.config.mode, 5000)
+        if self.config.mode == "experts":
+            return float(self.expert_flops)
+        images = self.data.classes * per_class.get(self.config.mode, TRAIN_IMAGES)
         judging = evaluation.networks * self.epochs * images * self.training_flops
-        condensing = (self.step_flops.matching + self.step_flops.update) * self.matching_steps if self.storage else 0
-        return float(judging + condensing)
+        making = 0
+        if self.config.condenses:
+            making = (self.step_flops.matching + self.step_flops.update) * self.matching_steps + self.expert_flops
+        elif self.storage:
+            container = self.config.container
+            epochs = (container.networks or 0) * (container.epochs or 0)
+            making = epochs * self.data.classes * TRAIN_IMAGES * self.training_flops
+        return float(judging + making)
 
     @property
     def epochs(self) -> int:
@@ -113,6 +133,14 @@ class Plan:
         with torch.device("meta"):
             container = self.container(stored.instances)
             network = self.build()
+        making: dict[str, Any] = {"not_used": "objective, pruning, evaluation.curve_points"}
+        if self.config.condenses:
+            making = {
+                "matching_steps": self.matching_steps,
+                "matching_step_flops": self.step_flops.matching,
+                "network_update_flops": self.step_flops.update,
+                **({"expert_training_flops": self.expert_flops} if self.expert_flops else {}),
+            }
         return {
             "run_id": self.run_id,
             "dataset": {"name": datasets.display_name(self.config.dataset), **dataclasses.asdict(self.data)},
@@ -126,9 +154,7 @@ class Plan:
             "tier_floats": container.tier_floats(),
             "images_per_class": stored.images_per_class,
             "over_budget_images_per_class": stored.over_budget_images_per_class,
-            "matching_steps": self.matching_steps,
-            "matching_step_flops": self.step_flops.matching,
-            "network_update_flops": self.step_flops.update,
+            **making,
             "evaluation_steps_per_network": self.epochs
             * math.ceil(stored.images_per_class * self.data.classes / self.config.evaluation.batch),
         }
@@ -169,12 +195,13 @@ def make_plan(config: Config, typed: Sequence[str] = ()) -> Plan:
         # A plan is a plan of the run: it shares the run's id.
         filled = kind.fill(config.container, images_per_class=ipc, **shape)
         config = dataclasses.replace(config, container=filled, mode="run")
-        if isinstance(config.objective, SyntheticGradientConfig):
+        if isinstance(config.objective, SyntheticGradientConfig) and config.condenses:
             config = dataclasses.replace(config, objective=config.objective.with_loops(ipc))
-        stored = storage(kind.shape_of(filled, **shape), ipc, config.pruning.over_budget)
+        over_budget = config.pruning.over_budget if config.condenses else 0.0
+        stored = storage(kind.shape_of(filled, **shape), ipc, over_budget)
     plan = Plan(config, data, stored, artifact)
     _ = plan.build  # checks the network's depth against the image side
-    if stored is not None:
+    if config.condenses:
         _check_pairs(plan)
     return plan
 
@@ -193,12 +220,13 @@ def _check_pairs(plan: Plan) -> None:
         batch_norm = networks.has_batch_norm(plan.build())
     rule = "instance or none: condensing compares single images on it; evaluate on others with mode=evaluate"
     require("network.norm", not batch_norm, "batch", rule)
+    name, matching = config.objective.name, config.compute.matching
     written = not isinstance(config.objective, SyntheticGradientConfig | DistributionMatchingConfig)
-    matching, rule = (
-        config.compute.matching,
-        f"another for {config.objective.name}: it is of convolution gradients only",
-    )
+    rule = f"another for {name}: it is of convolution gradients only"
     require("compute.matching", written or matching != "r_operator", matching, rule)
+    alone = not distributed.launched() or not isinstance(config.objective, UnrolledConfig)
+    rule = "an objective that compares classes with each other, under torchrun: a student's steps cannot be shared out"
+    require("objective.name", alone, config.objective.name, rule)
     group = getattr(config.objective, "classes_per_step", None)
     require("objective.classes_per_step", group is None or group <= classes, group, f"at most {classes}")
 

@@ -10,20 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hmn import artifacts, build, compute, condense, distributed, networks, pictures, prune, tracking
+from hmn import artifacts, build, compute, condense, coresets, distributed, experts, networks, pictures, prune, tracking
 from hmn.artifacts import decode_all
 from hmn.checkpoint import Checkpoints, atomic_write
+from hmn.config import digest
 from hmn.containers.base import Container
 from hmn.containers.fit import fit_real
 from hmn.data import datasets
-from hmn.data.preprocess import Normalise
+from hmn.data.preprocess import Normalise, unit_range
 from hmn.data.sampling import random_subset, repeated_subset
 from hmn.data.source import TrainingImages
 from hmn.errors import DataError
 from hmn.evaluate import Accuracies, Images, Judge, evaluate, quick_accuracy, recipe_of
 from hmn.plan import Plan
-from hmn.seeding import generator
-from hmn.training import training_step
+from hmn.seeding import derived_seed, generator
+from hmn.training import accuracy, training_step
+
+# What a card says of the numbers by which a coreset names its images.
+INDEX_INTO = (
+    "the training images, ordered by class and within a class as the data set has them, without those that "
+    "dataset.held_out_fraction holds out; data.fingerprint is of these images"
+)
 
 
 class Session:
@@ -84,24 +91,58 @@ class Session:
             pruned = quick_accuracy(self.judge, Images(images, labels), self.held_out, epochs, "curve_pruned")
             self.tracker.log({"curve/pruned_accuracy": pruned}, step_key="prune/step", step=0)
             pruning["held_out_accuracy"] = pruned
-        self._keep_picture(images, labels)
-        accuracies = self._evaluate(Images(images, labels))
-        card = self._card(accuracies, pruning)
-        card = distributed.from_first(lambda: artifacts.save(self.folder, container, card))
-        files = [self.folder / name for name in (artifacts.TENSORS, artifacts.CARD, "condensed.png")]
-        self.tracker.log_artifact(self.plan.run_id, files, card)
+        made = {"objective": dataclasses.asdict(config.objective), "pruning": pruning}
         return {
-            "accuracy": _plain(accuracies),
-            "images_per_class": str(container.images_per_class),
-            "budget_floats": stored.budget_floats,
-            "stored_floats": container.storage_floats(),
-            "tier_floats": container.tier_floats(),
+            **self._evaluate_and_keep(container, Images(images, labels), made),
             "over_budget_images_per_class": stored.over_budget_images_per_class,
             "pruning": pruning,
             "curve": [{"step": step, "held_out_accuracy": value} for step, value in sorted(curve.items())],
             "condense_steps": work.step,
             "condense_seconds": work.seconds,
             **work.measured(),
+        }
+
+    def choose_and_evaluate(self) -> dict[str, Any]:
+        """Choose as many real images as the budget pays for, evaluate, keep."""
+        settings, count = self.config.container, self.plan.storage.instances
+        train = Images(self.data.train.images, self.data.train.labels)
+        with self.checkpoints.timed("choose"):
+            index = coresets.choose(self.judge, train, self.data.class_names, count, settings, self._scores_folder())
+        distributed.copy_first_([index])  # a GPU need not repeat another's features to the last bit
+        container = self.plan.container(count).to(self.compute.device)
+        container.hold(unit_range(train.images[index]))
+        made = {"coreset": dataclasses.asdict(settings) | {"index_into": INDEX_INTO, "index": index.tolist()}}
+        return self._evaluate_and_keep(container, Images(*decode_all(container)), made)
+
+    def _scores_folder(self) -> Path:
+        """Where runs that learn the same from the full training set find it."""
+        settings, recipe = self.config.container, dataclasses.asdict(self.judge.recipe)
+        identity = {
+            "data": self.data.fingerprint,
+            "mean": self.data.mean,
+            "std": self.data.std,
+            "network": dataclasses.asdict(self.config.network),
+            "recipe": recipe | {"epochs": settings.epochs},
+            "networks": settings.networks,
+            "seed": self.config.seed,
+            "precision": self.config.compute.precision,
+        }
+        return Path(self.config.paths.cache_dir) / "coresets" / digest(identity)
+
+    def _evaluate_and_keep(self, container: Container, kept: Images, made: dict[str, Any]) -> dict[str, Any]:
+        """What results of containers have in common; ``made`` tells their cards how they came about."""
+        self._keep_picture(kept.images, kept.labels)
+        accuracies = self._evaluate(kept)
+        card = self._card(accuracies, made)
+        card = distributed.from_first(lambda: artifacts.save(self.folder, container, card))
+        files = [self.folder / name for name in (artifacts.TENSORS, artifacts.CARD, "condensed.png")]
+        self.tracker.log_artifact(self.plan.run_id, files, card)
+        return {
+            "accuracy": _plain(accuracies),
+            "images_per_class": str(container.images_per_class),
+            "budget_floats": self.plan.storage.budget_floats,
+            "stored_floats": container.storage_floats(),
+            "tier_floats": container.tier_floats(),
             "artifact_sha256": card["sha256"],
         }
 
@@ -223,16 +264,28 @@ class Session:
             "artifact_sha256": kept.card["sha256"],
         }
 
+    def experts(self) -> dict[str, Any]:
+        """Train what trajectory matching aims at, as far as it is not kept yet, and test every expert at its end."""
+        settings, test, network = self.config.objective.experts, self.data.test, self.plan.build()
+        last = []
+        for path in build.experts(self.workshop):
+            network.load_state_dict(experts.read(path, settings.epochs, torch.device("cpu")))
+            on_device = network.to(self.compute.device)
+            last.append([float(accuracy(on_device, test.images, test.labels, self.judge.normalise))])
+        seeds = [derived_seed(settings.seed, "experts", number) for number in range(settings.count)]
+        found = Accuracies(by_network=last, test_epochs=[settings.epochs], seeds=seeds)
+        return {"accuracy": _plain(found), **self._all_images()}
+
     def full_data(self) -> dict[str, Any]:
         """Train on all training images (without those held out), as the sets are condensed from them."""
         train = self.data.train
-        counts = torch.bincount(train.labels).unique().tolist()
+        return {"accuracy": _plain(self._evaluate(Images(train.images, train.labels))), **self._all_images()}
+
+    def _all_images(self) -> dict[str, Any]:
+        images, labels = self.data.train.images, self.data.train.labels
+        counts = torch.bincount(labels).unique().tolist()
         per_class = str(counts[0]) if len(counts) == 1 else f"{min(counts)}-{max(counts)}"
-        return {
-            "accuracy": _plain(self._evaluate(Images(train.images, train.labels))),
-            "images_per_class": per_class,
-            "stored_floats": train.images.numel(),
-        }
+        return {"images_per_class": per_class, "stored_floats": images.numel()}
 
     def random_subset(self) -> dict[str, Any]:
         """Train on as many random real images as the budget pays for, drawn uniformly from each class."""
@@ -256,7 +309,7 @@ class Session:
             self.tracker.log({"evaluate/accuracy": value}, step_key="evaluate/network", step=index)
         return found
 
-    def _card(self, accuracies: Accuracies, pruning: dict[str, Any]) -> dict[str, Any]:
+    def _card(self, accuracies: Accuracies, made: dict[str, Any]) -> dict[str, Any]:
         config, data = self.config, self.data
         return {
             "run_id": self.plan.run_id,
@@ -275,8 +328,7 @@ class Session:
                 "fingerprint": data.fingerprint,
                 "config": dataclasses.asdict(config.dataset),
             },
-            "objective": dataclasses.asdict(config.objective),
-            "pruning": pruning,
+            **made,
             "evaluation": {
                 "network": networks.full_name(config.network, self.plan.data.image_size),
                 **dataclasses.asdict(config.evaluation),

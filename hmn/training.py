@@ -84,10 +84,17 @@ class Recipe:
     schedule: str
     strategy: str
     cutmix: float
+    rule: str = "idc"  # how the operators of ``strategy`` are composed, see hmn/data/augment.py
 
 
 def learning_rate(recipe: Recipe, epoch: int) -> float:
-    """``cosine``: annealed to 0, stepped per epoch; ``multistep``: x 0.2 at 2/3 and 5/6 of the epochs, rounded down."""
+    """The rate of ``epoch``, by the recipe's schedule.
+
+    ``constant``; ``cosine``: annealed to 0, stepped per epoch; ``multistep``: x 0.2 at 2/3 and 5/6 of the epochs,
+    rounded down.
+    """
+    if recipe.schedule == "constant":
+        return recipe.lr
     if recipe.schedule == "cosine":
         return recipe.lr * (1 + math.cos(math.pi * epoch / recipe.epochs)) / 2
     passed = sum(epoch >= milestone for milestone in (2 * recipe.epochs // 3, 5 * recipe.epochs // 6))
@@ -230,7 +237,7 @@ class Training:
         ]
         self.together = (len(networks),) if len(networks) > 1 else ()  # leading shape of what every network has
         self.network = Together(networks) if self.together else networks[0]
-        shared = ("batch", "lr", "momentum", "weight_decay", "strategy", "cutmix")
+        shared = ("batch", "lr", "momentum", "weight_decay", "strategy", "cutmix", "rule")
         options = {name: getattr(recipe, name) for name in shared}
         options["batch"] = min(recipe.batch, len(images))  # a set smaller than a batch needs no padding
         self.update = NetworkUpdate(self.network, step, normalise, self.generator, **options)

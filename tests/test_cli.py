@@ -383,7 +383,7 @@ BAD_SETTINGS = {
     "seed=abc": ["seed=abc", "'abc'", "Integer"],
     "seed=0.5": ["seed=0.5", "Integer"],
     "dataset.flip=maybe": ["dataset.flip=maybe", "'maybe'"],
-    "network.width=null": ["network.width=null", "not Optional"],
+    "evaluation.networks=null": ["evaluation.networks=null", "not Optional"],
     "dataset=[": ["an override cannot be read"],
     "pruning.over_budget=1": ["pruning.over_budget=1.0: must be in [0, 1)"],
     "evaluation.strategy=colour": ["evaluation.strategy=colour: must be none, or some of color, crop"],

@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from hmn.config import BankConfig, Config, digest, scientific
+from hmn.config import NETWORK_NORMS, BankConfig, Config, NetworkConfig, digest, scientific
 from hmn.errors import ConfigError
 from hmn.plan import Plan, make_plan
 from tests.command import configured
@@ -89,9 +89,10 @@ REFUSED = {
         "search_epochs": {0: "at least 1"},
     },
     "network": {
-        "name": {"resnet": "one of convnet"},
-        "width": {0: "at least 1"},
+        "name": {"resnet": f"one of {', '.join(NETWORK_NORMS)}"},
+        "width": {0: "null or at least 1"},
         "depth": {0: "null or at least 1"},
+        "norm": {"group": "one of instance, batch, none"},
     },
     "evaluation": {
         "networks": {0: "at least 1"},
@@ -140,6 +141,20 @@ SECTIONS = (*REFUSED, "paths")
 )
 def test_a_value_out_of_range_is_named_with_its_key_and_the_rule(section, name, value, rule):
     refused(f"{section}.{name}={value}: must be {rule}", **{f"{section}__{name}": value})
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ({"name": "mlp", "norm": "batch"}, "network.norm=batch: must be one of none"),
+        ({"name": "resnet18", "norm": "none"}, "network.norm=none: must be one of instance, batch"),
+        ({"name": "resnet18", "depth": 3}, "network.depth=3: must be null for resnet18"),
+        ({"name": "lenet", "norm": "none", "width": 6}, "network.width=6: must be null for lenet"),
+    ],
+)
+def test_a_network_takes_only_what_it_can_be_given(setting, line):
+    with pytest.raises(ConfigError, match=f"^{line}$"):
+        NetworkConfig(**setting)
 
 
 def test_the_top_level_is_checked_too():
@@ -216,7 +231,7 @@ def test_evaluating_needs_an_artifact():
     ("override", "line"),
     [
         ("+foo=1", "foo: unknown key; valid are mode, seed, artifact, "),
-        ("+network.foo=1", "network.foo: unknown key; valid are name, width, depth"),
+        ("+network.foo=1", "network.foo: unknown key; valid are name, width, depth, norm"),
         ("+plan.foo=1", "plan.foo: unknown key; valid are format"),
         ("~memory", "memory: give it a value"),
         ("memory.images_per_class=???", "memory.images_per_class: give it a value"),
@@ -307,7 +322,7 @@ SCIENCE: dict[str, dict[str, Any]] = {
         "score_epochs": 7,
         "search_epochs": 7,
     },
-    "network": {"name": ..., "width": 7, "depth": 2},
+    "network": {"name": ..., "width": 7, "depth": 2, "norm": "batch"},
     "evaluation": {
         "profile": "mine",
         "networks": 7,

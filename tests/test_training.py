@@ -16,13 +16,15 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hmn import training as trainer
+from hmn.capture import warm_up
 from hmn.checkpoint import Checkpoints, Stop
 from hmn.compute import Compute
 from hmn.data import augment
 from hmn.data.preprocess import Normalise
 from hmn.errors import Diverged, Interrupted
-from hmn.networks import initialise
+from hmn.networks import Builder, initialise
 from hmn.networks.convnet import ConvNet
+from hmn.networks.resnet import ResNet
 from hmn.networks.together import Together
 from hmn.training import (
     NetworkUpdate,
@@ -58,21 +60,25 @@ def build() -> nn.Module:
     return ConvNet(3, 3, 8, width=4, depth=2)
 
 
+def with_batch_norm() -> nn.Module:
+    return ConvNet(3, 3, 8, width=4, depth=2, norm="batch")
+
+
 def images_and_labels(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     stream = generator(seed)
     images = torch.randint(256, (n, 3, 8, 8), generator=stream, dtype=torch.uint8)
     return images, torch.randint(3, (n,), generator=stream)
 
 
-def training(recipe: Recipe = RECIPE, n: int = 21, seeds: Sequence[int] = (0,)) -> Training:
-    """One network per seed on 21 images in batches of 8: the last batch of an epoch is padded."""
+def training(recipe: Recipe = RECIPE, n: int = 21, seeds: Sequence[int] = (0,), build: Builder = build) -> Training:
+    """One network per seed on 21 images in batches of 8: the last is short, and padded where there is no batch norm."""
     images, labels = images_and_labels(n)
     step = training_step(build(), CPU)
     return Training(build, images, labels, recipe, NORMALISE, step, *(generator(seed) for seed in seeds))
 
 
 def state_of(run: Training) -> dict[str, Tensor]:
-    """Parameters and momentum: everything later epochs depend on, the generator aside."""
+    """Parameters, buffers and momentum: everything later epochs depend on, the generator aside."""
     momentum = [state["momentum_buffer"] for state in run.update.optimizer.state.values()]
     return run.network.state_dict() | {f"momentum{index}": value for index, value in enumerate(momentum)}
 
@@ -99,6 +105,10 @@ def torch_schedule(epochs: int, make: Callable[[torch.optim.SGD], LRScheduler]) 
         optimizer.step()
         scheduler.step()
     return rates
+
+
+def test_a_constant_rate_stays():
+    assert schedule("constant", 4) == [RECIPE.lr] * 4
 
 
 def test_multistep_drops_to_a_fifth_at_666_and_833_of_1000_epochs():
@@ -196,8 +206,9 @@ def test_the_mixed_loss_and_its_gradients_by_hand():
     """One linear layer: the gradient of the bias is softmax minus the mixed target."""
     network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     weights, bias = torch.zeros(3, 4), torch.tensor([0.0, math.log(2), math.log(5)])  # softmax 1/8, 2/8, 5/8
-    loss, gradients = training_step(network, CPU)(
+    loss, gradients, _ = training_step(network, CPU)(
         {"1.weight": weights, "1.bias": bias},
+        {},
         torch.ones(1, 1, 2, 2),
         torch.tensor([0]),
         torch.tensor([2]),
@@ -213,7 +224,7 @@ def test_a_batch_weighs_its_images_equally_and_its_padding_not_at_all():
     network, (images, labels) = initialise(build(), generator()), images_and_labels(8)
     parameters = {name: value.detach() for name, value in network.named_parameters()}
     inputs, weights = normalised(images), torch.tensor([1.0] * 5 + [0.0] * 3)
-    loss, gradients = training_step(build(), CPU)(parameters, inputs, labels, labels, torch.ones(()), weights)
+    loss, gradients, _ = training_step(build(), CPU)(parameters, {}, inputs, labels, labels, torch.ones(()), weights)
     expected = F.cross_entropy(network(inputs[:5]), labels[:5])
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=0)
     found = torch.autograd.grad(expected, list(network.parameters()))
@@ -244,7 +255,7 @@ def test_the_network_of_a_training_step_gives_the_architecture_only():
     images, labels = images_and_labels(4)
     template = build()
     parameters = {name: value.detach().clone() for name, value in initialise(build(), generator()).named_parameters()}
-    batch = (normalised(images), labels, labels, torch.ones(()), torch.ones(4))
+    batch = ({}, normalised(images), labels, labels, torch.ones(()), torch.ones(4))
     step = training_step(template, CPU)
     before = step(parameters, *batch)[0]
     with torch.no_grad():
@@ -256,9 +267,9 @@ def test_the_network_of_a_training_step_gives_the_architecture_only():
 def test_bf16_trains_with_fp32_parameters_and_loss():
     images, labels = images_and_labels(8)
     parameters = {name: value.detach() for name, value in initialise(build(), generator()).named_parameters()}
-    batch = (normalised(images), labels, labels, torch.ones(()), torch.ones(8))
+    batch = ({}, normalised(images), labels, labels, torch.ones(()), torch.ones(8))
     exact = training_step(build(), CPU)(parameters, *batch)
-    loss, gradients = training_step(build(), Compute(torch.device("cpu"), precision="bf16"))(parameters, *batch)
+    loss, gradients, _ = training_step(build(), Compute(torch.device("cpu"), precision="bf16"))(parameters, *batch)
     assert loss.dtype == torch.float32 and all(value.dtype == torch.float32 for value in gradients.values())
     assert loss != exact[0]
     for name, value in gradients.items():
@@ -322,17 +333,18 @@ def test_training_is_repeatable_and_learns_its_images():
     assert accuracy(one.network, one.images, one.labels, NORMALISE) > 0.9
 
 
+@pytest.mark.parametrize("build", [build, with_batch_norm])
 @pytest.mark.parametrize("seeds", [[0], [0, 1, 2]])
-def test_two_epochs_a_checkpoint_and_two_more_are_four_epochs_bit_for_bit(tmp_path: Path, seeds: list[int]):
-    whole = training(seeds=seeds)
+def test_two_epochs_a_checkpoint_and_two_more_are_four_epochs_bit_for_bit(tmp_path: Path, seeds, build):
+    whole = training(seeds=seeds, build=build)
     for _ in range(4):
         whole.run_epoch()
-    half = training(seeds=seeds)
+    half = training(seeds=seeds, build=build)
     for _ in range(2):
         half.run_epoch()
     checkpoints = Checkpoints(tmp_path, 0)
     checkpoints.save("training", half.state_dict())
-    rest = training(seeds=[99 + seed for seed in seeds])  # what it starts with must not matter
+    rest = training(seeds=[99 + seed for seed in seeds], build=build)  # what it starts with must not matter
     rest.load_state_dict(checkpoints.load("training"))
     assert rest.epoch == 2
     for _ in range(2):
@@ -357,10 +369,11 @@ class Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("build", [build, with_batch_norm])
 @pytest.mark.parametrize("seeds", [[0], [0, 1, 2]])
 @pytest.mark.parametrize("n", [8, 5])
-def test_an_update_never_waits_for_the_device(seeds: list[int], n: int):
-    run = training(seeds=seeds)
+def test_an_update_never_waits_for_the_device(seeds: list[int], n: int, build: Builder):
+    run = training(seeds=seeds, build=build)
     index = torch.arange(n).expand(*run.together, n)
     with Calls() as calls:
         loss = run.run_batch({"index": index})["loss"]
@@ -465,10 +478,11 @@ def test_networks_together_draw_from_the_first_ones_generator_alone():
     assert losses[0][0] == losses[2][0] and losses[0][1] != losses[2][1]
 
 
+@pytest.mark.parametrize("build", [build, with_batch_norm])
 @pytest.mark.parametrize("seeds", [[0], [0, 1, 2]])
-def test_what_is_loaded_goes_into_the_tensors_that_a_captured_update_uses(seeds: list[int]):
+def test_what_is_loaded_goes_into_the_tensors_that_a_captured_update_uses(seeds: list[int], build: Builder):
     """And it makes those of the first update beforehand: a graph must not make them anew at every replay."""
-    run, other = training(seeds=seeds), training(seeds=seeds)
+    run, other = training(seeds=seeds, build=build), training(seeds=seeds, build=build)
     before = {name: value.data_ptr() for name, value in state_of(run).items()}
     assert any(name.startswith("momentum") for name in before)
     other.run_epoch()
@@ -478,17 +492,18 @@ def test_what_is_loaded_goes_into_the_tensors_that_a_captured_update_uses(seeds:
     assert {name: value.data_ptr() for name, value in state_of(run).items()} == before
 
 
+@pytest.mark.parametrize("build", [build, with_batch_norm])
 @pytest.mark.parametrize("seeds", [[0], [0, 1, 2]])
-def test_an_update_that_can_be_captured_is_the_same_and_reads_its_rate_from_a_tensor(monkeypatch, seeds: list[int]):
-    usual = training(seeds=seeds)
+def test_an_update_that_can_be_captured_is_the_same_and_reads_its_rate_from_a_tensor(monkeypatch, seeds, build):
+    usual = training(seeds=seeds, build=build)
     monkeypatch.setattr(trainer, "_replayable", lambda _: True)
-    captured = training(seeds=seeds)
+    captured = training(seeds=seeds, build=build)
     step, rate = captured.update.step, captured.update.optimizer.param_groups[0]["lr"]
 
-    def otherwise_laid_out(*batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def otherwise_laid_out(*batch: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """As a compiler may: columns of gradients lie together in memory, not rows."""
-        loss, gradients = step(*batch)
-        return loss, {name: g.mT.contiguous().mT if g.ndim > 1 else g for name, g in gradients.items()}
+        loss, gradients, buffers = step(*batch)
+        return loss, {name: g.mT.contiguous().mT if g.ndim > 1 else g for name, g in gradients.items()}, buffers
 
     captured.update.step = otherwise_laid_out
     with Calls() as calls:
@@ -500,6 +515,111 @@ def test_an_update_that_can_be_captured_is_the_same_and_reads_its_rate_from_a_te
     assert "aten::_fused_sgd_.tensor_lr" in calls.names
     for name, value in state_of(usual).items():
         torch.testing.assert_close(state_of(captured)[name], value, rtol=0, atol=1e-5)
+
+
+# Batch norm
+
+
+def resnet_with_batch_norm() -> nn.Module:
+    return ResNet(3, 3, 16, blocks=(1, 1, 1, 1), width=4, norm="batch")
+
+
+def plain_loop(network: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, orders: Tensor) -> nn.Module:
+    """What PyTorch's own modules and optimiser make of these orders (epochs, N), without augmentation."""
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+    )
+    for epoch, order in enumerate(orders):
+        optimizer.param_groups[0]["lr"] = learning_rate(recipe, epoch)
+        for index in order.split(recipe.batch):
+            optimizer.zero_grad()
+            F.cross_entropy(network(NORMALISE(images[index])), labels[index]).backward()
+            optimizer.step()
+    return network
+
+
+@pytest.mark.parametrize("seeds", [[0], [0, 1, 2]])
+@pytest.mark.parametrize(("build", "size"), [(with_batch_norm, 8), (resnet_with_batch_norm, 16)])
+def test_batch_norm_is_trained_as_pytorch_trains_it(monkeypatch, build: Builder, size: int, seeds: list[int]):
+    """Running statistics and a short last batch included, for one network and for several together."""
+    recipe = dataclasses.replace(RECIPE, epochs=3, strategy="none", cutmix=0.0, weight_decay=0.1)
+    images = torch.rand(21, 3, size, size, generator=generator(), dtype=torch.float64)
+    labels = images_and_labels(21)[1]
+    orders = torch.rand(3, len(seeds), 21, generator=generator()).argsort(-1)
+    step = training_step(build().double(), CPU)
+    run = Training(
+        lambda: build().double(), images, labels, recipe, NORMALISE, step, *(generator(seed) for seed in seeds)
+    )
+    for order in orders:
+        monkeypatch.setattr(trainer, "permutations", lambda *_, order=order: order.reshape(*run.together, 21))
+        run.run_epoch()
+    found, logits = run.network.state_dict(), logits_of(run.network, images, NORMALISE, batch=10)
+    for position, seed in enumerate(seeds):
+        network = initialise(build().double().to(memory_format=torch.channels_last), generator(seed))
+        start = copy.deepcopy(network.state_dict())
+        expected = plain_loop(network, images, labels, recipe, orders[:, position])
+        assert found.keys() == expected.state_dict().keys()
+        for name, value in expected.state_dict().items():
+            own = found[name][position] if run.together else found[name]
+            torch.testing.assert_close(own, value, rtol=0, atol=1e-10)
+            assert not torch.equal(value, start[name])
+        own = logits[position] if run.together else logits
+        torch.testing.assert_close(own, expected.eval()(NORMALISE(images)), rtol=0, atol=1e-9)
+
+
+def test_batch_norm_judges_every_image_by_itself():
+    run = training(build=with_batch_norm)
+    run.run_epoch()
+    images = images_and_labels(21)[0]
+    together, alone = (logits_of(run.network, images, NORMALISE, batch=batch) for batch in (21, 1))
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        assert not torch.allclose(run.network(NORMALISE(images)), together, atol=1e-3)  # by the batch's statistics
+
+
+def test_a_training_step_writes_to_nothing():
+    network, (images, labels) = initialise(with_batch_norm(), generator()), images_and_labels(8)
+    parameters = {name: value.detach() for name, value in network.named_parameters()}
+    buffers = dict(network.named_buffers())
+    before = copy.deepcopy(network.state_dict())
+    template = with_batch_norm()
+    given = (parameters, buffers, normalised(images), labels, labels, torch.ones(()), torch.ones(8))
+    moved = training_step(template, CPU)(*given)[2]
+    assert_equal_states(before, network.state_dict())
+    assert all((value == 0).all() for name, value in template.named_buffers() if name.endswith("running_mean"))
+    assert moved.keys() == buffers.keys()
+    assert not any(torch.equal(moved[name], value) for name, value in buffers.items())
+
+
+@pytest.mark.parametrize("seeds", [[0], [0, 1]])
+def test_warming_up_leaves_no_trace_in_running_statistics(seeds: list[int]):
+    run = training(seeds=seeds, build=with_batch_norm)
+    before = {name: value.clone() for name, value in state_of(run).items()}
+    index = torch.arange(8).expand(*run.together, 8)
+    warm_up(run.run_batch, {"index": index}, run.update.tensors, [run.generator])
+    assert_equal_states(state_of(run), before)
+
+
+@pytest.mark.parametrize("seeds", [[0], [0, 1]])
+def test_batch_norm_trains_in_bf16_with_fp32_statistics(seeds: list[int]):
+    images, labels = images_and_labels(21)
+    step = training_step(with_batch_norm(), Compute(torch.device("cpu"), precision="bf16"))
+    streams = (generator(seed) for seed in seeds)
+    run = Training(with_batch_norm, images, labels, RECIPE, NORMALISE, step, *streams)
+    exact = training(seeds=seeds, build=with_batch_norm)
+    assert run.run_epoch() == pytest.approx(exact.run_epoch(), rel=0.02)
+    mean, other = (one.network.get_buffer("body.1.running_mean") for one in (run, exact))
+    assert mean.dtype == torch.float32 and not torch.equal(mean, other)
+    torch.testing.assert_close(mean, other, rtol=0, atol=0.01)
+
+
+def test_a_compiler_can_trace_running_statistics_whole():
+    network, (images, labels) = initialise(with_batch_norm(), generator()), images_and_labels(5)
+    state = ({name: value.detach() for name, value in network.named_parameters()}, dict(network.named_buffers()))
+    given = (*state, normalised(images), labels, labels, torch.ones(()), torch.ones(5))
+    step = training_step(with_batch_norm(), CPU)
+    for found, expected in zip(torch.compile(step, fullgraph=True, backend="eager")(*given), step(*given), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 # Several networks, one after another or together

@@ -219,7 +219,7 @@ class ComputeConfig:
 class PathsConfig:
     runs_dir: str = "runs"
     data_dir: str = "data"
-    cache_dir: str = ".cache"  # compiled functions and snapshot banks: may be removed, is then made again
+    cache_dir: str = ".cache"  # compiled functions and what networks on real images gave: made again if removed
 
 
 @dataclass(kw_only=True)
@@ -252,13 +252,26 @@ class Config:
         require("seed", self.seed >= 0, self.seed, "at least 0")
         if self.mode == "evaluate":
             require("artifact", bool(self.artifact), "null", "given for mode=evaluate")
-        if self.mode == "run" and self.pruning.over_budget > 0 and self.pruning.beta is None:
+        if self.condenses and self.pruning.over_budget > 0 and self.pruning.beta is None:
             share = self.dataset.held_out_fraction
             rule = "positive while pruning.beta is null: the search is judged on held-out images"
             require("dataset.held_out_fraction", share > 0, share, rule)
-        if self.mode == "run" and self.evaluation.curve_points:
+        if self.mode == "experts":
+            known = isinstance(self.objective, objectives.TrajectoryMatchingConfig)
+            require("objective.name", known, self.objective.name, "trajectory_matching for mode=experts")
+        if self.condenses and self.evaluation.curve_points:
             share = self.dataset.held_out_fraction
             require("dataset.held_out_fraction", share > 0, share, "positive while evaluation.curve_points is set")
+
+    @property
+    def condenses(self) -> bool:
+        """Whether images are made, and not chosen."""
+        return self.mode == "run" and self.container.CONDENSED
+
+    @property
+    def kind(self) -> str:
+        """The mode, but ``coreset`` for a run that condenses nothing: a key of ``SECTIONS``."""
+        return "coreset" if self.mode == "run" and not self.condenses else self.mode
 
 
 def register() -> None:
@@ -305,12 +318,14 @@ def _refuse_added(prefix: str, keys: Sequence[str], known: Sequence[str]) -> Non
             raise ConfigError(f"{prefix}{key}: unknown key; valid are {', '.join(known)}")
 
 
-# What each mode's outcome depends on, besides seed and precision.
+# What the outcome of each kind of run depends on, besides seed and precision.
 SECTIONS = {
     "run": ("dataset", "memory", "container", "objective", "pruning", "network", "evaluation"),
+    "coreset": ("dataset", "memory", "container", "network", "evaluation"),
     "evaluate": ("dataset", "network", "evaluation"),
     "full_data": ("dataset", "network", "evaluation"),
     "random_subset": ("dataset", "memory", "network", "evaluation"),
+    "experts": ("dataset", "network"),  # and objective.experts
 }
 
 
@@ -320,13 +335,15 @@ def scientific(config: Config) -> dict[str, Any]:
     def kept(section: object) -> dict[str, Any]:
         values = {}
         for item in dataclasses.fields(section):
-            modes = item.metadata.get("modes", MODES)
-            if item.metadata.get("scientific", True) and config.mode in modes:
+            modes = item.metadata.get("modes", (config.kind,))
+            if item.metadata.get("scientific", True) and config.kind in modes:
                 value = getattr(section, item.name)
                 values[item.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
         return values
 
-    sections = {name: kept(getattr(config, name)) for name in SECTIONS[config.mode]}
+    sections = {name: kept(getattr(config, name)) for name in SECTIONS[config.kind]}
+    if config.mode == "experts":
+        sections["experts"] = dataclasses.asdict(config.objective.experts)
     own = {"mode": config.mode, "seed": config.seed, "precision": config.compute.precision}
     if config.dataset.kind not in ("folder", "arrays"):
         sections["dataset"].pop("root")  # official data are the same wherever they lie
@@ -341,6 +358,13 @@ def bank_identity(config: Config) -> dict[str, Any]:
     dataset = scientific(config)["dataset"]
     network = dataclasses.asdict(config.network)
     return {"dataset": dataset, "network": network, "objective": kept, "precision": config.compute.precision}
+
+
+def experts_identity(config: Config) -> dict[str, Any]:
+    """What each expert depends on, however many there are, as plain values: runs that agree on it share them."""
+    experts = {name: value for name, value in dataclasses.asdict(config.objective.experts).items() if name != "count"}
+    dataset, network = scientific(config)["dataset"], dataclasses.asdict(config.network)
+    return {"dataset": dataset, "network": network, "experts": experts, "precision": config.compute.precision}
 
 
 def digest(values: dict[str, Any]) -> str:

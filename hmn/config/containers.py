@@ -23,6 +23,7 @@ class ContainerConfig:
 
     NAME: ClassVar[str] = ""
     INITS: ClassVar[tuple[str, ...]] = ()
+    CONDENSED: ClassVar[bool] = True  # else nothing is: objective, pruning and learning curve are not used
 
     name: str = MISSING
     init: str = MISSING  # where the parameters start; fit_real: fitted to as many random real images
@@ -205,17 +206,19 @@ class FredConfig(PixelConfig):
 
 @dataclass(kw_only=True)
 class CoresetConfig(ContainerConfig):
-    """Chosen real images: nothing is condensed, so objective and pruning are not used."""
+    """Real images, chosen from the training set and kept as they are."""
 
     NAME: ClassVar[str] = "coreset"
     INITS: ClassVar[tuple[str, ...]] = ("real",)
+    CONDENSED: ClassVar[bool] = False
 
     init: str = "real"
     method: str = "random"
     hard_cut: float | None = None  # ccs: share of the hardest images left out first; null: 0.3
     bins: int | None = None  # ccs: score bins sampled evenly; null: 50
-    networks: int = 1  # whose features or margins are averaged
-    epochs: int = 200  # that they train on the full training set
+    # All but random: networks whose features are joined, or whose margins or events are averaged; null: 1
+    networks: int | None = None
+    epochs: int | None = None  # that they train on the full training set; null: 200
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -226,6 +229,10 @@ class CoresetConfig(ContainerConfig):
         for key in ("hard_cut", "bins"):
             used = getattr(self, key) is None or self.method == "ccs"
             require(f"container.{key}", used, getattr(self, key), "null: only container.method=ccs uses it")
+        for key in ("networks", "epochs"):
+            used = getattr(self, key) is None or self.method != "random"
+            require(f"container.{key}", used, getattr(self, key), "null: container.method=random trains no network")
+        require("container.lr_scale", not self.lr_scale, self.lr_scale, "empty: nothing is condensed")
 
 
 SCHEMAS = (

@@ -7,9 +7,10 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from hmn.config.checks import at_least, check_strategy, one_of, positive, require
+from hmn.config.checks import at_least, check_strategy, one_of, positive, require, unscientific
 
 SECTION = "objective"
+LEAST_STUDENT_LR = 1e-3  # where a learned rate is held, as HaBa and FreD do
 
 
 def fraction(config: object, *names: str, below_one: bool = False) -> None:
@@ -221,6 +222,8 @@ class UnrolledConfig(ObjectiveConfig):
     student_momentum: float = 0.0
     student_dampening: float = 0.0  # v <- momentum * v + (1 - dampening) * gradient
     student_lr: float = 0.01
+    # Student steps of which only the first one's parameters are kept; the others are computed again on the way back.
+    segment: int = unscientific(1)
     optimizer: str = "sgd"
     final_lr_fraction: float = 1.0
     strategy: str = "none"
@@ -229,7 +232,7 @@ class UnrolledConfig(ObjectiveConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require("objective.inner_steps", self.inner_steps == 1, self.inner_steps, "1: every step has its own student")
-        at_least(SECTION, 1, self, "student_steps", "student_batch")
+        at_least(SECTION, 1, self, "student_steps", "student_batch", "segment")
         positive(SECTION, self, "student_lr")
         fraction(self, "student_momentum", "student_dampening", below_one=True)
         one_of("objective.augmentation_rule", self.augmentation_rule, ("idc", "vico"))
@@ -281,6 +284,8 @@ class TrajectoryMatchingConfig(UnrolledConfig):
         super().__post_init__()
         at_least(SECTION, 1, self, "expert_epochs", "max_start_epoch")
         at_least(SECTION, 0, self, "student_lr_lr")
+        held = self.student_lr_lr == 0 or self.student_lr >= LEAST_STUDENT_LR
+        require("objective.student_lr", held, self.student_lr, f"at least {LEAST_STUDENT_LR} while it is learned")
         fraction(self, "student_lr_momentum", below_one=True)
         last = self.max_start_epoch - 1 + self.expert_epochs
         rule = f"at most {self.experts.epochs + 1 - self.expert_epochs}: experts train for {self.experts.epochs} epochs"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from hmn.budget import budget_floats, images_that_fit
 from hmn.config import ContainerConfig
-from hmn.containers import fred, haba, image, linba, multiformation, presets, speed
+from hmn.containers import coreset, fred, haba, image, linba, multiformation, presets, speed
 from hmn.containers.base import Container, ImageShape
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
 
@@ -29,6 +29,7 @@ class Kind(NamedTuple):
 KINDS = {
     "hmn": Kind(HierarchicalMemory, HmnShape, presets.with_preset, presets.hmn_shape),
     "image": Kind(image.RawImages, image.RawShape, image.fill, image.shape_of),
+    "coreset": Kind(image.RawImages, image.RawShape, coreset.fill, coreset.shape_of),
     "multiformation": Kind(
         multiformation.Multiformation,
         multiformation.MultiformationShape,

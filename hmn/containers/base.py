@@ -102,6 +102,10 @@ class Container(nn.Module):
         """As :meth:`decode`, for what condensing sees: ``index`` // ``matched_per_class`` is the class."""
         return self.decode(index)
 
+    def views(self) -> Tensor:
+        """Sets of what condensing sees (v, n), on the host: the images of a student's batch are all of one of them."""
+        return torch.arange(self.classes * self.matched_per_class)[None]
+
     def initialise(self, generator: torch.Generator, config: Any, real: RealImages) -> None:
         """Give all parameters their starting values by ``config.init``; ``config`` is the container's own section.
 

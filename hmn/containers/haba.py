@@ -111,6 +111,10 @@ class Haba(Container):
         bases = self.instances.flatten(0, 1)[index // self.shape.styles]
         return self.space.to_images(self.hallucinators(bases, index % self.shape.styles))
 
+    def views(self) -> Tensor:
+        """One style of all bases each, (S, C * bases)."""
+        return torch.arange(self.classes * self.images_per_class).view(-1, self.shape.styles).T
+
     @torch.no_grad()
     def initialise(self, generator: torch.Generator, config: HabaConfig, real: RealImages) -> None:
         """``real``: a random real image per base, its mean over channels for a grey one."""

@@ -43,8 +43,12 @@ class RawImages(Container):
             self.instances.copy_(self.space.noise(tuple(self.instances.shape), generator))
         else:
             how = "random" if config.init == "real" else config.init
-            images = real.draw(self.images_per_class, how)
-            self.instances.copy_(self.space.from_images(images).view_as(self.instances))
+            self.hold(real.draw(self.images_per_class, how))
+
+    @torch.no_grad()
+    def hold(self, images: Tensor) -> None:
+        """Store ``images`` (C * G, channels, H, W) in [0, 1], ordered by class."""
+        self.instances.copy_(self.space.from_images(images).view_as(self.instances))
 
     @torch.no_grad()
     def project(self) -> None:

@@ -77,10 +77,8 @@ def per_class(labels: Tensor, class_names: tuple[str, ...], batch: int, generato
     return GroupSampler(sizes, batch, generator)
 
 
-def random_subset(
-    labels: Tensor, per_class_count: int, class_names: tuple[str, ...], generator: torch.Generator
-) -> Tensor:
-    """Indices (C * per_class_count,), ordered by class, of a uniform draw without replacement from every class."""
+def class_sizes(labels: Tensor, per_class_count: int, class_names: Sequence[str]) -> Tensor:
+    """How many images every class has, (C,) on the CPU. Raises ``DataError`` if one has fewer than are asked of it."""
     sizes = torch.bincount(labels.cpu(), minlength=len(class_names))
     if (sizes < per_class_count).any():
         short = int((sizes < per_class_count).nonzero()[0])
@@ -88,6 +86,14 @@ def random_subset(
             f"memory.images_per_class={per_class_count}: class {class_names[short]} has only {int(sizes[short])} "
             "training images to draw from"
         )
+    return sizes
+
+
+def random_subset(
+    labels: Tensor, per_class_count: int, class_names: Sequence[str], generator: torch.Generator
+) -> Tensor:
+    """Indices (C * per_class_count,), ordered by class, of a uniform draw without replacement from every class."""
+    sizes = class_sizes(labels, per_class_count, class_names)
     sampler = GroupSampler(sizes, per_class_count, generator)
     return sampler.draw(torch.arange(len(sizes))).flatten()
 

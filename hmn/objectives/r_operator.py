@@ -46,12 +46,17 @@ class _Names(NamedTuple):
 
 
 def r_operator(network: nn.Module, metric: str, compute: Compute, matched: Matched = convolution_weights) -> Form:
-    """The R-operator's form. Raises ``ConfigError`` for a network that is not a :class:`ConvNet`, and for more than its
-    convolutions ``matched``: the tangent of the classifier's weights is not written out."""
+    """The R-operator's form.
+
+    Raises ``ConfigError`` for a network that is not a :class:`ConvNet` with instance norm, and for more than its
+    convolutions ``matched``: the tangent of the classifier's weights is not written out.
+    """
     plain = matched is convolution_weights
     require("compute.matching", plain, "r_operator", "loop or compiled where the classifier's weights are matched too")
     written = isinstance(network, ConvNet)
     require("compute.matching", written, "r_operator", f"loop or compiled for {type(network).__name__}")
+    written = network.norm == "instance"
+    require("compute.matching", written, "r_operator", f"loop or compiled for network.norm={network.norm}")
     convolutions = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.Conv2d)]
     norms = [(name, m) for name, m in network.named_modules() if isinstance(m, nn.GroupNorm)]
     layers = [

@@ -7,22 +7,41 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
 
-from hmn.config import DATASETS
+from hmn.config import DATASETS, NETWORK_NORMS
 from hmn.containers import KINDS
 from hmn.containers.presets import PRESETS
 from hmn.data.official import IMAGENET10
+from hmn.networks import builder, full_name
 from tests.command import CONF, configured, planned
 
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
+# MTT's code: student steps, M, latest start, rate of the pixels, of alpha, alpha, images per student step
+MTT_ROWS = {
+    "cifar10_ipc1": (50, 2, 2, 100, 1e-7, 0.01, None),
+    "cifar10_ipc10": (30, 2, 20, 100, 1e-5, 0.001, None),
+    "cifar10_ipc50": (30, 2, 40, 1000, 1e-5, 0.001, None),
+    "cifar100_ipc1": (20, 3, 20, 1000, 1e-5, 0.01, None),
+    "cifar100_ipc10": (20, 2, 20, 1000, 1e-5, 0.01, None),
+    "cifar100_ipc50": (80, 2, 40, 1000, 1e-5, 0.01, 125),
+    "tiny_imagenet_ipc1": (10, 2, 10, 10000, 1e-4, 0.01, None),
+    "tiny_imagenet_ipc10": (20, 2, 40, 10000, 1e-4, 0.01, 200),
+    "tiny_imagenet_ipc50": (20, 2, 40, 10000, 1e-4, 0.01, 300),
+}
+MTT_OPTIONS = [*MTT_ROWS, "haba", "hmn", "speed"]
 GROUPS = {
     "dataset": sorted(DATASETS),
     "memory": ["ipc1", "ipc10", "ipc50"],
     "container": sorted([*KINDS, *(f"hmn_{name}" for name in PRESETS)]),
-    "objective": ["dc", "distribution_matching", "dream", "dsa", "gradient_matching", "idc", "idm"],
+    "objective": sorted(
+        ["bptt", "dc", "distribution_matching", "dream", "dsa", "gradient_matching", "idc", "idm"]
+        + [f"mtt_{row}" for row in MTT_OPTIONS]
+        + ["trajectory_matching"]
+    ),
     "pruning": ["double_end", "none"],
-    "network": ["convnet"],
+    "network": sorted([*NETWORK_NORMS, "densenet_cifar", "resnet10_cifar"]),
     "evaluation": ["hmn_cosine", "idc_multistep"],
     "tracking": ["auto", "disabled", "offline", "online"],
     "compute": ["auto", "cpu", "cuda"],
@@ -100,6 +119,39 @@ def test_profiles_are_what_their_names_say():
         assert (profile.strategy, profile.cutmix) == ("color_crop_flip_scale_rotate", 0.5)
 
 
+NETWORKS = {  # name in tables and parameters, for three channels and ten classes
+    "alexnet": ("AlexNet", 1_872_202),
+    "convnet": ("ConvNet-D3-W128", 320_010),
+    "densenet121": ("DenseNet121-BN", 6_956_298),
+    "densenet_cifar": ("DenseNet121-W12-BN", 1_000_618),
+    "lenet": ("LeNet", 62_006),
+    "mlp": ("MLP", 411_146),
+    "resnet10": ("ResNet10-BN", 4_903_242),
+    "resnet10_cifar": ("ResNet10-W32-BN", 1_228_970),
+    "resnet18": ("ResNet18-BN", 11_173_962),
+    "resnet18_ap": ("ResNet18AP", 11_250_762),
+    "resnet_ap10": ("ResNetAP10", 4_903_242),
+    "vgg11": ("VGG11", 9_231_114),
+    "vgg16": ("VGG16-BN", 14_728_266),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS["network"])
+def test_each_network_file_gives_the_published_network(name):
+    config = configured(f"network={name}").network
+    with torch.device("meta"):
+        network = builder(config, channels=3, classes=10, image_size=32)()
+    assert (full_name(config, 32), sum(value.numel() for value in network.parameters())) == NETWORKS[name]
+
+
+@pytest.mark.parametrize("row", MTT_ROWS)
+def test_mtt_files_are_the_rows_of_its_table(row):
+    objective = configured(f"objective=mtt_{row}").objective
+    names = ("student_steps", "expert_epochs", "max_start_epoch", "memory_lr", "student_lr_lr", "student_lr")
+    assert tuple(getattr(objective, name) for name in (*names, "student_batch")) == MTT_ROWS[row]
+    assert (objective.name, objective.momentum, objective.outer_steps) == ("trajectory_matching", 0.5, 5000)
+
+
 @pytest.mark.parametrize("path", VARIANTS, ids=str)
 def test_each_variant_composes_and_has_a_plan(path, roots):
     chosen = f"{path.parts[0]}={path.stem}"
@@ -122,9 +174,8 @@ def planned_with_data(*overrides: str, roots: dict[str, Path]):
 def test_each_file_sets_only_what_the_schema_knows(path):
     values = OmegaConf.to_container(OmegaConf.load(CONF / path))
     values = {name: value for name, value in values.items() if name not in ("defaults", "hydra")}
-    # Objectives have schemas of their own, and some debug variants are of one.
-    own = [f"{path.parts[0]}={path.stem}"] if path.parts[0] in ("objective", "debug") else []
-    config = configured(*own)
+    schema = [f"{path.parts[0]}={path.stem}"] if path.parts[0] in ("objective", "debug") else []
+    config = configured(*schema)
     if path.parts[0] in GROUPS:
         values = {path.parts[0]: values}
     assert set(values) <= keys(config)

@@ -309,6 +309,10 @@ def test_stored_gradients_give_the_step_of_the_images_they_were_taken_on(form, p
 def test_the_written_out_form_is_refused_for_another_network():
     with pytest.raises(ConfigError, match="compute.matching=r_operator: must be loop or compiled for Smooth"):
         FORMS["r_operator"](Smooth(), "mse", CPU)
+    with pytest.raises(
+        ConfigError, match="compute.matching=r_operator: must be loop or compiled for network.norm=none"
+    ):
+        FORMS["r_operator"](ConvNet(3, 5, 8, width=4, depth=2, norm="none"), "mse", CPU)
 
 
 @pytest.mark.slow

@@ -9,13 +9,21 @@ import pytest
 from tests.command import TINY, run
 
 BASE = (*TINY[1:], "container=image", "pruning=none", "evaluation.networks=1", "evaluation.epochs=1")
+SYNTHETIC = ("debug=smoke_synthetic", "objective.real_batch=16")
+DISTRIBUTION = ("debug=smoke_distribution", "objective.real_batch=16")
 RUNS = {
     "idc": ("debug=smoke", "objective=idc"),
     "dream": ("debug=smoke", "objective=dream", "objective.real_batch=16", "objective.k_means_interval=2"),
-    "dc": ("debug=dc", "container.pixel_space=normalised", "container.init=noise"),
-    "dsa": ("debug=dc", "objective=dsa", "container=hmn", "network.width=2"),
-    "distribution_matching": ("debug=dm", "compute.memory_limit=4"),
-    "idm": ("debug=dm", "objective=idm", "container=multiformation", "memory=ipc1"),
+    "dc": (*SYNTHETIC, "objective=dc", "container.pixel_space=normalised", "container.init=noise"),
+    "dsa": (*SYNTHETIC, "objective=dsa", "container=hmn", "network.width=2"),
+    "distribution_matching": (*DISTRIBUTION, "objective=distribution_matching", "compute.memory_limit=4"),
+    "idm": (
+        *DISTRIBUTION,
+        "objective=idm",
+        "container=multiformation",
+        "objective.pool_interval=2",
+        "objective.pool_steps=2",
+    ),
 }
 STEPS = {"idc": 6, "dream": 6, "dc": 4, "dsa": 4, "distribution_matching": 4, "idm": 4}
 

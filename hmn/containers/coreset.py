@@ -1,0 +1,20 @@
+"""Coresets as containers: raw images that are not learned; :mod:`hmn.coresets` chooses them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hmn.config.containers import CoresetConfig
+from hmn.containers.image import RawShape
+
+
+def fill(config: CoresetConfig, **_data: int) -> CoresetConfig:
+    """What the method uses and ``config`` leaves null."""
+    defaults = {} if config.method == "random" else {"networks": 1, "epochs": 200}
+    if config.method == "ccs":
+        defaults |= {"hard_cut": 0.3, "bins": 50}
+    return replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
+
+
+def shape_of(_config: CoresetConfig, *, classes: int, channels: int, image_size: int) -> RawShape:
+    return RawShape(classes=classes, channels=channels, image_size=image_size, pixel_space="unit")

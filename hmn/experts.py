@@ -1,0 +1,123 @@
+"""Expert trajectories: networks trained on real images, each kept at its start and after every epoch.
+
+Trajectory matching (MTT, Cazenavette et al., CVPR 2022) starts its students where an expert was and compares them with
+where it went. Experts depend on nothing that is condensed, so runs that agree on data and network share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from hmn.checkpoint import Stop, atomic_write, exclusive
+from hmn.config.objectives import ExpertsConfig
+from hmn.errors import ArtifactError, Diverged
+from hmn.objectives.distance import Parameters
+from hmn.training import Recipe, Training
+
+
+def recipe_of(config: ExpertsConfig, strategy: str) -> Recipe:
+    """How experts are trained: plain SGD at a constant rate on augmented images, nothing mixed."""
+    return Recipe(
+        epochs=config.epochs,
+        batch=config.batch,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        schedule="constant",
+        strategy=strategy,
+        cutmix=0.0,
+        rule=config.augmentation_rule,
+    )
+
+
+def build(
+    folder: Path,
+    train: Callable[[Sequence[int]], Training],
+    count: int,
+    *,
+    fingerprint: str,
+    together: int,
+    stop: Stop,
+) -> list[Path]:
+    """One file per expert 0 .. ``count`` - 1 in ``folder``; those that are there already stay, so it can be stopped.
+
+    ``train(numbers)`` begins the training of these experts, of which there are at most ``together``. Raises
+    ``ArtifactError`` for a file made on other images, and ``Diverged`` for an expert whose loss is not finite.
+    """
+    paths = [folder / f"expert-{number:04d}.safetensors" for number in range(count)]
+    with exclusive(folder, wait=True):
+        missing = [number for number, path in enumerate(paths) if not path.exists()]
+        with tqdm(total=len(missing), desc="experts", unit="expert", disable=not missing) as bar:
+            for start in range(0, len(missing), together):
+                numbers = missing[start : start + together]
+                for number, snapshots in zip(numbers, _record(train(numbers), stop), strict=True):
+                    with atomic_write(paths[number]) as temporary:
+                        save_file(snapshots, temporary, metadata={"data": fingerprint})
+                bar.update(len(numbers))
+    for path in paths:
+        with safe_open(path, "pt") as kept:
+            if kept.metadata()["data"] != fingerprint:
+                raise ArtifactError(f"{path}: made on other images; remove {folder}, it is then made anew")
+    return paths
+
+
+def _record(training: Training, stop: Stop) -> list[dict[str, Tensor]]:
+    """Every expert's parameters by ``epoch/name``, epoch 0 being the untrained network."""
+    kept: list[dict[str, Tensor]] = [{} for _ in range(*training.together or (1,))]
+
+    def snapshot() -> None:
+        for name, value in training.network.named_parameters():
+            copied = value.detach().to("cpu", copy=True)  # even on the host: training goes on in place
+            for expert, own in zip(kept, copied if training.together else [copied], strict=True):
+                expert[f"{training.epoch}/{name}"] = own.contiguous()
+
+    snapshot()
+    while not training.finished:
+        stop.check("experts that are finished are kept; the same command goes on from there")
+        losses = torch.tensor(training.run_epoch())
+        if not losses.isfinite().all():
+            raise Diverged(
+                f"experts: the training loss is {float(losses.sum())} after epoch {training.epoch}: "
+                "lower objective.experts.lr"
+            )
+        snapshot()
+    return kept
+
+
+def read(path: Path, epoch: int, device: torch.device) -> Parameters:
+    """An expert's parameters after ``epoch`` epochs."""
+    head = f"{epoch}/"
+    with safe_open(path, "pt", device=str(device)) as kept:
+        names = [name for name in kept.keys() if name.startswith(head)]  # noqa: SIM118
+        return {name.removeprefix(head): kept.get_tensor(name) for name in names}
+
+
+class Trajectories:
+    """Random pieces of ``paths``' trajectories: ``length`` epochs from a start before epoch ``max_start``."""
+
+    def __init__(
+        self, paths: list[Path], *, max_start: int, length: int, device: torch.device, generator: torch.Generator
+    ) -> None:
+        self.paths, self.max_start, self.length, self.device = paths, max_start, length, device
+        self.generator = generator  # on the host: it decides what is read
+
+    def draw(self) -> tuple[Parameters, Parameters]:
+        """Where a random expert was, and where it was ``length`` epochs later."""
+        expert = int(torch.randint(len(self.paths), (), generator=self.generator))
+        start = int(torch.randint(self.max_start, (), generator=self.generator))
+        here, there = (read(self.paths[expert], epoch, self.device) for epoch in (start, start + self.length))
+        return here, there
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"])

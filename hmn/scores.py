@@ -1,0 +1,140 @@
+"""What networks trained on the full training set say of each of its images: features, and how hard it was to learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hmn import distributed
+from hmn.checkpoint import atomic_write
+from hmn.compute import at_once
+from hmn.data.preprocess import Normalise
+from hmn.errors import ArtifactError
+from hmn.evaluate import Images, Judge
+from hmn.networks import Builder
+from hmn.prune import margins
+from hmn.training import Training, logits_of, train_networks
+
+SLOT = "coreset"  # of the checkpoints, and the stream of the networks' seeds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difficulty:
+    """Per image (N,), over all epochs and averaged over networks."""
+
+    logit_margin: Tensor  # AUM: z_y - max of the others, averaged over epochs (Pleiss et al., NeurIPS 2020)
+    softmax_margin: Tensor  # of softmax probabilities, summed over epochs (CCS, Zheng et al., ICLR 2023)
+    forgetting: Tensor  # how often it went from right to wrong; as many as epochs if it never was right
+
+
+def difficulty(judge: Judge, train: Images, networks: int, epochs: int) -> Difficulty:
+    """Train ``networks`` on ``train`` by the judge's recipe and look at its un-augmented images after each epoch.
+
+    Without CutMix, whose mixed labels have no margin. Forgetting events are those of Toneva et al. (ICLR 2019), who
+    look when an image is drawn for an update, and count an image that is never learned as forgotten infinitely often.
+    """
+    n, device = len(train.labels), train.labels.device
+    recipe = replace(judge.recipe, epochs=epochs, cutmix=0.0)
+
+    def observe(group: range, training: Training, memo: dict[str, Tensor]) -> None:
+        rows = slice(group.start, group.stop)
+        logits = logits_of(training.network, train.images, judge.normalise).view(len(group), n, -1)
+        memo["logit_margin"] += margins(logits, train.labels).sum(0)
+        memo["softmax_margin"] += margins(logits.softmax(-1), train.labels).sum(0)
+        right = (logits.argmax(-1) == train.labels).float()
+        memo["forgotten"][rows] += memo["right"][rows] * (1 - right)
+        memo["learned"][rows] = torch.maximum(memo["learned"][rows], right)
+        memo["right"][rows] = right
+
+    summed = {name: torch.zeros(n, device=device) for name in ("logit_margin", "softmax_margin")}
+    by_network = {name: torch.zeros(networks, n, device=device) for name in ("right", "learned", "forgotten")}
+    memo = train_networks(
+        networks,
+        lambda group: judge.training(train, recipe, SLOT, group),
+        observe,
+        summed | by_network,
+        judge.checkpoints,
+        SLOT,
+        "coreset score",
+        judge.together,
+    )
+    return Difficulty(
+        logit_margin=memo["logit_margin"] / (networks * epochs),
+        softmax_margin=memo["softmax_margin"] / networks,
+        forgetting=torch.where(memo["learned"] > 0, memo["forgotten"], epochs).mean(0),
+    )
+
+
+def weights(judge: Judge, train: Images, networks: int, epochs: int) -> dict[str, Tensor]:
+    """Those of ``networks`` trained on ``train`` by the judge's recipe, stacked: (networks, ...) by name.
+
+    With CutMix, as IDC trains the network whose features herding takes. Weights are kept and not features: those of a
+    whole data set are far more.
+    """
+    empty = judge.build().to(train.images.device).state_dict()
+
+    def observe(group: range, training: Training, memo: dict[str, Tensor]) -> None:
+        if training.finished:
+            for name, value in training.network.state_dict().items():
+                memo[name][group.start : group.stop] = value.view(len(group), *memo[name].shape[1:])
+
+    return train_networks(
+        networks,
+        lambda group: judge.training(train, replace(judge.recipe, epochs=epochs), SLOT, group),
+        observe,
+        {name: value.new_zeros(networks, *value.shape) for name, value in empty.items()},
+        judge.checkpoints,
+        SLOT,
+        "coreset network",
+        judge.together,
+    )
+
+
+def networks_of(build: Builder, stacked: dict[str, Tensor]) -> list[nn.Module]:
+    """The networks whose weights are ``stacked``, on their device."""
+    made = []
+    for values in zip(*stacked.values(), strict=True):
+        network = build().to(values[0].device)
+        network.load_state_dict(dict(zip(stacked, values, strict=True)))
+        made.append(network)
+    return made
+
+
+def remembered(path: Path, make: Callable[[], dict[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
+    """What ``make`` gives, read from ``path`` if it is there, else made and written to it.
+
+    Other methods and sizes of coresets ask for the same, and training on all images is what they cost.
+    """
+
+    def read() -> dict[str, Tensor] | None:
+        try:
+            return load_file(path) if path.exists() else None
+        except safetensors.SafetensorError as error:
+            raise ArtifactError(f"{path}: not a safetensors file ({error}): remove it") from None
+
+    if (found := distributed.from_first(read)) is not None:
+        print(f"coreset: read {path}")
+        return {name: value.to(device) for name, value in found.items()}
+    made = make()
+    if distributed.first():
+        with atomic_write(path) as temporary:
+            save_file({name: value.cpu().contiguous() for name, value in made.items()}, temporary)
+    return made
+
+
+@torch.no_grad()
+def features(networks: Sequence[nn.Module], images: Tensor, normalise: Normalise) -> Tensor:
+    """What the last layer of every network sees of un-augmented ``images``, side by side: (n, len(networks) * d)."""
+    joined = []
+    for network in networks:
+        network.eval()
+        chunks = images.split(at_once(500, images.shape[-1]))
+        inputs = (normalise(chunk).contiguous(memory_format=torch.channels_last) for chunk in chunks)
+        joined.append(torch.cat([network.features(chunk) for chunk in inputs]))
+    return torch.cat(joined, 1)

@@ -1,0 +1,190 @@
+"""Expert trajectories: what they hold, who shares them, and the command that makes them."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from hmn import experts
+from hmn.checkpoint import Stop
+from hmn.config import experts_identity
+from hmn.config.objectives import ExpertsConfig
+from hmn.data.preprocess import Normalise
+from hmn.errors import ArtifactError, ConfigError, Diverged, Interrupted
+from hmn.experts import Trajectories, read
+from hmn.seeding import generator
+from hmn.training import Training, training_step
+from tests.command import TINY, configured, run
+from tests.test_condense import CPU, MEAN, REAL, STD, assert_same
+from tests.test_condense import build as build_network
+
+SETTINGS = ExpertsConfig(count=3, epochs=2, batch=16)
+DEVICE = torch.device("cpu")
+
+
+def train(numbers: Sequence[int], settings: ExpertsConfig = SETTINGS) -> Training:
+    step, streams = training_step(build_network(), CPU), [generator(0, "experts", number) for number in numbers]
+    recipe = experts.recipe_of(settings, settings.strategy)
+    images, labels = REAL.train.images, REAL.train.labels
+    return Training(build_network, images, labels, recipe, Normalise(MEAN, STD), step, *streams)
+
+
+def make(folder: Path, *, count: int = 3, fingerprint: str = REAL.fingerprint, stop: Stop | None = None, **changes):
+    options = {"fingerprint": fingerprint, "together": 1, "stop": stop or Stop()} | changes
+    return experts.build(folder, train, count, **options)
+
+
+def contents(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, "pt") as kept:
+        return {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
+
+
+def test_an_expert_is_a_network_before_and_after_every_epoch_of_its_training(tmp_path: Path):
+    path = make(tmp_path)[1]
+    reference = train([1])
+    for epoch in range(3):
+        assert_same(read(path, epoch, DEVICE), {n: p.detach() for n, p in reference.network.named_parameters()})
+        if epoch < 2:
+            reference.run_epoch()
+    assert len(contents(path)) == 3 * len(list(reference.network.parameters()))
+
+
+def test_snapshots_are_copies(tmp_path: Path):
+    """On a CPU, a detached parameter is the parameter itself, and all snapshots would be the last."""
+    path = make(tmp_path, count=1)[0]
+    first, second, third = (read(path, epoch, DEVICE)["classifier.weight"] for epoch in range(3))
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)
+
+
+def test_several_trained_together_are_files_of_their_own(tmp_path: Path):
+    paths = make(tmp_path, together=2)
+    reference = train([0, 1])
+    weight = reference.network.state_dict()["classifier.weight"].clone()
+    reference.run_epoch()
+    for number in (0, 1):
+        assert torch.equal(read(paths[number], 0, DEVICE)["classifier.weight"], weight[number])
+        for name, value in reference.network.named_parameters():
+            assert torch.equal(read(paths[number], 1, DEVICE)[name], value.detach()[number])
+    assert_same(contents(paths[2]), contents(make(tmp_path / "alone")[2]))
+
+
+def test_experts_are_trained_at_a_constant_rate_on_one_operator_per_batch_unmixed():
+    recipe = experts.recipe_of(ExpertsConfig(), "flip")
+    assert (recipe.epochs, recipe.batch, recipe.lr, recipe.momentum, recipe.weight_decay) == (50, 256, 0.01, 0, 0)
+    assert (recipe.schedule, recipe.strategy, recipe.cutmix, recipe.rule) == ("constant", "flip", 0, "vico")
+    assert train([0]).update.rule == "vico"
+
+
+def test_finished_experts_stay_and_stopped_ones_are_made_again(tmp_path: Path):
+    stop = Stop()
+    stop.signum = signal.SIGTERM
+    with pytest.raises(Interrupted, match="stopped by SIGTERM; experts that are finished are kept"):
+        make(tmp_path, stop=stop)
+    assert not list(tmp_path.glob("*.safetensors"))
+    first, second, _ = make(tmp_path)
+    kept, expected = first.stat().st_mtime_ns, contents(second)
+    second.unlink()
+    assert make(tmp_path)[1] == second
+    assert first.stat().st_mtime_ns == kept
+    assert_same(contents(second), expected)
+
+
+def test_more_experts_are_added_to_those_that_are_there(tmp_path: Path):
+    (first,) = make(tmp_path, count=1)
+    kept = first.stat().st_mtime_ns
+    assert len(make(tmp_path, count=3)) == 3
+    assert first.stat().st_mtime_ns == kept
+
+
+def test_experts_of_other_images_are_refused(tmp_path: Path):
+    make(tmp_path, count=1)
+    with pytest.raises(ArtifactError, match="made on other images; remove"):
+        make(tmp_path, count=1, fingerprint="0" * 64)
+
+
+def test_an_expert_that_diverges_is_not_kept(tmp_path: Path):
+    def diverging(numbers: Sequence[int]) -> Training:
+        training = train(numbers)
+        training.run_epoch = lambda: [math.nan]
+        return training
+
+    with pytest.raises(Diverged, match="the training loss is nan .*lower objective.experts.lr"):
+        experts.build(tmp_path, diverging, 1, fingerprint="", together=1, stop=Stop())
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def pieces(paths: list[Path], seed: int = 0) -> Trajectories:
+    return Trajectories(paths, max_start=2, length=1, device=DEVICE, generator=generator(seed))
+
+
+def test_pieces_begin_before_the_latest_start_and_have_the_asked_length(tmp_path: Path):
+    paths = make(tmp_path, count=2)
+    reader, seen = pieces(paths), set()
+    known = {(n, e): read(path, e, DEVICE)["classifier.weight"] for n, path in enumerate(paths) for e in range(3)}
+    for _ in range(40):
+        ends = [next(at for at, w in known.items() if torch.equal(w, p["classifier.weight"])) for p in reader.draw()]
+        (expert, start), (other, end) = ends
+        assert other == expert
+        assert end == start + 1
+        seen.add((expert, start))
+    assert seen == {(0, 0), (0, 1), (1, 0), (1, 1)}
+
+
+def test_pieces_go_on_as_if_nothing_had_happened(tmp_path: Path):
+    paths = make(tmp_path, count=2)
+    whole, rest = pieces(paths), pieces(paths, seed=9)
+    for _ in range(3):
+        whole.draw()
+    rest.load_state_dict(whole.state_dict())
+    assert_same([whole.draw() for _ in range(5)], [rest.draw() for _ in range(5)])
+
+
+SHARED = {"seed": 3, "objective.student_steps": 9, "memory.images_per_class": 10, "objective.experts.count": 7}
+OWN = {
+    "objective.experts.epochs": 40,
+    "objective.experts.lr": 0.5,
+    "objective.experts.augmentation_rule": "idc",
+    "objective.experts.seed": 1,
+    "network.width": 8,
+    "dataset.held_out_fraction": 0.2,
+    "dataset.flip": "false",
+    "compute.precision": "bf16",
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [*SHARED.items(), *OWN.items()])
+def test_runs_share_experts_unless_these_would_differ(key: str, value: object):
+    base = ("dataset=cifar10", "objective=trajectory_matching")
+    same = experts_identity(configured(*base)) == experts_identity(configured(*base, f"{key}={value}"))
+    assert same == (key in SHARED)
+
+
+def test_only_trajectory_matching_has_experts():
+    with pytest.raises(ConfigError, match="objective.name=bptt: must be trajectory_matching for mode=experts"):
+        configured("mode=experts", "objective=bptt")
+
+
+SMALL = [f"objective.experts.{key}" for key in ("count=2", "epochs=2", "batch=128")]
+SMALL += ["objective=trajectory_matching", "objective.max_start_epoch=1"]
+
+
+def test_a_command_of_their_own_makes_and_tests_experts(tmp_path: Path):
+    arguments = [*(argument for argument in TINY if argument != "debug=smoke"), *SMALL, "mode=experts"]
+    outcome = run(tmp_path, *arguments)
+    assert outcome.code == 0, outcome.err
+    assert "experts" in outcome.out
+    files = sorted(tmp_path.glob(".cache/experts/*/expert-*.safetensors"))
+    assert [path.stem for path in files] == ["expert-0000", "expert-0001"]
+    (result,) = tmp_path.glob("runs/digits-experts-*/result.json")
+    measured = json.loads(result.read_text())
+    assert len(measured["accuracy"]["by_network"]) == 2
+    assert measured["accuracy"]["test_epochs"] == [2]
