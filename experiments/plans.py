@@ -1,7 +1,7 @@
-"""What every container holds in every budget, and what condensing it costs: ``python -m experiments.plans [OUTPUT.md]``.
+"""What every container holds in every budget: ``python -m experiments.plans [OUTPUT.md] [KEY=VALUE ...]``.
 
-A Markdown table of every container's own settings for every official data set at 1, 10 and 50 images per class, as
-``mode=plan`` counts them: no data are read. KEY=VALUE are settings over the defaults, as of run.py.
+A Markdown table of every container's own settings for every official data set at 1, 10 and 50 images per class, and of
+what condensing costs, as ``mode=plan`` counts them: no data are read. KEY=VALUE are settings as of run.py.
 """
 
 from __future__ import annotations
