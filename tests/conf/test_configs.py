@@ -30,11 +30,16 @@ MTT_ROWS = {
     "tiny_imagenet_ipc10": (20, 2, 40, 10000, 1e-4, 0.01, 200),
     "tiny_imagenet_ipc50": (20, 2, 40, 10000, 1e-4, 0.01, 300),
 }
+MTT_OPTIONS = [*MTT_ROWS, "haba", "hmn", "speed"]
 GROUPS = {
     "dataset": sorted(DATASETS),
     "memory": ["ipc1", "ipc10", "ipc50"],
     "container": sorted([*KINDS, *(f"hmn_{name}" for name in PRESETS)]),
-    "objective": ["bptt", "gradient_matching", *sorted(f"mtt_{row}" for row in MTT_ROWS), "trajectory_matching"],
+    "objective": sorted(
+        ["bptt", "dc", "distribution_matching", "dream", "dsa", "gradient_matching", "idc", "idm"]
+        + [f"mtt_{row}" for row in MTT_OPTIONS]
+        + ["trajectory_matching"]
+    ),
     "pruning": ["double_end", "none"],
     "network": sorted([*NETWORK_NORMS, "densenet_cifar", "resnet10_cifar"]),
     "evaluation": ["hmn_cosine", "idc_multistep"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -181,3 +183,14 @@ def test_the_inner_product_is_over_all_parameters():
         {"a": torch.ones(2), "b": torch.ones(1, 1)},
     )
     assert inner(one, other) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler")
+def test_compiled_steps_are_the_same(monkeypatch):
+    problem = Problem(torch.float32)
+    _, pixels, by_lr = by_hand(problem, 2, 0.9, 0.9)
+    monkeypatch.setattr(f"{__name__}.CPU", Compute(torch.device("cpu"), compiled=True))
+    _, found, found_by_lr = by_hand(problem, 2, 0.9, 0.9)
+    torch.testing.assert_close(found, pixels, rtol=1e-3, atol=1e-5 * float(pixels.abs().max()))
+    torch.testing.assert_close(found_by_lr, by_lr, rtol=1e-4, atol=0)
