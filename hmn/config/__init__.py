@@ -56,9 +56,8 @@ DATASETS = ("svhn", "cifar10", "cifar100", "tiny_imagenet", "imagenet10", "folde
 class DatasetConfig:
     kind: str = MISSING  # which loader, one of DATASETS
     name: str | None = None  # shown in tables and run ids; null: the kind, or the folder's or file's own name
-    root: str | None = (
-        None  # imagenet10, folder: the directory (not for a plan of imagenet10); arrays: the .npz; null: paths.data_dir/<kind>
-    )
+    # imagenet10 (but for its plan), folder: the directory; arrays: the .npz; null: paths.data_dir/<kind>
+    root: str | None = None
     image_size: int | None = None  # side in pixels; null (arrays only): the array's own
     channels: int = 3
     classes: int | None = None  # null: counted from the class folders or the label array
