@@ -88,6 +88,12 @@ def _timed_once(function: Callable) -> Callable:
     return call
 
 
+def forget_compiled() -> None:
+    """Drop what this process compiled: other networks and sizes would count as recompilations, which are limited."""
+    torch._dynamo.reset()
+    compile_seconds.clear()
+
+
 def keep_compiled(folder: Path) -> None:
     """Keep what torch.compile makes in ``folder``, for later runs; call it before anything is compiled."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.absolute()))

@@ -52,7 +52,7 @@ def _work(plan: Plan, folder: Path, stop: Stop, group: str | None) -> dict[str, 
     if config.compute.keep_heap:
         compute.keep_heap_pages()
     compute.keep_compiled(Path(config.paths.cache_dir) / "compiled")
-    compute.compile_seconds.clear()  # of an earlier run of the same multirun
+    compute.forget_compiled()  # of an earlier run of the same multirun
     print(f"{plan.run_id} on {results.device_name(chosen.device)}, {chosen.precision}, ", end="")
     print("compiled" if chosen.compiled else "not compiled", end="")
     print(f", {distributed.world()} processes" if distributed.world() > 1 else "")

@@ -16,7 +16,12 @@ from hmn import distributed, networks
 from hmn.artifacts import read_card, tensors_file
 from hmn.compute import device_of
 from hmn.config import Config, DatasetConfig, digest, require, scientific
-from hmn.config.objectives import DistributionMatchingConfig, SyntheticGradientConfig, UnrolledConfig
+from hmn.config.objectives import (
+    DistributionMatchingConfig,
+    GradientMatchingConfig,
+    SyntheticGradientConfig,
+    UnrolledConfig,
+)
 from hmn.containers import KINDS, Storage, storage
 from hmn.containers.base import Container, ImageShape, PixelShape
 from hmn.cost import Step, step_flops, training_flops
@@ -217,9 +222,12 @@ def _check_pairs(plan: Plan) -> None:
     over, tied = config.pruning.over_budget, plan.shape.tied
     require("pruning.over_budget", not over or tied is None, over, f"0 for container={config.container.name}: {tied}")
     with torch.device("meta"):
-        batch_norm = networks.has_batch_norm(plan.build())
+        network = plan.build()
     rule = "instance or none: condensing compares single images on it; evaluate on others with mode=evaluate"
-    require("network.norm", not batch_norm, "batch", rule)
+    require("network.norm", not networks.has_batch_norm(network), "batch", rule)
+    matched = not isinstance(config.objective, GradientMatchingConfig) or any(p.ndim == 4 for p in network.parameters())
+    rule = f"one with convolutions for objective={config.objective.name}, which compares their gradients"
+    require("network.name", matched, config.network.name, rule)
     name, matching = config.objective.name, config.compute.matching
     written = not isinstance(config.objective, SyntheticGradientConfig | DistributionMatchingConfig)
     rule = f"another for {name}: it is of convolution gradients only"

@@ -266,8 +266,8 @@ def test_random_images_are_those_of_the_reference(tmp_path):
     assert torch.equal(choose(judge(tmp_path, seed=7), train, NAMES, 5, coreset("random"), tmp_path), expected)
 
 
-@pytest.mark.parametrize(("method", "expected"), [("aum", [0, 2]), ("forgetting", [1, 2])])
-def test_the_hardest_images_are_kept(tmp_path, monkeypatch, method, expected):
+@pytest.mark.parametrize(("method", "expected"), [("aum", [0, 2]), ("forgetting", [1, 2]), ("ccs", [0, 3])])
+def test_the_hardest_images_are_kept_but_ccs_cuts_them_by_another_score(tmp_path, monkeypatch, method, expected):
     scores = Difficulty(
         logit_margin=torch.tensor([-1.0, 1.0, 3.0, 4.0]),
         softmax_margin=torch.tensor([9.0, -9.0, -9.0, 9.0]),
