@@ -467,6 +467,12 @@ def test_several_processes_are_refused_with_the_reason(objective: str, monkeypat
         planned("mode=plan", f"objective={objective}", "container=image")
 
 
+@pytest.mark.parametrize("mode", ["plan", "experts"])
+def test_networks_that_look_across_a_batch_are_refused_before_experts_are_trained(mode: str):
+    with pytest.raises(ConfigError, match="network.norm=batch: must be instance or none"):
+        planned(f"mode={mode}", "objective=trajectory_matching", "container=image", "network.norm=batch")
+
+
 REFUSED = {
     "objective.inner_steps=2": "objective.inner_steps=2: must be 1",
     "objective.student_steps=0": "objective.student_steps=0: must be at least 1",
