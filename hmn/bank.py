@@ -22,7 +22,7 @@ from hmn.config import BankConfig, GradientMatchingConfig
 from hmn.data import augment
 from hmn.errors import ArtifactError
 from hmn.objectives.distance import Parameters
-from hmn.realside import Choice, LiveSide
+from hmn.realside import Choice, LiveSide, Synthetic
 from hmn.seeding import generator
 
 # (parameters, images (k, B, channels, H, W), labels (k,)) -> gradients {name: (k, ...)}
@@ -94,10 +94,17 @@ class BankSide:
     """The real side read from a bank: every step takes the next snapshot of a random order, pass after pass."""
 
     def __init__(
-        self, paths: list[Path], config: BankConfig, strategy: str, size: int, device: torch.device, seed: int
+        self,
+        paths: list[Path],
+        config: BankConfig,
+        strategy: str,
+        size: int,
+        device: torch.device,
+        seed: int,
+        rule: str = "idc",
     ) -> None:
         self.paths, self.snapshots, self.device = paths, config.snapshots, device
-        self.strategy, self.size = strategy, size
+        self.strategy, self.rule, self.size = strategy, rule, size
         self.choosing = generator(seed, "condense", "bank")  # on the host: it decides what is read
         self.order = torch.empty(0, dtype=torch.int64)
         self.position = 0
@@ -134,7 +141,7 @@ class BankSide:
         return _under("parameters", choice)
 
     def draw(self, choice: Choice, count: int) -> augment.Draw:
-        return augment.drawn(self.strategy, self.size, _under("draw", choice))
+        return augment.drawn(self.strategy, self.size, _under("draw", choice), self.rule)
 
     def real(self, choice: Choice, drawn: augment.Draw, part: slice) -> Parameters:
         return {name: value[part] for name, value in _under("gradients", choice).items()}
@@ -142,7 +149,7 @@ class BankSide:
     def choose_update(self) -> Choice:
         return {}
 
-    def update(self, choice: Choice) -> None:
+    def update(self, choice: Choice, synthetic: Synthetic | None = None) -> None:
         pass
 
     def generators(self) -> list[torch.Generator]:

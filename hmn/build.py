@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from hmn import bank, distributed
 from hmn import experts as expert_training
@@ -15,7 +19,14 @@ from hmn.compute import Compute
 from hmn.condense import Condensation
 from hmn.config import Config, bank_identity, digest, experts_identity
 from hmn.config.containers import HabaConfig
-from hmn.config.objectives import BpttConfig, GradientMatchingConfig, ObjectiveConfig, TrajectoryMatchingConfig
+from hmn.config.objectives import (
+    BpttConfig,
+    DistributionMatchingConfig,
+    GradientMatchingConfig,
+    ObjectiveConfig,
+    SyntheticGradientConfig,
+    TrajectoryMatchingConfig,
+)
 from hmn.containers.base import Container
 from hmn.data.augment import without_flip
 from hmn.data.datasets import RealData
@@ -23,13 +34,16 @@ from hmn.data.preprocess import Normalise
 from hmn.data.sampling import per_class
 from hmn.experts import Trajectories
 from hmn.matching import ClassMatching
-from hmn.memory import classes_per_chunk, images_per_chunk
+from hmn.memory import classes_per_chunk, feature_bytes, images_per_chunk, matching_bytes
 from hmn.networks import Builder, initialise
 from hmn.networks.convnet import ConvNet
-from hmn.objectives.gradient import matching_step, real_gradients, stored_step
+from hmn.objectives.distance import all_weights
+from hmn.objectives.distribution import distribution_step
+from hmn.objectives.gradient import MatchingStep, matching_step, real_gradients, stored_step
 from hmn.objectives.unroll import Unrolled
 from hmn.optimizer import idc_rate_factor
-from hmn.realside import LiveSide
+from hmn.pool import PoolSide
+from hmn.realside import FeatureSide, LiveSide, RealSide, SyntheticSide
 from hmn.seeding import generator
 from hmn.training import Training, TrainingStep
 from hmn.unrolled import Batches, ClassifyReal, Goal, LearnedRate, ReachExpert, ThroughStudent, of_every_class, shuffled
@@ -59,6 +73,10 @@ class Workshop:
         strategy = self.config.objective.strategy
         return strategy if self.config.dataset.flip else without_flip(strategy)
 
+    def side_of(self, seed: int) -> dict[str, Any]:
+        """What every real side takes."""
+        return {"build": self.build, "compute": self.compute, "seed": seed, "flip": self.config.dataset.flip}
+
 
 def condensation(shop: Workshop, container: Container) -> Condensation:
     return MAKERS[type(shop.config.objective)](shop, container)
@@ -68,27 +86,10 @@ def gradient_matching(shop: Workshop, container: Container) -> ClassMatching:
     """Networks and real images as the run goes, or from a bank, which is made first if it is missing."""
     config, compute, objective = shop.config, shop.compute, shop.config.objective
     network = shop.build().to(compute.device)
-    chunk = classes_per_chunk(
-        container,
-        network,
-        objective,
-        compute,
-        limit=config.compute.memory_limit,
-        strategy=shop.strategy,
-        metric=objective.metric,
-    )
+    chunk = _chunk(shop, container, network, partial(matching_bytes, metric=objective.metric))
 
     def live(seed: int, stream: str) -> LiveSide:
-        return LiveSide(
-            shop.data,
-            objective,
-            build=shop.build,
-            train=shop.train_step,
-            compute=compute,
-            seed=seed,
-            flip=config.dataset.flip,
-            stream=stream,
-        )
+        return LiveSide(shop.data, objective, train=shop.train_step, stream=stream, **shop.side_of(seed))
 
     if objective.bank.networks:
         with shop.checkpoints.timed("bank"):
@@ -104,18 +105,67 @@ def gradient_matching(shop: Workshop, container: Container) -> ClassMatching:
                     stop=shop.checkpoints.stop,
                 )
             )
-        size = container.shape.image_size
-        side = bank.BankSide(paths, objective.bank, shop.strategy, size, compute.device, config.seed)
+        size, rule = container.shape.image_size, objective.augmentation_rule
+        side = bank.BankSide(paths, objective.bank, shop.strategy, size, compute.device, config.seed, rule)
         make_step = stored_step
     else:
         side, make_step = live(config.seed, "condense"), matching_step
+    return _class_matching(shop, container, side, make_step(network, objective.metric, compute), chunk)
+
+
+def synthetic_gradient(shop: Workshop, container: Container) -> ClassMatching:
+    compute, objective = shop.compute, shop.config.objective
+    network = shop.build().to(compute.device)
+    chunk = _chunk(shop, container, network, partial(matching_bytes, metric=objective.metric, matched=all_weights))
+    side = SyntheticSide(
+        shop.data,
+        objective,
+        count=container.classes * container.images_per_class,
+        train=shop.train_step,
+        **shop.side_of(shop.config.seed),
+    )
+    match = matching_step(network, objective.metric, compute, all_weights)
+    parts = len(all_weights(dict(network.named_parameters())))
+    return _class_matching(shop, container, side, match, chunk, parts)
+
+
+def distribution_matching(shop: Workshop, container: Container) -> ClassMatching:
+    compute, objective = shop.compute, shop.config.objective
+    network = shop.build().to(compute.device)
+    chunk = _chunk(shop, container, network, feature_bytes)
+    shared = shop.side_of(shop.config.seed)
+    if objective.pool_networks:
+        side = PoolSide(shop.data, objective, train=shop.train_step, **shared)
+    else:
+        side = FeatureSide(shop.data, objective, **shared)
+    return _class_matching(shop, container, side, distribution_step(network, compute), chunk, 1)
+
+
+def _chunk(
+    shop: Workshop,
+    container: Container,
+    network: nn.Module,
+    in_step: Callable[[nn.Module, tuple[int, int, int]], int],
+) -> int:
+    limit = shop.config.compute.memory_limit
+    objective, strategy = shop.config.objective, shop.strategy
+    return classes_per_chunk(
+        container, network, objective, shop.compute, limit=limit, strategy=strategy, in_step=in_step
+    )
+
+
+def _class_matching(
+    shop: Workshop, container: Container, side: RealSide, match: MatchingStep, chunk: int, parts: int | None = None
+) -> ClassMatching:
+    config = shop.config
     return ClassMatching(
         container,
         side,
-        objective,
-        match=make_step(network, objective.metric, compute),
+        config.objective,
+        match=match,
+        parts=parts,
         normalise=shop.normalise,
-        compute=compute,
+        compute=shop.compute,
         seed=config.seed,
         fingerprint=shop.data.fingerprint,
         chunk=chunk,
@@ -249,4 +299,6 @@ MAKERS: dict[type[ObjectiveConfig], Callable[[Workshop, Container], Condensation
     GradientMatchingConfig: gradient_matching,
     TrajectoryMatchingConfig: trajectory_matching,
     BpttConfig: bptt,
+    SyntheticGradientConfig: synthetic_gradient,
+    DistributionMatchingConfig: distribution_matching,
 }

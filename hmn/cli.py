@@ -96,9 +96,10 @@ def _one_line(error: Exception) -> str:
         return f"{group}={option}: must be one of {', '.join(known)}"
     if "override_grammar" in text:
         return f"an override cannot be read: {text.splitlines()[0]}"
-    # The reason is the first line of Hydra's message, or of the one it stands for.
-    first, *_ = [*text.splitlines(), ""]
-    reason = str(error.__cause__).splitlines()[0] if error.__cause__ else ""
+    # The reason is the first line of Hydra's message, or the one after it, or that of the error it stands for.
+    first, second, *_ = [*text.splitlines(), "", ""]
+    reason = str(error.__cause__).splitlines()[0] if error.__cause__ else second if first.endswith(":") else ""
+    first = first.removesuffix(":")
     return ": ".join(filter(None, (first, reason)))
 
 

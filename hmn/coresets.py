@@ -6,6 +6,7 @@ All are greedy or sampled per class, so that every class gives ``count`` images 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,15 +15,18 @@ from hmn.config.containers import CoresetConfig
 from hmn.data.kmeans import nearest_to_centres
 from hmn.data.sampling import class_sizes, random_subset
 from hmn.evaluate import Images, Judge
-from hmn.scores import difficulty, features, trained
+from hmn.scores import Difficulty, difficulty, features, networks_of, remembered, weights
 from hmn.seeding import generator
 
 
-def choose(judge: Judge, train: Images, class_names: Sequence[str], count: int, config: CoresetConfig) -> Tensor:
+def choose(
+    judge: Judge, train: Images, class_names: Sequence[str], count: int, config: CoresetConfig, cache: Path
+) -> Tensor:
     """Indices (C * count,) into ``train``, which is ordered by class, of the images that ``config.method`` keeps.
 
     ``aum`` and ``forgetting`` keep the hardest images, those of the lowest margins or most forgetting events, as
     pruning by importance does. Where few are kept that falls below random choice, which is what CCS was made for.
+    What is learned from the full set is kept in the folder ``cache``, which must belong to this data, recipe and seed.
     Raises ``DataError`` naming a class that has fewer than ``count`` images.
     """
     labels, device, method = train.labels, train.labels.device, config.method
@@ -31,14 +35,18 @@ def choose(judge: Judge, train: Images, class_names: Sequence[str], count: int, 
     sizes = class_sizes(labels, count, class_names).tolist()
     stream = generator(judge.seed, "coreset", device=device)
     if method in ("herding", "k_center", "k_means"):
-        networks = trained(judge, train, config.networks, config.epochs)
+        path = cache / "weights.safetensors"
+        stacked = remembered(path, lambda: weights(judge, train, config.networks, config.epochs), device)
+        networks = networks_of(judge.build, stacked)
         chosen, start = [], 0
         for size in sizes:
             rows = features(networks, train.images[start : start + size], judge.normalise)
             chosen.append(start + _by_features(method, rows, count, stream))
             start += size
         return torch.cat(chosen)
-    scores = difficulty(judge, train, config.networks, config.epochs)
+    path = cache / "difficulty.safetensors"
+    found = remembered(path, lambda: vars(difficulty(judge, train, config.networks, config.epochs)), device)
+    scores = Difficulty(**found)
     if method == "forgetting":
         return highest(scores.forgetting, labels, count, stream)
     if method == "aum":

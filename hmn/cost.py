@@ -13,12 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from hmn.compute import Compute
 from hmn.config.objectives import (
     BpttConfig,
+    ClassMatchingConfig,
+    DistributionMatchingConfig,
     GradientMatchingConfig,
     ObjectiveConfig,
+    SyntheticGradientConfig,
     TrajectoryMatchingConfig,
     UnrolledConfig,
 )
 from hmn.networks import Builder
+from hmn.objectives.distance import Matched, all_weights, convolution_weights
 from hmn.objectives.gradient import nested
 from hmn.objectives.unroll import Unrolled
 
@@ -51,18 +55,57 @@ def gradient_matching(
     objective: GradientMatchingConfig, build: Builder, pixels: tuple[int, int, int], classes: int, images: int
 ) -> Step:
     """All its classes by the plain loop; the network trains on real images in between."""
+    batches = math.ceil(objective.network_samples / objective.network_batch)
+    update = batches * objective.network_batch * training_flops(build, pixels)
+    matching = _gradients_compared(objective, build, pixels, images, convolution_weights)
+    return Step(matching * _group(objective, classes), update)
+
+
+def synthetic_gradient(
+    objective: SyntheticGradientConfig, build: Builder, pixels: tuple[int, int, int], classes: int, images: int
+) -> Step:
+    """As gradient matching, of all weights; the network trains on the synthetic images, but not after its last step."""
+    passes = objective.network_epochs * (objective.inner_steps - 1) / objective.inner_steps
+    update = int(passes * classes * images * training_flops(build, pixels))
+    matching = _gradients_compared(objective, build, pixels, images, all_weights)
+    return Step(matching * _group(objective, classes), update)
+
+
+def distribution_matching(
+    objective: DistributionMatchingConfig, build: Builder, pixels: tuple[int, int, int], classes: int, images: int
+) -> Step:
+    """Features of real images, and of synthetic ones with their derivative; a pool trains in between."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        network = build().requires_grad_(False)
+        network.features(torch.empty(objective.real_batch, *pixels))
+        synthetic = torch.empty(min(objective.synthetic_batch, images), *pixels, requires_grad=True)
+        torch.autograd.grad(network.features(synthetic * 1).sum(), synthetic)  # the counter takes no leaf as input
+    trained = objective.pool_trained * objective.pool_steps * objective.pool_batch if objective.pool_networks else 0
+    matching = counter.get_total_flops() * _group(objective, classes)
+    return Step(matching, trained * training_flops(build, pixels))
+
+
+def _gradients_compared(
+    objective: GradientMatchingConfig | SyntheticGradientConfig,
+    build: Builder,
+    pixels: tuple[int, int, int],
+    images: int,
+    matched: Matched,
+) -> int:
+    """Of one class."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         network = build()
-        form = nested(network, objective.metric, Compute(torch.device("cpu")))
+        form = nested(network, objective.metric, Compute(torch.device("cpu")), matched)
         real = torch.empty(objective.real_batch, *pixels)
         synthetic = torch.empty(min(objective.synthetic_batch, images), *pixels)
         labels = [torch.zeros(len(batch), dtype=torch.int64) for batch in (real, synthetic)]
         parameters = dict(network.named_parameters())
         form.match(parameters, form.gradients(parameters, real, labels[0]), synthetic, labels[1])
-    group = min(objective.classes_per_step or classes, classes)
-    batches = math.ceil(objective.network_samples / objective.network_batch)
-    update = batches * objective.network_batch * training_flops(build, pixels)
-    return Step(counter.get_total_flops() * group, update)
+    return counter.get_total_flops()
+
+
+def _group(objective: ClassMatchingConfig, classes: int) -> int:
+    return min(objective.classes_per_step or classes, classes)
 
 
 def student_flops(network: nn.Module, pixels: tuple[int, int, int]) -> tuple[int, int]:
@@ -103,4 +146,6 @@ STEPS = {
     GradientMatchingConfig: gradient_matching,
     TrajectoryMatchingConfig: through_student,
     BpttConfig: through_student,
+    SyntheticGradientConfig: synthetic_gradient,
+    DistributionMatchingConfig: distribution_matching,
 }

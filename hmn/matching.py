@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hmn import distributed
+from hmn.artifacts import decode_all
 from hmn.capture import Replay, optimizer_tensors
 from hmn.compute import Compute
 from hmn.condense import SLOT, Condensation
@@ -92,7 +93,7 @@ class ClassMatching(Condensation):
         else:
             parts = [classes] if self.config.step_policy == "accumulate" else classes.split(1)
             found = [self._match_and_apply(part, self._chosen(part)) for part in parts]
-            self.side.update(self.side.choose_update())
+            self.side.update(self.side.choose_update(), self.decoded)
             measured = {**found[-1], "losses": torch.stack([one["losses"] for one in found]).sum(0)}
         self.step += 1
         losses = measured.pop("losses")
@@ -104,8 +105,14 @@ class ClassMatching(Condensation):
     def _whole_step(self, choice: Choice) -> dict[str, Tensor]:
         """A step of all classes, as device work alone."""
         measured = self._match_and_apply(torch.arange(self.container.classes), choice)
-        self.side.update(choice)
+        self.side.update(choice, self.decoded)
         return measured
+
+    @torch.no_grad()
+    def decoded(self) -> tuple[Tensor, Tensor]:
+        """The synthetic set as it is now, (N, channels, H, W), and labels (N,), for networks that train on it."""
+        self.gather()
+        return decode_all(self.container)
 
     def _match_and_apply(self, classes: Tensor, choice: Choice) -> dict[str, Tensor]:
         """Match ``classes`` (k,), step the optimiser; returns ``losses`` per layer and the gradient norm by tier."""
@@ -120,7 +127,7 @@ class ClassMatching(Condensation):
         return optimizer_tensors(self.optimizer.inner) + self.side.state_tensors()
 
     def _match(self, classes: Tensor, choice: Choice) -> Tensor:
-        """Add to the container the mean gradient over ``classes`` (k,); returns the distances per layer, summed.
+        """Add to the container the mean or summed gradient of ``classes`` (k,); returns distances per layer, summed.
 
         Of classes that other processes own, nothing is added.
         """
@@ -138,7 +145,7 @@ class ClassMatching(Condensation):
             decoded = self.normalise(self.container.decode_matched(rows[part].flatten()))
             synthetic = augment.apply(decoded, drawn[part].repeat(n)).unflatten(0, (-1, n))
             layers, pixel_gradients = self.match(parameters, real, synthetic.detach(), on_device[part])
-            synthetic.backward(pixel_gradients / k)
+            synthetic.backward(pixel_gradients / k if self.config.class_reduction == "mean" else pixel_gradients)
             distances.append(layers)
         if not distances:
             return torch.zeros(self.parts or len(convolution_weights(parameters)), device=self.compute.device)

@@ -13,6 +13,7 @@ from hmn.config import require
 from hmn.config.objectives import ClassMatchingConfig
 from hmn.containers.base import Container
 from hmn.data import augment
+from hmn.objectives.distance import Matched, convolution_weights
 from hmn.objectives.gradient import loop
 
 FLOAT = 4
@@ -47,14 +48,23 @@ def decoding_bytes(container: Container, strategy: str) -> int:
     return kept // 2
 
 
-def matching_bytes(network: nn.Module, pixels: tuple[int, int, int], metric: str) -> int:
+def matching_bytes(
+    network: nn.Module, pixels: tuple[int, int, int], metric: str = "mse", matched: Matched = convolution_weights
+) -> int:
     """Kept for one synthetic image inside the matching step of its class, by the plain loop: an upper bound."""
     parameters = {name: value.detach() for name, value in network.named_parameters()}
     device = next(iter(parameters.values())).device
     images, labels = torch.randn(2, *pixels, device=device), torch.zeros(2, dtype=torch.int64, device=device)
-    form = loop(network, metric, Compute(device))
+    form = loop(network, metric, Compute(device), matched)
     targets = form.gradients(parameters, images, labels)
     return saved_bytes(lambda: form.match(parameters, targets, images, labels), list(parameters.values())) // 2
+
+
+def feature_bytes(network: nn.Module, pixels: tuple[int, int, int]) -> int:
+    """Kept for one synthetic image between its features and their derivative."""
+    weights = list(network.parameters())
+    images = torch.randn(2, *pixels, device=weights[0].device, requires_grad=True)
+    return saved_bytes(lambda: network.features(images), weights) // 2
 
 
 def classes_per_chunk(
@@ -65,12 +75,13 @@ def classes_per_chunk(
     *,
     limit: float | None,
     strategy: str,
-    metric: str = "mse",
+    in_step: Callable[[nn.Module, tuple[int, int, int]], int] = matching_bytes,
 ) -> int:
     """How many classes of a step are decoded and matched at a time; what is computed does not depend on it.
 
-    The most that stay under ``limit`` GiB. With ``None``, a GPU takes all and a CPU, which gains nothing by that, as
-    many as go into one call. Raises ``ConfigError`` with the least limit if one class does not fit.
+    The most that stay under ``limit`` GiB, where ``in_step`` tells the bytes of each synthetic image inside a matching
+    step. With ``None``, a GPU takes all and a CPU, which gains nothing by that, as many as go into one call. Raises
+    ``ConfigError`` with the least limit if one class does not fit.
     """
     group = min(config.classes_per_step or container.classes, container.classes)
     if limit is None:
@@ -81,9 +92,9 @@ def classes_per_chunk(
     image = FLOAT * math.prod(pixels)
     # Of each class in a chunk: its graph of decoding, and about four copies of every image on its way to the step.
     per_class = ALIVE * synthetic * decoding_bytes(container, strategy) + 4 * (config.real_batch + synthetic) * image
-    in_step = synthetic * matching_bytes(network, pixels, metric) * min(compute.classes_per_call, group)
-    free = limit * 2**30 - compute.current_bytes() - SLACK * in_step
-    least = (compute.current_bytes() + SLACK * (in_step + per_class)) / 2**30
+    matching = synthetic * in_step(network, pixels) * min(compute.classes_per_call, group)
+    free = limit * 2**30 - compute.current_bytes() - SLACK * matching
+    least = (compute.current_bytes() + SLACK * (matching + per_class)) / 2**30
     chunk = int(free / (SLACK * per_class))
     hint = f"at least {least:.1f}: one class needs that; or lower objective.synthetic_batch or compute.classes_per_call"
     require("compute.memory_limit", chunk >= 1, limit, hint)

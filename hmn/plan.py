@@ -16,7 +16,7 @@ from hmn import distributed, networks
 from hmn.artifacts import read_card, tensors_file
 from hmn.compute import device_of
 from hmn.config import Config, DatasetConfig, digest, require, scientific
-from hmn.config.objectives import UnrolledConfig
+from hmn.config.objectives import SyntheticGradientConfig, UnrolledConfig
 from hmn.containers import KINDS, Storage, storage
 from hmn.containers.base import Container, ImageShape, PixelShape
 from hmn.cost import Step, step_flops, training_flops
@@ -195,6 +195,8 @@ def make_plan(config: Config, typed: Sequence[str] = ()) -> Plan:
         # A plan is a plan of the run: it shares the run's id.
         filled = kind.fill(config.container, images_per_class=ipc, **shape)
         config = dataclasses.replace(config, container=filled, mode="run")
+        if isinstance(config.objective, SyntheticGradientConfig) and config.condenses:
+            config = dataclasses.replace(config, objective=config.objective.with_loops(ipc))
         over_budget = config.pruning.over_budget if config.condenses else 0.0
         stored = storage(kind.shape_of(filled, **shape), ipc, over_budget)
     plan = Plan(config, data, stored, artifact)

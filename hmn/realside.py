@@ -1,12 +1,15 @@
-"""The real side of gradient matching: networks, and what real images say of them, computed as the run goes.
+"""The real side of class matching: networks, and what real images say of them, computed as the run goes.
 
 A side is asked first what it chooses for a step, which the host decides and hands over as tensors, and then for what
-follows from that choice, which is device work alone: a step after its choice can be replayed as one CUDA graph.
+follows from that choice, which is device work alone: a step after its choice can be replayed as one CUDA graph. What
+the networks of an objective train on, if on anything, is what its side is: real images (IDC), the synthetic ones (DC
+and DSA), nothing (DM).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -15,16 +18,19 @@ from torch import Tensor
 from hmn.capture import optimizer_tensors
 from hmn.compute import Compute
 from hmn.config import GradientMatchingConfig
+from hmn.config.objectives import ClassMatchingConfig, SyntheticGradientConfig
 from hmn.data import augment
 from hmn.data.datasets import RealData
+from hmn.data.kmeans import nearest_to_centres
 from hmn.data.preprocess import Normalise
-from hmn.data.sampling import GroupSampler, per_class
+from hmn.data.sampling import GroupSampler, per_class, permutations
 from hmn.networks import Builder, initialise
 from hmn.objectives.distance import Parameters
 from hmn.seeding import derived_seed, generator
-from hmn.training import NetworkUpdate, TrainingStep
+from hmn.training import NetworkUpdate, TrainingStep, features_of
 
 Choice = dict[str, Tensor]
+Synthetic = Callable[[], tuple[Tensor, Tensor]]  # all decoded images (N, channels, H, W) and labels (N,), detached
 
 
 class RealSide(Protocol):
@@ -43,13 +49,13 @@ class RealSide(Protocol):
         """One siamese augmentation for each of the chosen classes, (k,)."""
 
     def real(self, choice: Choice, drawn: augment.Draw, part: slice) -> Tensor | Parameters:
-        """For the classes ``part`` of the choice: augmented images (k, B, ...), or gradients {name: (k, ...)}."""
+        """For the classes ``part`` of the choice: augmented images (k, B, ...), or tensors by name, (k, ...) each."""
 
     def choose_update(self) -> Choice:
         """What the update after the step's last match uses."""
 
-    def update(self, choice: Choice) -> None:
-        """Move the network on before the next step."""
+    def update(self, choice: Choice, synthetic: Synthetic | None = None) -> None:
+        """Move the network on before the next step; ``synthetic`` is called where it trains on the synthetic set."""
 
     def generators(self) -> list[torch.Generator]:
         """Those that the device draws from after a choice."""
@@ -62,8 +68,116 @@ class RealSide(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class LiveSide:
-    """A fresh network every ``inner_steps``, trained on real images after every matching step (IDC, algorithm 1)."""
+class FeatureSide:
+    """A fresh network for every step, which never trains (DM, algorithm 1).
+
+    Also what the sides have in common whose networks do train: real batches, siamese draws, and the network itself,
+    which is always the same memory, since a captured graph goes on using that.
+    """
+
+    def __init__(
+        self,
+        real: RealData,
+        config: ClassMatchingConfig,
+        *,
+        build: Builder,
+        compute: Compute,
+        seed: int,
+        flip: bool,
+        stream: str = "condense",
+    ) -> None:
+        self.config, self.seed, self.stream = config, seed, stream
+        self.images, self.labels = real.train.images, real.train.labels
+        device = compute.device
+        self.normalise = Normalise(real.mean, real.std, device)
+        self.strategy = config.strategy if flip else augment.without_flip(config.strategy)
+        self.augmenting = generator(seed, stream, "augment", device=device)
+        self.real_batches = per_class(
+            self.labels, real.class_names, config.real_batch, generator(seed, stream, "real", device=device)
+        )
+        self.network = build().to(device, memory_format=torch.channels_last)
+        self.networks = torch.Generator(device)  # seeded anew for every network: its weights, then its training
+
+    def begin(self, step: int) -> None:
+        self.renew("matched_network", step)
+
+    def renew(self, *names: str | int) -> None:
+        """Another network, by the random stream ``names``."""
+        self.networks.manual_seed(derived_seed(self.seed, self.stream, *names))
+        initialise(self.network, self.networks)
+
+    def choose(self, classes: Tensor) -> Choice:
+        return {"real": self.real_batches.draw(classes)}
+
+    def parameters(self, choice: Choice) -> Parameters:
+        return {name: value.detach() for name, value in self.network.named_parameters()}
+
+    def draw(self, choice: Choice, count: int) -> augment.Draw:
+        rule = self.config.augmentation_rule
+        return augment.draw(self.strategy, count, self.images.shape[-1], self.augmenting, rule=rule, one_choice=False)
+
+    def real(self, choice: Choice, drawn: augment.Draw, part: slice) -> Tensor | Parameters:
+        index = choice["real"][part]
+        images = self.normalise(self.images[index].flatten(0, 1))
+        return augment.apply(images, drawn[part].repeat(index.shape[1])).unflatten(0, index.shape)
+
+    def choose_update(self) -> Choice:
+        return {}
+
+    def update(self, choice: Choice, synthetic: Synthetic | None = None) -> None:
+        pass
+
+    def generators(self) -> list[torch.Generator]:
+        return [self.augmenting]
+
+    def state_tensors(self) -> list[Tensor]:
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"augmenting": self.augmenting.get_state(), "real_batches": self.real_batches.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.augmenting.set_state(state["augmenting"])
+        self.real_batches.load_state_dict(state["real_batches"])
+
+
+class TrainedSide(FeatureSide):
+    """A fresh network every ``inner_steps``, which ``updates`` train in between."""
+
+    updates: NetworkUpdate
+
+    def begin(self, step: int) -> None:
+        outer, inner = divmod(step, self.config.inner_steps)
+        if inner == 0:
+            self.renew("matched_network", outer)
+
+    def renew(self, *names: str | int) -> None:
+        super().renew(*names)
+        for state in self.updates.optimizer.state.values():
+            state["momentum_buffer"].zero_()
+
+    def generators(self) -> list[torch.Generator]:
+        return [*super().generators(), self.networks]
+
+    def state_tensors(self) -> list[Tensor]:
+        return optimizer_tensors(self.updates.optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {"updates": self.updates.state_dict(), "networks": self.networks.get_state()}
+        return super().state_dict() | own
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.updates.load_state_dict(state["updates"])
+        self.networks.set_state(state["networks"])
+
+
+class LiveSide(TrainedSide):
+    """Networks train on real images after every matching step (IDC, algorithm 1).
+
+    With ``k_means_interval``, real batches are not random: every so many steps of a network's life, each class is
+    clustered by the features it has there, and the batch are the images nearest to the centres (DREAM).
+    """
 
     def __init__(
         self,
@@ -77,25 +191,13 @@ class LiveSide:
         flip: bool,
         stream: str = "condense",
     ) -> None:
-        self.config, self.seed, self.stream = config, seed, stream
-        self.images, self.labels = real.train.images, real.train.labels
+        super().__init__(real, config, build=build, compute=compute, seed=seed, flip=flip, stream=stream)
         device = compute.device
-        self.normalise = Normalise(real.mean, real.std, device)
-        self.strategy, network_strategy = (
-            strategy if flip else augment.without_flip(strategy)
-            for strategy in (config.strategy, config.network_strategy)
-        )
-        self.augmenting = generator(seed, stream, "augment", device=device)
-        self.real_batches = per_class(
-            self.labels, real.class_names, config.real_batch, generator(seed, stream, "real", device=device)
-        )
         whole = torch.tensor([len(self.labels)])
         self.network_batches = GroupSampler(
             whole, min(config.network_batch, int(whole)), generator(seed, stream, "network", device=device)
         )
         self.batches = math.ceil(config.network_samples / self.network_batches.batch)
-        self.network = build().to(device, memory_format=torch.channels_last)
-        self.networks = torch.Generator(device)  # seeded anew for every network: its weights, then its training
         self.updates = NetworkUpdate(
             self.network,
             train,
@@ -105,61 +207,109 @@ class LiveSide:
             lr=config.network_lr,
             momentum=config.network_momentum,
             weight_decay=config.network_weight_decay,
-            strategy=network_strategy,
+            strategy=config.network_strategy if flip else augment.without_flip(config.network_strategy),
             cutmix=config.network_cutmix,
         )
+        self.clustering = generator(seed, stream, "clusters", device=device)
+        self.nearest = torch.empty(0, dtype=torch.int64)  # (C, real_batch) of the training images, on the device
 
     def begin(self, step: int) -> None:
-        outer, inner = divmod(step, self.config.inner_steps)
-        if inner:
-            return
-        # In place throughout: a captured graph goes on using the same memory.
-        self.networks.manual_seed(derived_seed(self.seed, self.stream, "matched_network", outer))
-        initialise(self.network, self.networks)
-        for state in self.updates.optimizer.state.values():
-            state["momentum_buffer"].zero_()
+        super().begin(step)
+        interval = self.config.k_means_interval
+        if interval is not None and step % self.config.inner_steps % interval == 0:
+            self.nearest = self._nearest()
+
+    def _nearest(self) -> Tensor:
+        """The images (C, real_batch) nearest to the centres of as many clusters of each class."""
+        found = []
+        # The split is ordered by class.
+        for start, size in zip(self.real_batches.starts.tolist(), self.real_batches.sizes.tolist(), strict=True):
+            features = features_of(self.network, self.images[start : start + size], self.normalise)
+            found.append(start + nearest_to_centres(features, self.config.real_batch, self.clustering))
+        return torch.stack(found)
 
     def choose(self, classes: Tensor) -> Choice:
-        return {"real": self.real_batches.draw(classes)}
-
-    def parameters(self, choice: Choice) -> Parameters:
-        return {name: value.detach() for name, value in self.network.named_parameters()}
-
-    def draw(self, choice: Choice, count: int) -> augment.Draw:
-        return augment.draw(self.strategy, count, self.images.shape[-1], self.augmenting, one_choice=False)
-
-    def real(self, choice: Choice, drawn: augment.Draw, part: slice) -> Tensor:
-        index = choice["real"][part]
-        images = self.normalise(self.images[index].flatten(0, 1))
-        return augment.apply(images, drawn[part].repeat(index.shape[1])).unflatten(0, index.shape)
+        if self.config.k_means_interval is None:
+            return super().choose(classes)
+        return {"real": self.nearest[classes.to(self.nearest.device)]}
 
     def choose_update(self) -> Choice:
         everything = torch.zeros(1, dtype=torch.int64)
         drawn = [self.network_batches.draw(everything) for _ in range(self.batches)]
         return {"update": torch.cat(drawn)} if drawn else {}
 
-    def update(self, choice: Choice) -> None:
+    def update(self, choice: Choice, synthetic: Synthetic | None = None) -> None:
         for index in choice.get("update", ()):
             self.updates(self.images[index], self.labels[index])
 
-    def generators(self) -> list[torch.Generator]:
-        return [self.augmenting, self.networks]
-
-    def state_tensors(self) -> list[Tensor]:
-        return optimizer_tensors(self.updates.optimizer)
-
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "updates": self.updates.state_dict(),
-            "augmenting": self.augmenting.get_state(),
-            "networks": self.networks.get_state(),
-            "real_batches": self.real_batches.state_dict(),
-            "network_batches": self.network_batches.state_dict(),
-        }
+        clusters = {"nearest": self.nearest, "clustering": self.clustering.get_state()}
+        return super().state_dict() | {"network_batches": self.network_batches.state_dict()} | clusters
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.updates.load_state_dict(state["updates"])
-        self.augmenting.set_state(state["augmenting"])
-        self.networks.set_state(state["networks"])
-        self.real_batches.load_state_dict(state["real_batches"])
+        super().load_state_dict(state)
         self.network_batches.load_state_dict(state["network_batches"])
+        self.nearest = state["nearest"].to(self.images.device)
+        self.clustering.set_state(state["clustering"])
+
+
+class SyntheticSide(TrainedSide):
+    """Networks train on the synthetic set between the matching steps of an outer step (DC, algorithm 1).
+
+    ``network_epochs`` passes over all ``count`` synthetic images, by SGD without momentum, and none after the last
+    step, which the network does not outlive. DSA augments these too, each image by parameters of its own.
+    """
+
+    def __init__(
+        self,
+        real: RealData,
+        config: SyntheticGradientConfig,
+        *,
+        count: int,
+        build: Builder,
+        train: TrainingStep,
+        compute: Compute,
+        seed: int,
+        flip: bool,
+    ) -> None:
+        super().__init__(real, config, build=build, compute=compute, seed=seed, flip=flip)
+        self.count = count
+        self.order = generator(seed, self.stream, "network", device=compute.device)
+        self.updates = NetworkUpdate(
+            self.network,
+            train,
+            self.normalise,
+            self.networks,
+            batch=min(config.network_batch, count),
+            lr=config.network_lr,
+            momentum=0.0,
+            weight_decay=0.0,
+            strategy=self.strategy,
+            rule=config.augmentation_rule,
+            cutmix=0.0,
+        )
+        self.last = False
+
+    def begin(self, step: int) -> None:
+        super().begin(step)
+        self.last = (step + 1) % self.config.inner_steps == 0
+
+    def choose_update(self) -> Choice:
+        if self.last or not self.config.network_epochs:
+            return {}
+        return {"update": permutations([self.config.network_epochs], self.count, self.order)}
+
+    def update(self, choice: Choice, synthetic: Synthetic | None = None) -> None:
+        if "update" not in choice:
+            return
+        images, labels = synthetic()
+        for epoch in choice["update"]:
+            for index in epoch.split(self.updates.batch):
+                self.updates(images[index], labels[index])
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"order": self.order.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.order.set_state(state["order"])

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import safetensors
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hmn import distributed
+from hmn.checkpoint import atomic_write
 from hmn.compute import at_once
 from hmn.data.preprocess import Normalise
+from hmn.errors import ArtifactError
 from hmn.evaluate import Images, Judge
+from hmn.networks import Builder
 from hmn.prune import margins
 from hmn.training import Training, logits_of, train_networks
 
@@ -64,30 +71,60 @@ def difficulty(judge: Judge, train: Images, networks: int, epochs: int) -> Diffi
     )
 
 
-def trained(judge: Judge, train: Images, networks: int, epochs: int) -> list[nn.Module]:
-    """``networks`` trained on ``train`` by the judge's recipe, CutMix and all: IDC's are, whose features herding takes.
+def weights(judge: Judge, train: Images, networks: int, epochs: int) -> dict[str, Tensor]:
+    """Those of ``networks`` trained on ``train`` by the judge's recipe, stacked: (networks, ...) by name.
 
-    Only the last epoch's weights are kept, since the features of a whole data set are too many to be checkpointed.
+    With CutMix, as IDC trains the network whose features herding takes. Weights are kept and not features: those of a
+    whole data set are far more.
     """
-    made = [judge.build().to(train.images.device) for _ in range(networks)]
+    empty = judge.build().to(train.images.device).state_dict()
 
     def observe(group: range, training: Training, memo: dict[str, Tensor]) -> None:
         if training.finished:
-            for name, value in training.network.named_parameters():
-                memo[name][group.start : group.stop] = value.detach().view(len(group), *memo[name].shape[1:])
+            for name, value in training.network.state_dict().items():
+                memo[name][group.start : group.stop] = value.view(len(group), *memo[name].shape[1:])
 
-    memo = train_networks(
+    return train_networks(
         networks,
         lambda group: judge.training(train, replace(judge.recipe, epochs=epochs), SLOT, group),
         observe,
-        {name: torch.zeros(networks, *p.shape, device=p.device) for name, p in made[0].named_parameters()},
+        {name: value.new_zeros(networks, *value.shape) for name, value in empty.items()},
         judge.checkpoints,
         SLOT,
         "coreset network",
         judge.together,
     )
-    for index, network in enumerate(made):
-        network.load_state_dict({name: values[index] for name, values in memo.items()})
+
+
+def networks_of(build: Builder, stacked: dict[str, Tensor]) -> list[nn.Module]:
+    """The networks whose weights are ``stacked``, on their device."""
+    made = []
+    for values in zip(*stacked.values(), strict=True):
+        network = build().to(values[0].device)
+        network.load_state_dict(dict(zip(stacked, values, strict=True)))
+        made.append(network)
+    return made
+
+
+def remembered(path: Path, make: Callable[[], dict[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
+    """What ``make`` gives, read from ``path`` if it is there, else made and written to it.
+
+    Other methods and sizes of coresets ask for the same, and training on all images is what they cost.
+    """
+
+    def read() -> dict[str, Tensor] | None:
+        try:
+            return load_file(path) if path.exists() else None
+        except safetensors.SafetensorError as error:
+            raise ArtifactError(f"{path}: not a safetensors file ({error}): remove it") from None
+
+    if (found := distributed.from_first(read)) is not None:
+        print(f"coreset: read {path}")
+        return {name: value.to(device) for name, value in found.items()}
+    made = make()
+    if distributed.first():
+        with atomic_write(path) as temporary:
+            save_file({name: value.cpu().contiguous() for name, value in made.items()}, temporary)
     return made
 
 
@@ -98,9 +135,6 @@ def features(networks: Sequence[nn.Module], images: Tensor, normalise: Normalise
     for network in networks:
         network.eval()
         chunks = images.split(at_once(500, images.shape[-1]))
-        joined.append(torch.cat([_penultimate(network, normalise(chunk)) for chunk in chunks]))
+        inputs = (normalise(chunk).contiguous(memory_format=torch.channels_last) for chunk in chunks)
+        joined.append(torch.cat([network.features(chunk) for chunk in inputs]))
     return torch.cat(joined, 1)
-
-
-def _penultimate(network: nn.Module, images: Tensor) -> Tensor:
-    return network.body(images.contiguous(memory_format=torch.channels_last)).flatten(1)

@@ -13,6 +13,7 @@ from torch import Tensor
 from hmn import artifacts, build, compute, condense, coresets, distributed, experts, networks, pictures, prune, tracking
 from hmn.artifacts import decode_all
 from hmn.checkpoint import Checkpoints, atomic_write
+from hmn.config import digest
 from hmn.containers.base import Container
 from hmn.containers.fit import fit_real
 from hmn.data import datasets
@@ -106,12 +107,27 @@ class Session:
         settings, count = self.config.container, self.plan.storage.instances
         train = Images(self.data.train.images, self.data.train.labels)
         with self.checkpoints.timed("choose"):
-            index = coresets.choose(self.judge, train, self.data.class_names, count, settings)
+            index = coresets.choose(self.judge, train, self.data.class_names, count, settings, self._scores_folder())
         distributed.copy_first_([index])  # a GPU need not repeat another's features to the last bit
         container = self.plan.container(count).to(self.compute.device)
         container.hold(unit_range(train.images[index]))
         made = {"coreset": dataclasses.asdict(settings) | {"index_into": INDEX_INTO, "index": index.tolist()}}
         return self._evaluate_and_keep(container, Images(*decode_all(container)), made)
+
+    def _scores_folder(self) -> Path:
+        """Where runs that learn the same from the full training set find it."""
+        settings, recipe = self.config.container, dataclasses.asdict(self.judge.recipe)
+        identity = {
+            "data": self.data.fingerprint,
+            "mean": self.data.mean,
+            "std": self.data.std,
+            "network": dataclasses.asdict(self.config.network),
+            "recipe": recipe | {"epochs": settings.epochs},
+            "networks": settings.networks,
+            "seed": self.config.seed,
+            "precision": self.config.compute.precision,
+        }
+        return Path(self.config.paths.cache_dir) / "coresets" / digest(identity)
 
     def _evaluate_and_keep(self, container: Container, kept: Images, made: dict[str, Any]) -> dict[str, Any]:
         """What results of containers have in common; ``made`` tells their cards how they came about."""

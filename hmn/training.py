@@ -207,7 +207,7 @@ class NetworkUpdate:
         self.network.load_state_dict(state["network"])
         saved = state["optimizer"]
         for position, parameter in enumerate(self.network.parameters()):
-            for name, value in self.optimizer.state[parameter].items():
+            for name, value in self.optimizer.state.get(parameter, {}).items():
                 value.copy_(saved["state"][position][name])
         self.set_learning_rate(float(saved["param_groups"][0]["lr"]))
 
@@ -343,12 +343,23 @@ def train_networks(
     return memo
 
 
-@torch.no_grad()
 def logits_of(network: nn.Module, images: Tensor, normalise: Normalise, batch: int | None = None) -> Tensor:
     """Logits (N, classes) of un-augmented images, in fp32; (m, N, classes) of networks together."""
+    return _in_chunks(network, network, images, normalise, batch)
+
+
+def features_of(network: nn.Module, images: Tensor, normalise: Normalise, batch: int | None = None) -> Tensor:
+    """What the classifier sees (N, f) of un-augmented images, in fp32."""
+    return _in_chunks(network, network.features, images, normalise, batch)
+
+
+@torch.no_grad()
+def _in_chunks(
+    network: nn.Module, outputs: Callable[[Tensor], Tensor], images: Tensor, normalise: Normalise, batch: int | None
+) -> Tensor:
     network.eval()
     batch = batch or at_once(500, images.shape[-1])
-    chunks = [network(normalise(chunk).contiguous(memory_format=torch.channels_last)) for chunk in images.split(batch)]
+    chunks = [outputs(normalise(chunk).contiguous(memory_format=torch.channels_last)) for chunk in images.split(batch)]
     network.train()
     return torch.cat(chunks, -2)
 

@@ -294,6 +294,7 @@ SCIENCE: dict[str, dict[str, Any]] = {
         "strategy": "none",
         "augmentation_rule": "vico",
         "step_policy": "per_class",
+        "class_reduction": "sum",
         "optimizer": "sgd",
         "lr_scaling": "idc",
         "momentum": 0.1,

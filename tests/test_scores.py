@@ -18,10 +18,12 @@ from hmn.config.containers import CoresetConfig
 from hmn.coresets import choose
 from hmn.data.preprocess import Normalise
 from hmn.data.sampling import random_subset
-from hmn.errors import DataError, Interrupted
+from hmn.errors import ArtifactError, DataError, Interrupted
 from hmn.evaluate import Images, Judge
+from hmn.networks import Builder
 from hmn.networks.convnet import ConvNet
-from hmn.scores import SLOT, Difficulty, difficulty, features, trained
+from hmn.networks.resnet import ResNet
+from hmn.scores import SLOT, Difficulty, difficulty, features, networks_of, remembered, weights
 from hmn.seeding import generator
 from hmn.training import Recipe, logits_of, training_step
 
@@ -40,11 +42,15 @@ NAMES = ("a", "b", "c")
 METHODS = ("random", "herding", "k_center", "k_means", "ccs", "aum", "forgetting")
 
 
-def build() -> ConvNet:
+def convnet() -> ConvNet:
     return ConvNet(1, 3, 8, width=4, depth=1)
 
 
-def judge(folder: Path, seed: int = 0, together: int = 1, stop: Stop | None = None) -> Judge:
+def resnet() -> ResNet:
+    return ResNet(1, 3, 9, blocks=(1, 1, 1, 1), width=2, norm="batch")
+
+
+def judge(folder: Path, seed: int = 0, together: int = 1, stop: Stop | None = None, build: Builder = convnet) -> Judge:
     return Judge(
         build=build,
         step=training_step(build(), Compute(torch.device("cpu"))),
@@ -56,9 +62,9 @@ def judge(folder: Path, seed: int = 0, together: int = 1, stop: Stop | None = No
     )
 
 
-def images(per_class: int = 4) -> Images:
+def images(per_class: int = 4, side: int = 8) -> Images:
     """uint8, ordered by class."""
-    pixels = torch.randint(0, 256, (3 * per_class, 1, 8, 8), generator=generator(0, "images"), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (3 * per_class, 1, side, side), generator=generator(0, "images"), dtype=torch.uint8)
     return Images(pixels, torch.arange(3).repeat_interleave(per_class))
 
 
@@ -150,24 +156,28 @@ def test_margins_and_forgetting_events_by_hand(tmp_path, together, groups):
 
 
 @pytest.mark.parametrize("together", [1, 2])
-def test_features_are_what_the_classifier_of_each_trained_network_sees(tmp_path, together):
-    train = images()
-    networks = trained(judge(tmp_path, together=together), train, networks=2, epochs=2)
+@pytest.mark.parametrize(("build", "side", "width"), [(convnet, 8, 64), (resnet, 9, 16)])
+def test_features_are_what_the_classifier_of_each_trained_network_sees(tmp_path, together, build, side, width):
+    train = images(side=side)
+    networks = networks_of(build, weights(judge(tmp_path, together=together, build=build), train, 2, epochs=2))
     joined = features(networks, train.images, NORMALISE)
-    assert joined.shape == (12, 2 * 4 * 4 * 4)
-    for network, own in zip(networks, joined.split(64, 1), strict=True):
+    assert joined.shape == (12, 2 * width)
+    for network, own in zip(networks, joined.split(width, 1), strict=True):
         torch.testing.assert_close(network.classifier(own), logits_of(network, train.images, NORMALISE))
-    assert not torch.equal(*joined.split(64, 1))
+    assert not torch.equal(*joined.split(width, 1))
 
 
-def test_networks_whose_features_are_taken_have_been_trained_by_the_recipe_with_cutmix(tmp_path):
-    train, work = images(), judge(tmp_path)
-    (network,) = trained(work, train, networks=1, epochs=2)
+@pytest.mark.parametrize(("build", "side"), [(convnet, 8), (resnet, 9)])
+def test_networks_whose_features_are_taken_have_been_trained_by_the_recipe_with_cutmix(tmp_path, build, side):
+    """Running statistics of batch norm are part of them."""
+    train, work = images(side=side), judge(tmp_path, build=build)
+    (network,) = networks_of(build, weights(work, train, networks=1, epochs=2))
     training = work.training(train, dataclasses.replace(RECIPE, epochs=2), SLOT, range(1))
     while not training.finished:
         training.run_epoch()
-    for name, value in training.network.named_parameters():
-        assert torch.equal(network.get_parameter(name), value)
+    expected = training.network.state_dict()
+    assert expected.keys() == network.state_dict().keys()
+    assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
 
 
 class StopAfter(Stop):
@@ -197,6 +207,30 @@ def test_an_interrupted_pass_goes_on_as_if_it_had_not_been(tmp_path, epochs):
     assert same(difficulty(judge(tmp_path / "halves"), train, networks=2, epochs=3), uninterrupted)
 
 
+# Keeping
+
+
+def test_what_was_made_once_is_read_the_next_time(tmp_path):
+    made = {"a": torch.arange(6.0).view(2, 3), "n": torch.tensor([3, 4])}
+    path, calls = tmp_path / "cache" / "made.safetensors", []
+
+    def make() -> dict[str, Tensor]:
+        calls.append(1)
+        return made
+
+    for _ in range(2):
+        found = remembered(path, make, torch.device("cpu"))
+        assert found.keys() == made.keys()
+        assert all(torch.equal(found[name], made[name]) for name in made)
+    assert len(calls) == 1
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    (tmp_path / "made.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(ArtifactError, match="made.safetensors: not a safetensors file .*: remove it"):
+        remembered(tmp_path / "made.safetensors", dict, torch.device("cpu"))
+
+
 # Choosing
 
 
@@ -209,10 +243,12 @@ def coreset(method: str) -> CoresetConfig:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_chooses_as_many_of_each_class_and_repeats_itself(tmp_path, method):
     train = images()
-    chosen = choose(judge(tmp_path / "1"), train, NAMES, 2, coreset(method))
+    chosen = choose(judge(tmp_path / "1"), train, NAMES, 2, coreset(method), tmp_path / "cache 1")
     assert chosen.shape == (6,) and len(chosen.unique()) == 6
     assert train.labels[chosen].tolist() == [0, 0, 1, 1, 2, 2]
-    assert torch.equal(chosen, choose(judge(tmp_path / "2"), train, NAMES, 2, coreset(method)))
+    for other in ("cache 1", "cache 2"):
+        again = choose(judge(tmp_path / other / "run"), train, NAMES, 2, coreset(method), tmp_path / other)
+        assert torch.equal(chosen, again)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -220,14 +256,14 @@ def test_a_class_with_too_few_images_is_named_before_anything_is_trained(tmp_pat
     train = images()
     fewer = Images(train.images[:-1], train.labels[:-1])
     with pytest.raises(DataError, match="memory.images_per_class=4: class c has only 3 training images"):
-        choose(judge(tmp_path), fewer, NAMES, 4, coreset(method))
+        choose(judge(tmp_path), fewer, NAMES, 4, coreset(method), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_random_images_are_those_of_the_reference(tmp_path):
     train = images(20)
     expected = random_subset(train.labels, 5, NAMES, generator(7, "random_subset"))
-    assert torch.equal(choose(judge(tmp_path, seed=7), train, NAMES, 5, coreset("random")), expected)
+    assert torch.equal(choose(judge(tmp_path, seed=7), train, NAMES, 5, coreset("random"), tmp_path), expected)
 
 
 @pytest.mark.parametrize(("method", "expected"), [("aum", [0, 2]), ("forgetting", [1, 2])])
@@ -239,4 +275,4 @@ def test_the_hardest_images_are_kept(tmp_path, monkeypatch, method, expected):
     )
     monkeypatch.setattr("hmn.coresets.difficulty", lambda *_: scores)
     train = Images(torch.zeros(4, 1, 2, 2), torch.tensor([0, 0, 1, 1]))
-    assert choose(judge(tmp_path), train, ("a", "b"), 1, coreset(method)).tolist() == expected
+    assert choose(judge(tmp_path), train, ("a", "b"), 1, coreset(method), tmp_path).tolist() == expected

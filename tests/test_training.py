@@ -432,8 +432,8 @@ def test_every_network_sees_its_own_augmentation_and_mixture(monkeypatch, n: int
     assert len(set(drawn.chosen.tolist())) > 1
     parts = [{k: v[8 * i : 8 * i + 8] for k, v in vars(drawn).items() if torch.is_tensor(v)} for i in range(3)]
 
-    def drawing(*given: object, batches: int) -> augment.Draw:
-        assert (given[1:3], batches) == ((24, 8), 3)
+    def drawing(*given: object, rule: str, batches: int) -> augment.Draw:
+        assert (given[1:3], rule, batches) == ((24, 8), "idc", 3)
         return drawn
 
     def mixing(*given: object, **options: object) -> tuple[Tensor, Tensor, Tensor]:

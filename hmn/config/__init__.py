@@ -219,7 +219,7 @@ class ComputeConfig:
 class PathsConfig:
     runs_dir: str = "runs"
     data_dir: str = "data"
-    cache_dir: str = ".cache"  # compiled functions and snapshot banks: may be removed, is then made again
+    cache_dir: str = ".cache"  # compiled functions and what networks on real images gave: made again if removed
 
 
 @dataclass(kw_only=True)
@@ -353,7 +353,7 @@ def scientific(config: Config) -> dict[str, Any]:
 def bank_identity(config: Config) -> dict[str, Any]:
     """What the contents of a snapshot bank depend on, as plain values: runs that agree on it share one bank."""
     objective = config.objective
-    names = ("strategy", "real_batch", "inner_steps", "bank")
+    names = ("strategy", "augmentation_rule", "real_batch", "inner_steps", "bank")
     kept = {k: v for k, v in dataclasses.asdict(objective).items() if k in names or k.startswith("network_")}
     dataset = scientific(config)["dataset"]
     network = dataclasses.asdict(config.network)

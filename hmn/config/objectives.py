@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from omegaconf import MISSING
@@ -61,11 +61,13 @@ class ClassMatchingConfig(ObjectiveConfig):
     # idc: flip, all colours, one geometric operator, cutout; vico: one operator of those listed (DSA, DM, MTT)
     augmentation_rule: str = "idc"
     step_policy: str = "accumulate"  # accumulate: one optimiser step for all classes; per_class: one per class, as IDC
+    class_reduction: str = "mean"  # of the distances that one optimiser step is for: mean or, as DC and DM, sum
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("objective.step_policy", self.step_policy, ("accumulate", "per_class"))
         one_of("objective.augmentation_rule", self.augmentation_rule, ("idc", "vico"))
+        one_of("objective.class_reduction", self.class_reduction, ("mean", "sum"))
         at_least(SECTION, 1, self, "real_batch", "synthetic_batch")
         group = self.classes_per_step
         require("objective.classes_per_step", group is None or group >= 1, group, "null or at least 1")
@@ -99,7 +101,7 @@ class GradientMatchingConfig(ClassMatchingConfig):
     network_lr: float = 0.01
     network_momentum: float = 0.9
     network_weight_decay: float = 5e-4
-    network_strategy: str = "color_crop"
+    network_strategy: str = "color_crop"  # by the rule idc
     network_cutmix: float = 0.5  # probability per batch
     # DREAM (Liu et al., ICCV 2023): real batches are the images nearest to the centres of per-class k-means on the
     # matched network's features, chosen anew every so many steps; null: random batches
@@ -123,6 +125,11 @@ class GradientMatchingConfig(ClassMatchingConfig):
         require("objective.k_means_interval", alone, interval, "null with a bank, which has no real batches to choose")
 
 
+# DC (Zhao et al., ICLR 2021) by images per class: matching steps of one network, and its epochs on the synthetic set
+# between them.
+DC_LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
+
+
 @dataclass(kw_only=True)
 class SyntheticGradientConfig(ClassMatchingConfig):
     """Gradient matching on networks that train on the synthetic set: DC (Zhao et al., ICLR 2021), DSA (ICML 2021)."""
@@ -140,8 +147,9 @@ class SyntheticGradientConfig(ClassMatchingConfig):
     memory_lr: float = 0.1
     weights_lr: float = 0.1
     final_lr_fraction: float = 1.0
-    strategy: str = "none"
+    strategy: str = "none"  # of the images that networks train on, too
     augmentation_rule: str = "vico"
+    class_reduction: str = "sum"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -149,6 +157,22 @@ class SyntheticGradientConfig(ClassMatchingConfig):
         at_least(SECTION, 0, self, "network_epochs")
         at_least(SECTION, 1, self, "network_batch")
         positive(SECTION, self, "network_lr")
+
+    def with_loops(self, images_per_class: int) -> SyntheticGradientConfig:
+        """With ``inner_steps`` and ``network_epochs`` from :data:`DC_LOOPS` where they are null.
+
+        Raises ``ConfigError`` for a budget that the table lacks.
+        """
+        given = {"inner_steps": self.inner_steps, "network_epochs": self.network_epochs}
+        if None not in given.values():
+            return self
+        missing = next(name for name, value in given.items() if value is None)
+        budgets = ", ".join(map(str, DC_LOOPS))
+        known = images_per_class in DC_LOOPS
+        rule = f"given for memory.images_per_class={images_per_class}, as the other: DC's table is of {budgets}"
+        require(f"objective.{missing}", known, "null", rule)
+        table = dict(zip(given, DC_LOOPS[images_per_class], strict=True))
+        return replace(self, **{name: table[name] if value is None else value for name, value in given.items()})
 
 
 @dataclass(kw_only=True)
@@ -165,6 +189,7 @@ class DistributionMatchingConfig(ClassMatchingConfig):
     final_lr_fraction: float = 1.0
     strategy: str = "color_crop_cutout_flip_scale_rotate"
     augmentation_rule: str = "vico"
+    class_reduction: str = "sum"
     # IDM (Zhao et al., CVPR 2023): a first-in-first-out pool of networks that train on real images meanwhile; 0: every
     # step a fresh random network
     pool_networks: int = 0  # at most
@@ -172,13 +197,18 @@ class DistributionMatchingConfig(ClassMatchingConfig):
     pool_trained: int = 2  # networks trained after every step
     pool_steps: int = 10  # on batches of pool_batch real images, each
     pool_batch: int = 256
+    pool_lr: float = 0.01
+    pool_momentum: float = 0.9
+    pool_weight_decay: float = 5e-4
     ce_weight: float = 0.0  # of the cross entropy on synthetic images, times the network's accuracy in percent
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require("objective.inner_steps", self.inner_steps == 1, self.inner_steps, "1: every step has its own network")
-        at_least(SECTION, 0, self, "pool_networks", "pool_trained", "pool_steps", "ce_weight")
+        at_least(SECTION, 0, self, "pool_networks", "pool_trained", "pool_steps", "pool_weight_decay", "ce_weight")
         at_least(SECTION, 1, self, "pool_interval", "pool_batch")
+        positive(SECTION, self, "pool_lr")
+        fraction(self, "pool_momentum", below_one=True)
         trained = self.pool_networks > 0 or self.ce_weight == 0
         require("objective.ce_weight", trained, self.ce_weight, "0 without a pool of trained networks")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 EPSILON = 1e-6
 
 Parameters = dict[str, Tensor]
+Matched = Callable[[Parameters], Parameters]  # those of a network's parameters whose gradients are compared
 
 
 class Form(NamedTuple):
@@ -46,8 +47,13 @@ METRICS = {"mse": squared, "l1": absolute, "cosine": cosine}
 
 
 def convolution_weights(parameters: Parameters) -> Parameters:
-    """What is matched: the 4-D parameters. Biases, norms (1-D) and the classifier (2-D) do not enter."""
+    """What IDC matches: the 4-D parameters. Biases, norms (1-D) and the classifier (2-D) do not enter."""
     return {name: value for name, value in parameters.items() if value.ndim == 4}
+
+
+def all_weights(parameters: Parameters) -> Parameters:
+    """What DC and DSA match: convolutions and the classifier. Biases and norms (1-D) count nothing by definition."""
+    return {name: value for name, value in parameters.items() if value.ndim >= 2}
 
 
 def distances(metric: str, synthetic: Parameters, real: Parameters) -> Tensor:

@@ -1,4 +1,7 @@
-"""Gradient matching (IDC, Kim et al., ICML 2022): the distance between network gradients on real and synthetic images.
+"""Gradient matching: the distance between network gradients on real and synthetic images.
+
+DC (Zhao et al., ICLR 2021) and DSA (Zhao & Bilen, ICML 2021) compare those of all weights, IDC (Kim et al., ICML 2022)
+those of the convolutions alone.
 
 A matching step returns the distance and its derivative with respect to the synthetic pixels. Whatever made those
 pixels needs first derivatives only, and nothing here knows what that was.
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 from hmn.compute import Compute, wide
-from hmn.objectives.distance import Form, Parameters, convolution_weights, distances
+from hmn.objectives.distance import Form, Matched, Parameters, convolution_weights, distances
 from hmn.objectives.r_operator import r_operator
 
 # (parameters, real side (k, ...), synthetic (k, n, channels, H, W), labels (k,)) -> distance per layer, summed over the
@@ -22,12 +25,12 @@ from hmn.objectives.r_operator import r_operator
 MatchingStep = Callable[[Parameters, Tensor | Parameters, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def loop(network: nn.Module, metric: str, compute: Compute) -> Form:
+def loop(network: nn.Module, metric: str, compute: Compute, matched: Matched = convolution_weights) -> Form:
     """Autograd twice: the plain form that every faster one is tested against."""
 
     def derivatives(parameters: Parameters, images: Tensor, labels: Tensor, *, create_graph: bool) -> Parameters:
-        parameters = {name: value.detach().requires_grad_(value.ndim == 4) for name, value in parameters.items()}
-        weights = convolution_weights(parameters)
+        parameters = {name: value.detach() for name, value in parameters.items()}
+        weights = {name: value.requires_grad_() for name, value in matched(parameters).items()}
         loss = F.cross_entropy(wide(functional_call(network, parameters, (images,))), labels)
         found = torch.autograd.grad(loss, list(weights.values()), create_graph=create_graph)
         return dict(zip(weights, found, strict=True))
@@ -46,14 +49,14 @@ def loop(network: nn.Module, metric: str, compute: Compute) -> Form:
     return Form(gradients, match)
 
 
-def nested(network: nn.Module, metric: str, compute: Compute) -> Form:
+def nested(network: nn.Module, metric: str, compute: Compute, matched: Matched = convolution_weights) -> Form:
     """The same as nested ``torch.func.grad``: one graph with both derivatives, which a compiler can fuse whole."""
 
     def loss(weights: Parameters, others: Parameters, images: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(wide(functional_call(network, (weights, others), (images,))), labels)
 
     def derivatives(parameters: Parameters, images: Tensor, labels: Tensor) -> Parameters:
-        weights = convolution_weights(parameters)
+        weights = matched(parameters)
         others = {name: value for name, value in parameters.items() if name not in weights}
         return grad(loss)(weights, others, images, labels)
 
@@ -76,18 +79,21 @@ def nested(network: nn.Module, metric: str, compute: Compute) -> Form:
 FORMS = {"loop": loop, "compiled": nested, "r_operator": r_operator}
 
 
-def matching_step(network: nn.Module, metric: str, compute: Compute) -> MatchingStep:
+def matching_step(
+    network: nn.Module, metric: str, compute: Compute, matched: Matched = convolution_weights
+) -> MatchingStep:
     """The step on real images (k, B, channels, H, W), in the form and the number of classes per call of ``compute``.
 
-    ``network`` gives the architecture; its own parameters are never read.
+    ``network`` gives the architecture; its own parameters are never read. Raises ``ConfigError`` for the R-operator
+    where it has no formula: another network, or more than the convolutions ``matched``.
     """
-    form = FORMS[compute.matching](network, metric, compute)
+    form = FORMS[compute.matching](network, metric, compute, matched)
 
     def one_class(parameters: Parameters, real: Tensor, synthetic: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         targets = form.gradients(parameters, real, label.expand(len(real)))
         return form.match(parameters, targets, synthetic, label.expand(len(synthetic)))
 
-    return _over_classes(one_class, compute)
+    return over_classes(one_class, compute)
 
 
 def stored_step(network: nn.Module, metric: str, compute: Compute) -> MatchingStep:
@@ -99,7 +105,7 @@ def stored_step(network: nn.Module, metric: str, compute: Compute) -> MatchingSt
     ) -> tuple[Tensor, Tensor]:
         return form.match(parameters, targets, synthetic, label.expand(len(synthetic)))
 
-    return _over_classes(one_class, compute)
+    return over_classes(one_class, compute)
 
 
 def real_gradients(network: nn.Module, compute: Compute) -> Callable[[Parameters, Tensor, Tensor], Parameters]:
@@ -118,7 +124,7 @@ def real_gradients(network: nn.Module, compute: Compute) -> Callable[[Parameters
     return every_class
 
 
-def _over_classes(one_class: Callable[..., tuple[Tensor, Tensor]], compute: Compute) -> MatchingStep:
+def over_classes(one_class: Callable[..., tuple[Tensor, Tensor]], compute: Compute) -> MatchingStep:
     """``one_class`` for k classes, ``compute.classes_per_call`` of them in one call: the same numbers either way."""
     width = compute.classes_per_call
     if width == 1:

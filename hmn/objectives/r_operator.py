@@ -25,7 +25,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from hmn.compute import Compute, wide
 from hmn.config import require
 from hmn.networks.convnet import ConvNet
-from hmn.objectives.distance import Form, Parameters, distances
+from hmn.objectives.distance import Form, Matched, Parameters, convolution_weights, distances
 
 PLANE = (2, 3)
 
@@ -45,8 +45,14 @@ class _Names(NamedTuple):
     beta: str
 
 
-def r_operator(network: nn.Module, metric: str, compute: Compute) -> Form:
-    """The R-operator's form. Raises ``ConfigError`` for a network that is not a :class:`ConvNet` with instance norm."""
+def r_operator(network: nn.Module, metric: str, compute: Compute, matched: Matched = convolution_weights) -> Form:
+    """The R-operator's form.
+
+    Raises ``ConfigError`` for a network that is not a :class:`ConvNet` with instance norm, and for more than its
+    convolutions ``matched``: the tangent of the classifier's weights is not written out.
+    """
+    plain = matched is convolution_weights
+    require("compute.matching", plain, "r_operator", "loop or compiled where the classifier's weights are matched too")
     written = isinstance(network, ConvNet)
     require("compute.matching", written, "r_operator", f"loop or compiled for {type(network).__name__}")
     written = network.norm == "instance"

@@ -35,7 +35,11 @@ GROUPS = {
     "dataset": sorted(DATASETS),
     "memory": ["ipc1", "ipc10", "ipc50"],
     "container": sorted([*KINDS, *(f"hmn_{name}" for name in PRESETS)]),
-    "objective": sorted(["bptt", "gradient_matching", "trajectory_matching", *(f"mtt_{row}" for row in MTT_OPTIONS)]),
+    "objective": sorted(
+        ["bptt", "dc", "distribution_matching", "dream", "dsa", "gradient_matching", "idc", "idm"]
+        + [f"mtt_{row}" for row in MTT_OPTIONS]
+        + ["trajectory_matching"]
+    ),
     "pruning": ["double_end", "none"],
     "network": sorted([*NETWORK_NORMS, "densenet_cifar", "resnet10_cifar"]),
     "evaluation": ["hmn_cosine", "idc_multistep"],

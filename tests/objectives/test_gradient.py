@@ -14,7 +14,7 @@ from hmn.compute import Compute
 from hmn.errors import ConfigError
 from hmn.networks import initialise
 from hmn.networks.convnet import ConvNet
-from hmn.objectives.distance import METRICS, convolution_weights
+from hmn.objectives.distance import METRICS, all_weights, convolution_weights
 from hmn.objectives.gradient import FORMS, matching_step, real_gradients, stored_step
 
 CPU = Compute(torch.device("cpu"))
@@ -87,6 +87,22 @@ def test_a_metric_is_symmetric(metric):
 def test_only_the_three_convolution_weights_of_convnet_d3_are_matched():
     matched = convolution_weights(parameters_of(convnet()))
     assert list(matched) == ["body.0.weight", "body.4.weight", "body.8.weight"]
+
+
+def test_dc_matches_the_classifier_too_but_neither_biases_nor_norms():
+    matched = all_weights(parameters_of(convnet()))
+    assert list(matched) == ["body.0.weight", "body.4.weight", "body.8.weight", "classifier.weight"]
+
+
+@pytest.mark.parametrize("form", ANY_NETWORK)
+def test_the_classifier_enters_where_it_is_matched(form):
+    network, (real, labels, _, _) = convnet(), batches()
+    gradients, match = FORMS[form](network, "mse", CPU, all_weights)
+    parameters = parameters_of(network)
+    layers, _ = match(parameters, gradients(parameters, real, labels), real, labels)
+    assert layers.shape == (4,) and layers.abs().max() < 1e-9
+    layers, _ = match(parameters, gradients(parameters, real, labels), real, (labels + 1) % 5)
+    assert layers[3] > 1e-3
 
 
 def oracle(network: nn.Module, metric: str, real: Tensor, real_labels: Tensor, synthetic: Tensor, labels: Tensor):
