@@ -485,14 +485,12 @@ def test_a_memory_limit_bounds_how_many_images_are_decoded_at_a_time(tmp_path: P
 
 def test_hmn_under_trajectory_matching_from_a_command(tmp_path: Path):
     tiny = [argument for argument in TINY if argument != "debug=smoke"]
-    given = ["debug=student", "objective=trajectory_matching", "objective.max_start_epoch=1", "pruning=none"]
-    given += ["objective.experts.count=1", "objective.experts.epochs=2", "objective.optimizer=adam"]
-    given += ["objective.memory_lr=0.01", "objective.weights_lr=0.001"]
+    given = ["debug=smoke_trajectory", "objective=mtt_hmn", "pruning=none", "objective.experts.count=1"]
     outcome = run(tmp_path, *tiny, *given)
     assert outcome.code == 0, outcome.err
     (path,) = tmp_path.glob("runs/*/result.json")
     result = json.loads(path.read_text())
-    assert result["condense_steps"] == 3
+    assert result["condense_steps"] == 2
     assert result["student_lr"] == pytest.approx(0.01, abs=1e-3)
     assert len(list(tmp_path.glob(".cache/experts/*/*.safetensors"))) == 1
 
