@@ -56,7 +56,9 @@ DATASETS = ("svhn", "cifar10", "cifar100", "tiny_imagenet", "imagenet10", "folde
 class DatasetConfig:
     kind: str = MISSING  # which loader, one of DATASETS
     name: str | None = None  # shown in tables and run ids; null: the kind, or the folder's or file's own name
-    root: str | None = None  # imagenet10, folder: the directory; arrays: the .npz; null: paths.data_dir/<kind>
+    root: str | None = (
+        None  # imagenet10, folder: the directory (not for a plan of imagenet10); arrays: the .npz; null: paths.data_dir/<kind>
+    )
     image_size: int | None = None  # side in pixels; null (arrays only): the array's own
     channels: int = 3
     classes: int | None = None  # null: counted from the class folders or the label array
@@ -81,7 +83,7 @@ class DatasetConfig:
         require("dataset.held_out_fraction", 0 <= self.held_out_fraction < 1, self.held_out_fraction, "in [0, 1)")
         share = self.test_fraction
         require("dataset.test_fraction", share is None or 0 < share < 1, share, "null or in (0, 1)")
-        needs_root = self.kind in ("imagenet10", "folder", "arrays")
+        needs_root = self.kind in ("folder", "arrays")
         require("dataset.root", not needs_root or bool(self.root), "null", f"given for dataset={self.kind}")
 
 
@@ -250,6 +252,8 @@ class Config:
     def __post_init__(self) -> None:
         one_of("mode", self.mode, MODES)
         require("seed", self.seed >= 0, self.seed, "at least 0")
+        if self.dataset.kind == "imagenet10" and self.mode != "plan":  # its shape is known without it
+            require("dataset.root", bool(self.dataset.root), "null", "given for dataset=imagenet10")
         if self.mode == "evaluate":
             require("artifact", bool(self.artifact), "null", "given for mode=evaluate")
         if self.condenses and self.pruning.over_budget > 0 and self.pruning.beta is None:

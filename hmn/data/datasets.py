@@ -64,7 +64,7 @@ def peek(config: DatasetConfig, data_dir: Path) -> Shape:
     elif config.kind == "tiny_imagenet":
         classes = official.count_tiny_classes(root)
     else:
-        if config.kind == "imagenet10":
+        if config.kind == "imagenet10" and config.root is not None:
             official.check_imagenet10(root)
         classes = 10 if config.kind == "digits" else official.CLASSES[config.kind]
     _check_count(config, classes)

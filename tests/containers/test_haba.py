@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from hmn.budget import budget_floats
 from hmn.config.containers import HabaConfig
 from hmn.containers import Storage, rebuild, storage
-from hmn.containers.base import tier_floats
 from hmn.containers.haba import Haba, HabaShape, fill, shape_of
 from hmn.errors import ConfigError
 
@@ -121,7 +120,7 @@ def test_one_style_has_these_parameters(side, base_channels, floats):
     assert shape.shared_floats == floats
     with torch.device("meta"):
         container = Haba(dataclasses.replace(shape, styles=5), 2)
-    assert tier_floats(container) == {"instances": 2 * 2 * base_channels * side**2, "hallucinators": 5 * floats}
+    assert container.tier_floats() == {"instances": 2 * 2 * base_channels * side**2, "hallucinators": 5 * floats}
     assert container.storage_floats() == container.shape.shared_floats + 4 * container.shape.instance_floats
 
 

@@ -1,0 +1,81 @@
+"""What every container holds in every budget, and what condensing it costs: ``python -m experiments.plans [OUTPUT.md]``.
+
+A Markdown table of every container's own settings for every official data set at 1, 10 and 50 images per class, as
+``mode=plan`` counts them: no data are read. KEY=VALUE are settings over the defaults, as of run.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import hydra
+
+from hmn import config
+from hmn.checkpoint import write_text
+from hmn.cli import CONF
+from hmn.containers import KINDS
+from hmn.errors import ConfigError
+from hmn.plan import Plan, make_plan
+
+DATASETS = ("svhn", "cifar10", "cifar100", "tiny_imagenet", "imagenet10", "digits")
+MEMORIES = (1, 10, 50)
+
+
+def planned(*overrides: str) -> Plan:
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        raw = hydra.compose("config", overrides=["mode=plan", "pruning=none", *overrides], return_hydra_config=False)
+    return make_plan(config.from_hydra(raw))
+
+
+def cells(overrides: Sequence[str]) -> Iterator[list[str]]:
+    for dataset in DATASETS:
+        for memory in MEMORIES:
+            for name in KINDS:
+                own = [f"dataset={dataset}", f"memory.images_per_class={memory}", f"container={name}", *overrides]
+                try:
+                    yield [dataset, str(memory), name, *numbers(planned(*own))]
+                except ConfigError as error:
+                    if "smallest budget" not in str(error):
+                        raise
+                    yield [dataset, str(memory), name, "does not fit", "", "", "", ""]
+
+
+def numbers(plan: Plan) -> list[str]:
+    stored, classes = plan.storage, plan.data.classes
+    used = stored.stored_floats(classes)
+    made = [str(stored.images_per_class), f"{used:,}", f"{100 * used / stored.budget_floats:.2f}"]
+    if not plan.config.condenses:
+        return [*made, f"{stored.shared_floats:,}", ""]
+    step = plan.step_flops
+    return [*made, f"{stored.shared_floats:,}", f"{(step.matching + step.update) / 1e12:.3f}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", nargs="?", type=Path, help="written instead of printed")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as of run.py")
+    given = parser.parse_intermixed_args()
+    config.register()
+    head = [
+        "data set",
+        "IPC",
+        "container",
+        "images per class",
+        "floats",
+        "% of budget",
+        "shared floats",
+        "TFLOP per step",
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    lines += ["| " + " | ".join(cell) + " |" for cell in cells(given.overrides)]
+    text = "\n".join(lines) + "\n"
+    if given.output:
+        write_text(given.output, text)
+    else:
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    main()
