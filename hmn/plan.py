@@ -208,6 +208,8 @@ def make_plan(config: Config, typed: Sequence[str] = ()) -> Plan:
     _ = plan.build  # checks the network's depth against the image side
     if config.condenses:
         _check_pairs(plan)
+    if config.condenses or config.mode == "experts":
+        _check_networks(plan)
     return plan
 
 
@@ -221,6 +223,13 @@ def _check_pairs(plan: Plan) -> None:
         require(f"container.lr_scale.{tier}", tier in tiers, config.container.lr_scale[tier], f"of {', '.join(tiers)}")
     over, tied = config.pruning.over_budget, plan.shape.tied
     require("pruning.over_budget", not over or tied is None, over, f"0 for container={config.container.name}: {tied}")
+    group = getattr(config.objective, "classes_per_step", None)
+    require("objective.classes_per_step", group is None or group <= classes, group, f"at most {classes}")
+
+
+def _check_networks(plan: Plan) -> None:
+    """Refuse networks that condensing cannot use, and students and experts in several processes."""
+    config = plan.config
     with torch.device("meta"):
         network = plan.build()
     rule = "instance or none: condensing compares single images on it; evaluate on others with mode=evaluate"
@@ -235,8 +244,6 @@ def _check_pairs(plan: Plan) -> None:
     alone = not distributed.launched() or not isinstance(config.objective, UnrolledConfig)
     rule = "an objective that compares classes with each other, under torchrun: a student's steps cannot be shared out"
     require("objective.name", alone, config.objective.name, rule)
-    group = getattr(config.objective, "classes_per_step", None)
-    require("objective.classes_per_step", group is None or group <= classes, group, f"at most {classes}")
 
 
 def _evaluated_dataset(given: DatasetConfig, kept: dict[str, Any], typed: Sequence[str]) -> DatasetConfig:

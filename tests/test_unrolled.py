@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch.func import functional_call
 
 from hmn import experts
 from hmn.adversary import StyleAdversary, supervised_contrast
+from hmn.build import Workshop, condensation
 from hmn.checkpoint import Checkpoints, Stop
 from hmn.config.containers import HabaConfig
 from hmn.config.objectives import BpttConfig, TrajectoryMatchingConfig
@@ -442,16 +444,53 @@ class Noise:
         return torch.rand(CLASSES * count, 3, 8, 8, generator=generator(3))
 
 
+def shop(folder: Path, *given: str) -> Workshop:
+    small = [f"objective.experts.{key}" for key in ("count=1", "epochs=1", "batch=16")]
+    small += ["objective.max_start_epoch=1", "objective.expert_epochs=1", "objective.student_steps=2"]
+    return Workshop(
+        config=configured("objective=trajectory_matching", *small, f"paths.cache_dir={folder}", *given),
+        data=REAL,
+        build=build,
+        compute=CPU,
+        train_step=training_step(build(), CPU),
+        normalise=Normalise(MEAN, STD),
+        checkpoints=Checkpoints(folder, 60),
+    )
+
+
+def test_haba_has_its_adversary_and_trajectory_matching_its_experts(tmp_path: Path):
+    work = condensation(shop(tmp_path, "container=haba", "container.adversary_lr=0.5"), make_haba())
+    assert work.adversary.optimizer.param_groups[0]["lr"] == 0.5
+    assert work.adversary.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert len(work.run_step()[0]) == 2
+    assert len(list(tmp_path.glob("experts/*/expert-0000.safetensors"))) == 1
+
+
+def test_one_style_has_no_adversary_and_digits_no_mirror(tmp_path: Path):
+    container = Haba(dataclasses.replace(HABA, styles=1), 2)
+    container.initialise(generator(0), HabaConfig(name="haba", init="noise"), None)
+    work = condensation(shop(tmp_path, "container=haba", "dataset.flip=false"), container)
+    assert work.adversary is None
+    assert work.strategy == "color_crop_cutout_scale_rotate"
+
+
+def test_a_memory_limit_bounds_how_many_images_are_decoded_at_a_time(tmp_path: Path):
+    free = condensation(shop(tmp_path), make_container())
+    limited = condensation(shop(tmp_path, "compute.memory_limit=1000"), make_container())
+    assert free.chunk == 128
+    assert limited.chunk > 128
+    with pytest.raises(ConfigError, match="compute.memory_limit=0.001: must be at least .*raise objective.segment"):
+        condensation(shop(tmp_path, "compute.memory_limit=0.001"), make_container())
+
+
 def test_hmn_under_trajectory_matching_from_a_command(tmp_path: Path):
     tiny = [argument for argument in TINY if argument != "debug=smoke"]
-    given = ["debug=student", "objective=trajectory_matching", "objective.max_start_epoch=1", "pruning=none"]
-    given += ["objective.experts.count=1", "objective.experts.epochs=2", "objective.optimizer=adam"]
-    given += ["objective.memory_lr=0.01", "objective.weights_lr=0.001"]
+    given = ["debug=smoke_trajectory", "objective=mtt_hmn", "pruning=none", "objective.experts.count=1"]
     outcome = run(tmp_path, *tiny, *given)
     assert outcome.code == 0, outcome.err
     (path,) = tmp_path.glob("runs/*/result.json")
     result = json.loads(path.read_text())
-    assert result["condense_steps"] == 3
+    assert result["condense_steps"] == 2
     assert result["student_lr"] == pytest.approx(0.01, abs=1e-3)
     assert len(list(tmp_path.glob(".cache/experts/*/*.safetensors"))) == 1
 
@@ -465,6 +504,12 @@ def test_several_processes_are_refused_with_the_reason(objective: str, monkeypat
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=f"objective.name={objective}: .* under torchrun: a student's steps"):
         planned("mode=plan", f"objective={objective}", "container=image")
+
+
+@pytest.mark.parametrize("mode", ["plan", "experts"])
+def test_networks_that_look_across_a_batch_are_refused_before_experts_are_trained(mode: str):
+    with pytest.raises(ConfigError, match="network.norm=batch: must be instance or none"):
+        planned(f"mode={mode}", "objective=trajectory_matching", "container=image", "network.norm=batch")
 
 
 REFUSED = {

@@ -48,12 +48,6 @@ GROUPS = {
     "paths": ["local"],
 }
 VARIANTS = [path for path in FILES if path.parts[0] in ("experiment", "debug")]
-SMOKE = {  # which objective a smoke variant goes with
-    "smoke_synthetic": "dc",
-    "smoke_distribution": "distribution_matching",
-    "smoke_trajectory": "trajectory_matching",
-    "smoke_bptt": "bptt",
-}
 USERS_DATA = ("folder", "arrays", "imagenet10")  # lie where dataset.root says
 
 
@@ -160,7 +154,7 @@ def test_mtt_files_are_the_rows_of_its_table(row):
 
 @pytest.mark.parametrize("path", VARIANTS, ids=str)
 def test_each_variant_composes_and_has_a_plan(path, roots):
-    assert planned_with_data("mode=plan", *chosen(path), roots=roots).storage.images_per_class >= 1
+    assert planned_with_data("mode=plan", f"{path.parts[0]}={path.stem}", roots=roots).storage.images_per_class >= 1
 
 
 @pytest.mark.parametrize("path", [path for path in VARIANTS if path.parts[0] == "experiment"], ids=str)
@@ -168,11 +162,6 @@ def test_a_debug_variant_shortens_every_experiment(path, roots):
     plan = planned_with_data("mode=plan", f"experiment={path.stem}", "debug=smoke", roots=roots)
     assert plan.matching_steps == 6
     assert plan.config.dataset == planned_with_data(f"experiment={path.stem}", roots=roots).config.dataset
-
-
-def chosen(path: Path) -> list[str]:
-    """The overrides that select a file, and what it goes with."""
-    return [f"{path.parts[0]}={path.stem}", *([f"objective={SMOKE[path.stem]}"] if path.stem in SMOKE else [])]
 
 
 def planned_with_data(*overrides: str, roots: dict[str, Path]):
@@ -184,7 +173,7 @@ def planned_with_data(*overrides: str, roots: dict[str, Path]):
 def test_each_file_sets_only_what_the_schema_knows(path):
     values = OmegaConf.to_container(OmegaConf.load(CONF / path))
     values = {name: value for name, value in values.items() if name not in ("defaults", "hydra")}
-    schema = chosen(path) if path.parts[0] in ("objective", "debug") else []
+    schema = [f"{path.parts[0]}={path.stem}"] if path.parts[0] in ("objective", "debug") else []
     config = configured(*schema)
     if path.parts[0] in GROUPS:
         values = {path.parts[0]: values}
