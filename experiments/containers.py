@@ -21,7 +21,7 @@ from hmn.checkpoint import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENT = "experiment=cifar10_q75_containers"
-FIT = ["container.init=fit_real", "container.fit_steps=1000"]
+FIT = ["container.init=fit_real", "container.fit_steps=4000", "container.fit_batch=128"]
 
 
 def rates(memory: float, weights: float) -> list[str]:
@@ -32,14 +32,14 @@ def rates(memory: float, weights: float) -> list[str]:
 # images does, as its authors have it; what starts at random in theirs is fitted to random real images first.
 CELLS: dict[str, list[str]] = {
     "random": ["mode=random_subset"],
-    "image": ["container=image", *rates(0.03, 0.003)],
-    "multiformation": ["container=multiformation", *rates(0.03, 0.003)],
+    "image": ["container=image", *rates(0.1, 0.01)],
+    "multiformation": ["container=multiformation", *rates(0.1, 0.01)],
     "haba": ["container=haba", *rates(0.03, 0.03)],
     "linba": ["container=linba", *FIT, *rates(0.01, 0.001)],
     "fred": ["container=fred", *rates(0.1, 0.01)],
-    "speed": ["container=speed", *FIT, *rates(0.01, 0.001)],
-    "hmn": ["container=hmn", *FIT, *rates(0.02, 0.002)],
-    "hmn, over budget and pruned": ["container=hmn", "pruning=double_end", *FIT, *rates(0.02, 0.002)],
+    "speed": ["container=speed", *FIT, *rates(0.03, 0.003)],
+    "hmn": ["container=hmn", *FIT, *rates(0.03, 0.003)],
+    "hmn, over budget and pruned": ["container=hmn", "pruning=double_end", *FIT, *rates(0.03, 0.003)],
 }
 
 
