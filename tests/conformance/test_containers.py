@@ -13,26 +13,24 @@ from torch import Tensor
 
 from hmn import artifacts
 from hmn.budget import budget_floats
+from hmn.compute import Compute
 from hmn.config.containers import SCHEMAS
+from hmn.config.objectives import GradientMatchingConfig
 from hmn.containers import KINDS, rebuild, storage
 from hmn.containers.base import Container, PixelShape
+from hmn.data.datasets import RealData, Split
 from hmn.errors import ConfigError
+from hmn.matching import ClassMatching
+from hmn.networks.convnet import ConvNet
+from hmn.objectives.gradient import matching_step
+from hmn.realside import LiveSide
+from hmn.training import training_step
+from tests.real_images import RandomImages
 
 CLASSES, IMAGES, SIDE = 3, 4, 16  # of every container made here
 SURVIVORS = [1, 2, 4, 7, 8, 10]  # two images of each class
 CONFIGS = {schema.NAME: schema for schema in SCHEMAS}
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-
-
-class NoiseImages:
-    """Real images that are all different."""
-
-    def __init__(self, channels: int) -> None:
-        self.channels = channels
-
-    def draw(self, count: int, how: str = "random") -> Tensor:
-        shape = (CLASSES * count, self.channels, SIDE, SIDE)
-        return torch.rand(shape, generator=torch.Generator().manual_seed(5))
 
 
 def maker(name: str, *, channels: int = 3, finish: bool = False, **values: object) -> Callable[[], Container]:
@@ -44,7 +42,7 @@ def maker(name: str, *, channels: int = 3, finish: bool = False, **values: objec
         if isinstance(shape, PixelShape) and shape.pixel_space == "normalised":
             shape = kind.shape(**{**vars(shape), "mean": MEAN[:channels], "std": STD[:channels]})
         container = kind.container(shape, IMAGES // shape.images_per_instance)
-        container.initialise(torch.Generator().manual_seed(0), config, NoiseImages(channels))
+        container.initialise(torch.Generator().manual_seed(0), config, RandomImages(CLASSES, channels, SIDE))
         if finish:
             container.finish()
         return container
@@ -331,3 +329,60 @@ def test_the_budget_is_never_exceeded_and_one_more_instance_would(
         )
     assert used == stored.stored_floats(classes) <= budget < more
     assert over <= (1 + over_budget) * budget + 1e-6
+
+
+def condensation(container: Container, **values: object) -> ClassMatching:
+    """Two networks of two steps, on noise."""
+    channels, cpu = container.shape.channels, Compute(torch.device("cpu"))
+    images = (RandomImages(CLASSES, channels, SIDE, seed=1).draw(8) * 255).to(torch.uint8)
+    train = Split(images, torch.arange(CLASSES).repeat_interleave(8))
+    data = RealData(
+        name="noise",
+        class_names=("a", "b", "c"),
+        mean=MEAN[:channels],
+        std=STD[:channels],
+        train=train,
+        held_out=train,
+        test=train,
+        notes=(),
+        fingerprint="f" * 64,
+    )
+    steps = {"outer_steps": 2, "inner_steps": 2, "real_batch": 4, "network_samples": 8, "network_batch": 8}
+    settings = GradientMatchingConfig(name="gradient_matching", **steps | {"synthetic_batch": 3} | values)
+
+    def build() -> ConvNet:
+        return ConvNet(channels, CLASSES, SIDE, width=4, depth=2)
+
+    side = LiveSide(data, settings, build=build, train=training_step(build(), cpu), compute=cpu, seed=3, flip=True)
+    match = matching_step(build(), settings.metric, cpu)
+    shared = {"normalise": side.normalise, "compute": cpu, "seed": 3, "fingerprint": data.fingerprint}
+    return ClassMatching(container, side, settings, match=match, **shared)
+
+
+WAYS = {
+    "adam": {},
+    "sgd, a class at a time": {"optimizer": "sgd", "memory_lr": 1e-4, "weights_lr": 1e-4, "step_policy": "per_class"},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+def test_a_condensation_that_stops_goes_on_bit_for_bit(make, way, tmp_path):
+    whole = condensation(make(), **WAYS[way])
+    before = {name: value.clone() for name, value in whole.container.state_dict().items()}
+    for _ in range(4):
+        whole.run_step()
+    first = condensation(make(), **WAYS[way])
+    for _ in range(2):
+        first.run_step()
+    torch.save(first.state_dict(), tmp_path / "state.pt")
+    second = condensation(make(), **WAYS[way])
+    for parameter in second.container.parameters():  # all comes from the state
+        parameter.data.fill_(7.0)
+    second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for _ in range(2):
+        second.run_step()
+    after, resumed = whole.container.state_dict(), second.container.state_dict()
+    assert all(torch.equal(after[name], resumed[name]) for name in after)
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert {name for name, _ in whole.container.named_parameters()} == moved
