@@ -1,4 +1,4 @@
-"""What every container holds in every budget: ``python -m experiments.plans [OUTPUT.md] [KEY=VALUE ...]``.
+"""What every container holds in every budget: ``python -m experiments.plans [--output FILE] [KEY=VALUE ...]``.
 
 A Markdown table of every container's own settings for every official data set at 1, 10 and 50 images per class, and of
 what condensing costs, as ``mode=plan`` counts them: no data are read. KEY=VALUE are settings as of run.py.
@@ -54,9 +54,9 @@ def numbers(plan: Plan) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("output", nargs="?", type=Path, help="written instead of printed")
+    parser.add_argument("--output", type=Path, help="written instead of printed")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as of run.py")
-    given = parser.parse_intermixed_args()
+    given = parser.parse_args()
     config.register()
     head = [
         "data set",
@@ -68,7 +68,8 @@ def main() -> None:
         "shared floats",
         "TFLOP per step",
     ]
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    lines = ["Made by `python -m experiments.plans`: plans, nothing measured. A multiply-add counts as 2 FLOPs.", ""]
+    lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     lines += ["| " + " | ".join(cell) + " |" for cell in cells(given.overrides)]
     text = "\n".join(lines) + "\n"
     if given.output:

@@ -186,6 +186,8 @@ def make_plan(config: Config, typed: Sequence[str] = ()) -> Plan:
         card = read_card(tensors_file(config.artifact))
         artifact = card["sha256"]
         config = dataclasses.replace(config, dataset=_evaluated_dataset(config.dataset, card["data"]["config"], typed))
+    if config.dataset.kind == "imagenet10" and config.mode != "plan":  # a plan knows its shape without it
+        require("dataset.root", bool(config.dataset.root), "null", "given for dataset=imagenet10")
     data = datasets.peek(config.dataset, Path(config.paths.data_dir))
     if artifact:
         for name in ("channels", "image_size"):

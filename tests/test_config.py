@@ -201,7 +201,7 @@ def test_a_deviation_of_zero_is_refused():
     refused("dataset.std=[0.0]: must be positive", dataset__std=[0.0])
 
 
-@pytest.mark.parametrize("kind", ["folder", "arrays", "imagenet10"])
+@pytest.mark.parametrize("kind", ["folder", "arrays"])
 def test_a_users_data_need_a_root(kind):
     refused(f"dataset.root=null: must be given for dataset={kind}", dataset__kind=kind)
 

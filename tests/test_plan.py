@@ -235,3 +235,10 @@ def test_a_gpu_asked_for_where_there_is_none_is_refused_but_may_be_planned_for()
     with pytest.raises(ConfigError, match=r"^compute.device=cuda:1: must be cpu or auto: this machine has no such GPU"):
         make_plan(config)
     assert planned("mode=plan", "dataset=cifar10", "compute=cuda").storage.images_per_class == 78
+
+
+def test_imagenet10_needs_its_root_for_all_but_a_plan():
+    assert planned("mode=plan", "dataset=imagenet10").data.image_size == 224
+    with pytest.raises(ConfigError) as caught:
+        planned("dataset=imagenet10")
+    assert str(caught.value) == "dataset.root=null: must be given for dataset=imagenet10"

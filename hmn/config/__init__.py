@@ -251,8 +251,6 @@ class Config:
     def __post_init__(self) -> None:
         one_of("mode", self.mode, MODES)
         require("seed", self.seed >= 0, self.seed, "at least 0")
-        if self.dataset.kind == "imagenet10" and self.mode != "plan":  # its shape is known without it
-            require("dataset.root", bool(self.dataset.root), "null", "given for dataset=imagenet10")
         if self.mode == "evaluate":
             require("artifact", bool(self.artifact), "null", "given for mode=evaluate")
         if self.condenses and self.pruning.over_budget > 0 and self.pruning.beta is None:

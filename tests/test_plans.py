@@ -1,0 +1,57 @@
+"""Every container's own settings in every budget: they fit, or say what would."""
+
+from __future__ import annotations
+
+import sys
+from itertools import product
+
+import pytest
+
+from experiments import plans
+from hmn.config.containers import SCHEMAS
+from hmn.containers import KINDS, storage
+from hmn.errors import ConfigError
+
+CONFIGS = {schema.NAME: schema for schema in SCHEMAS}
+DATA = {
+    "svhn": (10, 3, 32),
+    "cifar10": (10, 3, 32),
+    "cifar100": (100, 3, 32),
+    "tiny_imagenet": (200, 3, 64),
+    "imagenet10": (10, 3, 224),
+    "imagenette at 128": (10, 3, 128),
+    "digits": (10, 1, 8),
+}
+
+
+@pytest.mark.parametrize(("data", "ipc", "name"), list(product(DATA, (1, 10, 50), KINDS)))
+def test_own_settings_fill_most_of_the_budget_or_are_refused_with_the_least_that_fits(data, ipc, name):
+    sizes = dict(zip(("classes", "channels", "image_size"), DATA[data], strict=True))
+    kind = KINDS[name]
+    shape = kind.shape_of(kind.fill(CONFIGS[name](name=name), images_per_class=ipc, **sizes), **sizes)
+    if (data, ipc, name) == ("digits", 1, "haba"):
+        with pytest.raises(ConfigError, match="the smallest budget that fits is 732"):
+            storage(shape, ipc, 0.0)
+        return
+    stored = storage(shape, ipc, 0.0)
+    least = 0.7 if name == "haba" else 0.8  # whose bases come in whole rows of styles
+    assert least <= stored.stored_floats(sizes["classes"]) / stored.budget_floats <= 1
+
+
+def test_the_table_has_a_line_for_every_cell(monkeypatch, capsys):
+    monkeypatch.setattr(plans, "DATASETS", ("digits",))
+    monkeypatch.setattr(plans, "MEMORIES", (1,))
+    monkeypatch.setattr(sys, "argv", ["plans"])
+    plans.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 + len(KINDS)
+    cells = {line.split(" | ")[2]: line.split(" | ")[3:] for line in lines[4:]}
+    assert cells["hmn"][:2] == ["7", "629"]
+    assert cells["haba"][0] == "does not fit"
+    assert cells["coreset"][0] == "1"
+
+
+def test_another_error_than_a_budgets_is_not_hidden(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["plans", "network.width=0"])
+    with pytest.raises(ConfigError, match="network.width=0"):
+        plans.main()
