@@ -1,0 +1,33 @@
+"""Makes the condensation that the configured objective asks for, out of a run's data, networks and container."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hmn.build import classes, student
+from hmn.build.student import experts
+from hmn.build.workshop import Workshop
+from hmn.condense import Condensation
+from hmn.config.objectives import (
+    BpttConfig,
+    DistributionMatchingConfig,
+    GradientMatchingConfig,
+    ObjectiveConfig,
+    SyntheticGradientConfig,
+    TrajectoryMatchingConfig,
+)
+from hmn.containers.base import Container
+
+__all__ = ["Workshop", "condensation", "experts"]
+
+MAKERS: dict[type[ObjectiveConfig], Callable[[Workshop, Container], Condensation]] = {
+    GradientMatchingConfig: classes.gradient_matching,
+    TrajectoryMatchingConfig: student.trajectory_matching,
+    BpttConfig: student.bptt,
+    SyntheticGradientConfig: classes.synthetic_gradient,
+    DistributionMatchingConfig: classes.distribution_matching,
+}
+
+
+def condensation(shop: Workshop, container: Container) -> Condensation:
+    return MAKERS[type(shop.config.objective)](shop, container)

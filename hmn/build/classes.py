@@ -1,0 +1,113 @@
+"""Makes the condensations that compare real and synthetic images class by class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from hmn import bank, distributed
+from hmn.build.workshop import Workshop
+from hmn.config import bank_identity, digest
+from hmn.containers.base import Container
+from hmn.matching import ClassMatching
+from hmn.memory import classes_per_chunk, feature_bytes, matching_bytes
+from hmn.objectives.distance import all_weights
+from hmn.objectives.distribution import distribution_step
+from hmn.objectives.gradient import MatchingStep, matching_step, real_gradients, stored_step
+from hmn.pool import PoolSide
+from hmn.realside import FeatureSide, LiveSide, RealSide, SyntheticSide
+
+
+def gradient_matching(shop: Workshop, container: Container) -> ClassMatching:
+    """Networks and real images as the run goes, or from a bank, which is made first if it is missing."""
+    config, compute, objective = shop.config, shop.compute, shop.config.objective
+    network = shop.build().to(compute.device)
+    chunk = _chunk(shop, container, network, partial(matching_bytes, metric=objective.metric))
+
+    def live(seed: int, stream: str) -> LiveSide:
+        return LiveSide(shop.data, objective, train=shop.train_step, stream=stream, **shop.side_of(seed))
+
+    if objective.bank.networks:
+        with shop.checkpoints.timed("bank"):
+            paths = distributed.from_first(
+                lambda: bank.build(
+                    Path(config.paths.cache_dir) / "banks" / digest(bank_identity(config)),
+                    lambda number: live(objective.bank.seed, f"bank/{number}"),
+                    real_gradients(shop.build().to(compute.device), compute),
+                    objective,
+                    classes=container.classes,
+                    fingerprint=shop.data.fingerprint,
+                    chunk=chunk,
+                    stop=shop.checkpoints.stop,
+                )
+            )
+        size, rule = container.shape.image_size, objective.augmentation_rule
+        side = bank.BankSide(paths, objective.bank, shop.strategy, size, compute.device, config.seed, rule)
+        make_step = stored_step
+    else:
+        side, make_step = live(config.seed, "condense"), matching_step
+    return _class_matching(shop, container, side, make_step(network, objective.metric, compute), chunk)
+
+
+def synthetic_gradient(shop: Workshop, container: Container) -> ClassMatching:
+    compute, objective = shop.compute, shop.config.objective
+    network = shop.build().to(compute.device)
+    chunk = _chunk(shop, container, network, partial(matching_bytes, metric=objective.metric, matched=all_weights))
+    side = SyntheticSide(
+        shop.data,
+        objective,
+        count=container.classes * container.images_per_class,
+        train=shop.train_step,
+        **shop.side_of(shop.config.seed),
+    )
+    match = matching_step(network, objective.metric, compute, all_weights)
+    parts = len(all_weights(dict(network.named_parameters())))
+    return _class_matching(shop, container, side, match, chunk, parts)
+
+
+def distribution_matching(shop: Workshop, container: Container) -> ClassMatching:
+    compute, objective = shop.compute, shop.config.objective
+    network = shop.build().to(compute.device)
+    chunk = _chunk(shop, container, network, feature_bytes)
+    shared = shop.side_of(shop.config.seed)
+    if objective.pool_networks:
+        side = PoolSide(shop.data, objective, train=shop.train_step, **shared)
+    else:
+        side = FeatureSide(shop.data, objective, **shared)
+    return _class_matching(shop, container, side, distribution_step(network, compute), chunk, 1)
+
+
+def _chunk(
+    shop: Workshop,
+    container: Container,
+    network: nn.Module,
+    in_step: Callable[[nn.Module, tuple[int, int, int]], int],
+) -> int:
+    limit = shop.config.compute.memory_limit
+    objective, strategy = shop.config.objective, shop.strategy
+    return classes_per_chunk(
+        container, network, objective, shop.compute, limit=limit, strategy=strategy, in_step=in_step
+    )
+
+
+def _class_matching(
+    shop: Workshop, container: Container, side: RealSide, match: MatchingStep, chunk: int, parts: int | None = None
+) -> ClassMatching:
+    config = shop.config
+    return ClassMatching(
+        container,
+        side,
+        config.objective,
+        match=match,
+        parts=parts,
+        normalise=shop.normalise,
+        compute=shop.compute,
+        seed=config.seed,
+        fingerprint=shop.data.fingerprint,
+        chunk=chunk,
+        rate_factor=shop.rate_factor,
+        lr_scale=config.container.lr_scale,
+    )

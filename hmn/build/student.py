@@ -1,0 +1,145 @@
+"""Makes the condensations that go through the training of a student, and the experts that it aims at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from hmn import experts as expert_training
+from hmn.adversary import StyleAdversary
+from hmn.build.workshop import Workshop
+from hmn.config import digest, experts_identity
+from hmn.config.containers import HabaConfig
+from hmn.containers.base import Container
+from hmn.data.augment import without_flip
+from hmn.data.sampling import per_class
+from hmn.experts import Trajectories
+from hmn.memory import images_per_chunk
+from hmn.networks import initialise
+from hmn.networks.convnet import ConvNet
+from hmn.objectives.unroll import Unrolled
+from hmn.seeding import generator
+from hmn.training import Training
+from hmn.unrolled import Batches, ClassifyReal, Goal, LearnedRate, ReachExpert, ThroughStudent, of_every_class, shuffled
+
+
+def experts(shop: Workshop) -> list[Path]:
+    """The files of the configured experts, which are trained first if they are missing."""
+    config, compute, settings = shop.config, shop.compute, shop.config.objective.experts
+    strategy = settings.strategy if config.dataset.flip else without_flip(settings.strategy)
+    recipe = expert_training.recipe_of(settings, strategy)
+
+    def train(numbers: Sequence[int]) -> Training:
+        streams = [generator(settings.seed, "experts", number, device=compute.device) for number in numbers]
+        train = shop.data.train
+        return Training(shop.build, train.images, train.labels, recipe, shop.normalise, shop.train_step, *streams)
+
+    with shop.checkpoints.timed("experts"):
+        return expert_training.build(
+            Path(config.paths.cache_dir) / "experts" / digest(experts_identity(config)),
+            train,
+            settings.count,
+            fingerprint=shop.data.fingerprint,
+            together=compute.together(settings.count),
+            stop=shop.checkpoints.stop,
+        )
+
+
+def trajectory_matching(shop: Workshop, container: Container) -> ThroughStudent:
+    """Experts are trained first if they are missing; of several views of a container a student sees one per step."""
+    config, objective, device = shop.config, shop.config.objective, shop.compute.device
+    trajectories = Trajectories(
+        experts(shop),
+        max_start=objective.max_start_epoch,
+        length=objective.expert_epochs,
+        device=device,
+        generator=generator(config.seed, "condense", "experts"),
+    )
+    views = container.views()
+    adversary = None
+    if isinstance(config.container, HabaConfig) and len(views) > 1:  # one style has none to differ from
+        shape = container.shape
+        extractor = ConvNet(shape.channels, shape.classes, shape.image_size).to(device)
+        adversary = StyleAdversary(
+            initialise(extractor, generator(config.seed, "condense", "adversary", device=device)),
+            views,
+            views[0] // container.matched_per_class,
+            config.container,
+            batch=objective.student_batch,
+            compute=shop.compute,
+            generator=generator(config.seed, "condense", "styles"),
+        )
+    rate = LearnedRate(
+        objective.student_lr, lr=objective.student_lr_lr, momentum=objective.student_lr_momentum, device=device
+    )
+    batches = shuffled(views, objective.student_batch)
+    unrolled = _unrolled(shop)
+    return _through_student(shop, container, ReachExpert(trajectories), unrolled, batches, rate, adversary)
+
+
+def bptt(shop: Workshop, container: Container) -> ThroughStudent:
+    objective, data, device = shop.config.objective, shop.data, shop.compute.device
+    stream = generator(shop.config.seed, "condense", "real", device=device)
+    unrolled = _unrolled(shop)
+    goal = ClassifyReal(
+        shop.build().to(device),
+        unrolled.cross_entropy,
+        data.train.images,
+        data.train.labels,
+        real=per_class(data.train.labels, data.class_names, objective.real_batch, stream),
+        normalise=shop.normalise,
+        seed=shop.config.seed,
+    )
+    batches = of_every_class(container.classes, container.matched_per_class, objective.class_batch)
+    rate = LearnedRate(objective.student_lr, lr=0.0, momentum=0.0, device=device)
+    return _through_student(shop, container, goal, unrolled, batches, rate)
+
+
+def _unrolled(shop: Workshop) -> Unrolled:
+    objective = shop.config.objective
+    return Unrolled(
+        shop.build().to(shop.compute.device),
+        shop.compute,
+        momentum=objective.student_momentum,
+        dampening=objective.student_dampening,
+        segment=objective.segment,
+    )
+
+
+def _through_student(
+    shop: Workshop,
+    container: Container,
+    goal: Goal,
+    unrolled: Unrolled,
+    batches: Batches,
+    rate: LearnedRate,
+    adversary: StyleAdversary | None = None,
+) -> ThroughStudent:
+    config, objective = shop.config, shop.config.objective
+    largest = max(len(index) for index in batches(objective.student_steps, generator(0)))
+    chunk = images_per_chunk(
+        container,
+        shop.build().to(shop.compute.device),
+        shop.compute,
+        limit=config.compute.memory_limit,
+        batch=largest,
+        kept=math.ceil(objective.student_steps / objective.segment) + 2 * objective.segment,
+    )
+    return ThroughStudent(
+        container,
+        goal,
+        objective,
+        unrolled=unrolled,
+        batches=batches,
+        rate=rate,
+        normalise=shop.normalise,
+        strategy=shop.strategy,
+        compute=shop.compute,
+        seed=config.seed,
+        fingerprint=shop.data.fingerprint,
+        chunk=chunk,
+        rate_factor=shop.rate_factor,
+        lr_scale=config.container.lr_scale,
+        adversary=adversary,
+    )
