@@ -386,3 +386,45 @@ def test_a_condensation_that_stops_goes_on_bit_for_bit(make, way, tmp_path):
     assert all(torch.equal(after[name], resumed[name]) for name in after)
     moved = {name for name in after if not torch.equal(after[name], before[name])}
     assert {name for name, _ in whole.container.named_parameters()} == moved
+
+
+class Counting(KINDS["image"].container):
+    projected = 0
+
+    def project(self) -> None:
+        self.projected += 1
+        super().project()
+
+
+def test_a_container_is_projected_before_every_fresh_network_and_not_in_between():
+    container = MAKERS["image"]()
+    container.__class__ = Counting
+    run = condensation(container)
+    counts = []
+    for _ in range(4):
+        run.run_step()
+        counts.append(container.projected)
+    assert counts == [1, 1, 2, 2]
+
+
+def test_a_penalty_moves_the_container_along_its_own_gradient():
+    sgd = {"optimizer": "sgd", "memory_lr": 0.5, "weights_lr": 0.5, "momentum": 0.0, "final_lr_fraction": 1.0}
+    made = {l1: maker("speed", **SPEED | {"l1": l1})() for l1 in (0.0, 1e-3)}
+    start = made[0.0].instances.detach().clone()
+    for container in made.values():
+        condensation(container, **sgd).run_step()
+    moved = made[1e-3].instances - made[0.0].instances
+    torch.testing.assert_close(moved, -0.5 * 1e-3 * start.sign(), rtol=0, atol=1e-6)
+
+
+def test_a_clipped_gradient_has_the_norm_that_it_is_clipped_to_and_the_report_its_own():
+    sgd = {"optimizer": "sgd", "memory_lr": 1.0, "weights_lr": 1.0, "momentum": 0.0, "final_lr_fraction": 1.0}
+    container = MAKERS["linba"]()
+    start = {name: value.detach().clone() for name, value in container.named_parameters()}
+    losses, norms = condensation(container, **sgd, gradient_clip=1e-3).run_step()
+    moved = torch.stack([(value - start[name]).norm() for name, value in container.named_parameters()]).norm()
+    torch.testing.assert_close(moved, torch.tensor(1e-3), rtol=1e-2, atol=0)
+    assert torch.stack(list(norms.values())).norm() > 1e-2
+    free = MAKERS["linba"]()
+    _, same = condensation(free, **sgd, gradient_clip=1e9).run_step()
+    assert same == norms
