@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hmn.data import augment
+from hmn.data import augment, vision
 from hmn.data.augment import Draw
 
 EVERYTHING = "color_crop_cutout_flip_scale_rotate"
@@ -579,3 +580,47 @@ def test_several_batches_are_mixed_each_as_it_would_be_alone(monkeypatch, probab
             alone = augment.cutmix(images[i], labels[i], probability, generator(), real=real)
         for found, expected in zip((mixed[i], partners[i], shares[i]), alone, strict=True):
             assert torch.equal(found, expected)
+
+
+# Against torchvision
+
+
+@pytest.mark.parametrize("degrees", [-15.0, -4.0, 7.5, 15.0])
+def test_rotating_is_torchvisions(degrees):
+    images = noise(3, 32)
+    turned = {"chosen": torch.zeros(3, dtype=torch.int64), "rotate": torch.full((3,), math.radians(degrees))}
+    found = augment.apply(images, augment.drawn("rotate", 32, turned))
+    torch.testing.assert_close(found, torchvision_affine(images, angle=-degrees, scale=1.0), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("factor", [1 / 1.2, 0.95, 1.2])
+def test_scaling_both_axes_alike_is_torchvisions(factor):
+    images = noise(3, 32)
+    scaled = {"chosen": torch.zeros(3, dtype=torch.int64), "scale": torch.full((3, 2), factor)}
+    found = augment.apply(images, augment.drawn("scale", 32, scaled))
+    torch.testing.assert_close(found, torchvision_affine(images, angle=0.0, scale=1 / factor), rtol=0, atol=1e-4)
+
+
+def torchvision_affine(images: Tensor, *, angle: float, scale: float) -> Tensor:
+    functional = vision.torchvision().transforms.functional
+    bilinear = functional.InterpolationMode.BILINEAR
+    # In float32, as it makes its grid.
+    return functional.affine(images.float(), angle, [0, 0], scale, [0.0], interpolation=bilinear).double()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 4])
+def test_cutmix_is_torchvisions_for_the_same_box(seed):
+    """Of two images, in the draws of these seeds, each is the other's partner."""
+    marks = torch.stack([torch.zeros(1, 32, 32), torch.ones(1, 32, 32)]).double()
+    mixed, partners, share = augment.cutmix(marks, torch.tensor([0, 1]), 1.0, generator(seed))
+    assert partners.tolist() == [1, 0] and 0 < share < 1
+    rows, columns = (mixed[0, 0].amax(axis).nonzero().flatten() for axis in (1, 0))
+    box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+    labels, images = torch.tensor([0, 1]), noise(2, 32)
+    vision.torchvision()
+    theirs = importlib.import_module("torchvision.transforms.v2").CutMix(num_classes=2)
+    params = {"labels": labels, "batch_size": 2, "box": box, "lam_adjusted": float(share)}
+    found, _, _ = augment.cutmix(images, labels, 1.0, generator(seed))
+    assert torch.equal(found, theirs.transform(images, params))
+    area = (box[2] - box[0]) * (box[3] - box[1]) / 32**2
+    assert float(share) == pytest.approx(1 - area, abs=1e-6)
