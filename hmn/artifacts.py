@@ -116,7 +116,11 @@ def load_condensed(path: str | Path) -> CondensedSet:
         raise ArtifactError(
             f"{tensors_path}: stores {container.storage_floats()} floats, over the budget of {card['budget']['floats']}"
         )
-    return CondensedSet(container, card)
+    try:
+        return CondensedSet(container, card)
+    except (RuntimeError, IndexError) as error:  # positions that point outside an image
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(f"{tensors_path}: its tensors do not decode to images: {reason}") from None
 
 
 def tensors_file(path: str | Path) -> Path:

@@ -19,7 +19,9 @@ import hmn
 from hmn import artifacts
 from hmn.artifacts import CARD, TENSORS, decode_all, load_condensed, sha256
 from hmn.config import HmnConfig
+from hmn.containers.fred import FredShape, FrequencyMemory
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
+from hmn.containers.speed import SparseCodes, SpeedShape
 from hmn.errors import ArtifactError
 from tests.command import ROOT
 
@@ -274,3 +276,30 @@ def test_a_set_over_its_budget_is_refused(tmp_path):
     save(tmp_path, budget={"floats": floats - 1})
     refused(tmp_path, f"stores {floats} floats", f"over the budget of {floats - 1}")
     assert load_condensed(save(tmp_path, budget={"floats": floats}))
+
+
+def test_positions_outside_an_image_are_refused(tmp_path):
+    shape = FredShape(classes=2, channels=1, image_size=4, coefficients=3)
+    made = FrequencyMemory(shape, 1)
+    with torch.no_grad():
+        made.instances.zero_()
+        made.positions.copy_(torch.tensor([[0, 1, 2], [3, 4, 16]]))
+    artifacts.save(tmp_path, made, {"budget": {"floats": 6}, "data": {}})
+    with pytest.raises(ArtifactError, match="do not decode"):
+        artifacts.load_condensed(tmp_path)
+
+
+def test_a_sparse_code_comes_back_bit_for_bit_with_its_16_bit_positions(tmp_path):
+    shape = SpeedShape(
+        classes=2, channels=1, image_size=8, tokens=4, token_dim=4, depth=1, heads=2, top_k=3, patch=4, l1=0.0
+    )
+    made = SparseCodes(shape, 2)
+    made.initialise(torch.Generator().manual_seed(0), None, None)
+    made.finish()
+    artifacts.save(tmp_path, made, {"budget": {"floats": made.storage_floats()}, "data": {}})
+    kept = artifacts.load_condensed(tmp_path).container
+    assert kept.positions.dtype == torch.int16 and torch.equal(kept.positions, made.positions)
+    assert torch.equal(kept.instances, made.instances) and kept.shape == made.shape
+    with pytest.raises(ArtifactError, match="over the budget"):
+        artifacts.save(tmp_path, made, {"budget": {"floats": made.storage_floats() - 1}, "data": {}})
+        artifacts.load_condensed(tmp_path)
