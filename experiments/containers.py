@@ -39,7 +39,6 @@ CELLS: dict[str, list[str]] = {
     "fred": ["container=fred", *rates(0.1, 0.01)],
     "speed": ["container=speed", *FIT, *rates(0.03, 0.003)],
     "hmn": ["container=hmn", *FIT, *rates(0.03, 0.003)],
-    "hmn, over budget and pruned": ["container=hmn", "pruning=double_end", *FIT, *rates(0.03, 0.003)],
 }
 
 
