@@ -105,8 +105,10 @@ def _one_line(error: Exception) -> str:
 
 def _unknown_key(key: str) -> str:
     """Names the valid keys beside an unknown dotted one, and the nearest of them."""
+    # Another option of a group has other keys.
+    chosen = [argument for argument in sys.argv[1:] if (CONF / argument.split("=")[0].lstrip("+")).is_dir()]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        node = hydra.compose("config")
+        node = hydra.compose("config", overrides=[argument for argument in chosen if "," not in argument])
     *parents, last = key.split("@")[0].split(".")
     path = []
     for parent in parents:

@@ -17,7 +17,6 @@ from hmn.artifacts import read_card, tensors_file
 from hmn.compute import device_of
 from hmn.config import Config, DatasetConfig, digest, require, scientific
 from hmn.config.objectives import (
-    DistributionMatchingConfig,
     GradientMatchingConfig,
     SyntheticGradientConfig,
     UnrolledConfig,
@@ -240,8 +239,8 @@ def _check_networks(plan: Plan) -> None:
     rule = f"one with convolutions for objective={config.objective.name}, which compares their gradients"
     require("network.name", matched, config.network.name, rule)
     name, matching = config.objective.name, config.compute.matching
-    written = not isinstance(config.objective, SyntheticGradientConfig | DistributionMatchingConfig)
-    rule = f"another for {name}: it is of convolution gradients only"
+    written = isinstance(config.objective, GradientMatchingConfig)
+    rule = f"auto, loop or compiled for objective={name}: it is written out for gradient matching"
     require("compute.matching", written or matching != "r_operator", matching, rule)
     alone = not distributed.launched() or not isinstance(config.objective, UnrolledConfig)
     rule = "an objective that compares classes with each other, under torchrun: a student's steps cannot be shared out"

@@ -375,6 +375,8 @@ BAD_SETTINGS = {
     "foo=1": ["foo: unknown key", "mode, seed", "experiment"],
     "+foo=1": ["foo: unknown key", "mode, seed"],
     "objective.metrc=l1": ["objective.metrc: unknown key", "did you mean objective.metric?"],
+    "container=linba container.base=3": ["container.base: unknown key", "did you mean container.bases?"],
+    "container=haba memory=ipc10 pruning.over_budget=0.1": ["pruning.over_budget=0.1: must be 0 for container=haba"],
     "+network.foo=1": ["network.foo: unknown key", "width, depth"],
     "dataset=mnist": ["dataset=mnist: must be one of arrays, cifar10,"],
     "experiment=nope": ["experiment=nope: must be one of", "demo"],

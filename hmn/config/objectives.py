@@ -169,7 +169,7 @@ class SyntheticGradientConfig(ClassMatchingConfig):
         missing = next(name for name, value in given.items() if value is None)
         budgets = ", ".join(map(str, DC_LOOPS))
         known = images_per_class in DC_LOOPS
-        rule = f"given for memory.images_per_class={images_per_class}, as the other: DC's table is of {budgets}"
+        rule = f"given where DC's table has no row: memory.images_per_class={images_per_class} is none of {budgets}"
         require(f"objective.{missing}", known, "null", rule)
         table = dict(zip(given, DC_LOOPS[images_per_class], strict=True))
         return replace(self, **{name: table[name] if value is None else value for name, value in given.items()})
