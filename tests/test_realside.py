@@ -218,7 +218,7 @@ def test_loops_of_dc_are_the_papers_by_images_per_class_unless_given(images_per_
 def test_a_budget_that_the_table_lacks_asks_for_both_loops():
     assert dc().with_loops(7) == dc()
     for missing in ("inner_steps", "network_epochs"):
-        with pytest.raises(ConfigError, match=f"objective.{missing}=null: must be given for memory.images_per_class=7"):
+        with pytest.raises(ConfigError, match=f"objective.{missing}=null: must be given where DC"):
             dc(**{missing: None}).with_loops(7)
 
 
