@@ -116,12 +116,16 @@ def test_flops_of_dm_are_one_backward_pass_and_those_of_idm_its_pool():
 
 @pytest.mark.parametrize("objective", ["dc", "distribution_matching", "trajectory_matching", "bptt"])
 def test_the_written_out_form_is_refused_for_what_it_has_no_formula_for(objective):
-    with pytest.raises(ConfigError, match=r"^compute\.matching=r_operator: must be auto, loop or compiled for objective="):
+    with pytest.raises(
+        ConfigError, match=r"^compute\.matching=r_operator: must be auto, loop or compiled for objective="
+    ):
         planned("mode=plan", f"objective={objective}", "compute.matching=r_operator")
 
 
 def test_dc_asks_for_its_loops_where_its_table_has_none():
-    with pytest.raises(ConfigError, match=r"^objective\.inner_steps=null: must be given where .* none of 1, 10, 20, 30, 40, 50$"):
+    with pytest.raises(
+        ConfigError, match=r"^objective\.inner_steps=null: must be given where .* none of 1, 10, 20, 30, 40, 50$"
+    ):
         planned("mode=plan", "objective=dc", "memory.images_per_class=5")
     plan = planned("mode=plan", "objective=dc", "memory=ipc50")
     assert (plan.config.objective.inner_steps, plan.config.objective.network_epochs) == (50, 10)
