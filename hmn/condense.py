@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,7 @@ class Report:
     measured: dict[str, float]  # by the objective, beside its losses
 
 
-class Condensation:
+class Condensation(ABC):
     """One condensation run: its container and optimiser, and what a checkpoint holds. An objective says what a step is.
 
     ``step`` counts container steps of ``total_steps``; ``images_per_step`` is for the rate that is reported.
@@ -61,16 +62,17 @@ class Condensation:
         self.curve: dict[int, float] = {}  # accuracy by step
         self.unreported: list[Tensor] = []  # losses of the steps since the last report, (parts,) each
 
+    @abstractmethod
     def run_step(self) -> tuple[Tensor, dict[str, Tensor]]:
         """One step of the container: its losses (parts,) and the gradient's norm per tier; neither is read."""
-        raise NotImplementedError
 
+    @abstractmethod
     def own_state(self) -> dict[str, Any]:
         """What the objective keeps beside the container and its optimiser."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load_own_state(self, state: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Take over what :meth:`own_state` gave."""
 
     def gather(self) -> None:
         """Make the rows of all classes right at every process."""

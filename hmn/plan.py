@@ -16,9 +16,11 @@ from hmn import distributed, networks
 from hmn.artifacts import read_card, tensors_file
 from hmn.compute import device_of
 from hmn.config import Config, DatasetConfig, digest, require, scientific
+from hmn.config.containers import HabaConfig
 from hmn.config.objectives import (
     GradientMatchingConfig,
     SyntheticGradientConfig,
+    TrajectoryMatchingConfig,
     UnrolledConfig,
 )
 from hmn.containers import KINDS, Storage, storage
@@ -242,6 +244,10 @@ def _check_networks(plan: Plan) -> None:
     written = isinstance(config.objective, GradientMatchingConfig)
     rule = f"auto, loop or compiled for objective={name}: it is written out for gradient matching"
     require("compute.matching", written or matching != "r_operator", matching, rule)
+    if isinstance(config.container, HabaConfig) and not isinstance(config.objective, TrajectoryMatchingConfig):
+        for key in HabaConfig.ADVERSARY:
+            given, unread = getattr(config.container, key), getattr(HabaConfig, key)
+            require(f"container.{key}", given == unread, given, f"{unread} but for objective=trajectory_matching")
     alone = not distributed.launched() or not isinstance(config.objective, UnrolledConfig)
     rule = "an objective that compares classes with each other, under torchrun: a student's steps cannot be shared out"
     require("objective.name", alone, config.objective.name, rule)

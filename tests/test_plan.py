@@ -246,3 +246,10 @@ def test_imagenet10_needs_its_root_for_all_but_a_plan():
     with pytest.raises(ConfigError) as caught:
         planned("dataset=imagenet10")
     assert str(caught.value) == "dataset.root=null: must be given for dataset=imagenet10"
+
+
+def test_habas_adversary_is_refused_where_nothing_reads_it():
+    haba = ("mode=plan", "container=haba", "memory=ipc10", "pruning=none", "container.club_weight=0.5")
+    with pytest.raises(ConfigError, match=r"^container\.club_weight=0\.5: must be 0\.1 but for objective=trajectory_"):
+        planned(*haba)
+    assert planned(*haba, "objective=trajectory_matching").config.container.club_weight == 0.5

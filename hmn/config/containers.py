@@ -126,6 +126,14 @@ class HabaConfig(PixelConfig):
     """HaBa (Liu et al., NeurIPS 2022): every class's bases pass through styles that all classes share."""
 
     NAME: ClassVar[str] = "haba"
+    ADVERSARY: ClassVar[tuple[str, ...]] = (
+        "club_weight",
+        "contrast_weight",
+        "class_weight",
+        "likeli_weight",
+        "adversary_lr",
+        "adversary_momentum",
+    )
     INITS: ClassVar[tuple[str, ...]] = ("real", "noise", "fit_real")  # of the bases
 
     init: str = "real"

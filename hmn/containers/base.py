@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -21,7 +22,7 @@ class RealImages(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageShape:
+class ImageShape(ABC):
     """What the data set fixes; every container's shape adds what fixes the shapes of its parameters.
 
     It counts in float32 numbers: ``shared_floats``, what the container takes however many images it holds, and
@@ -37,8 +38,8 @@ class ImageShape:
         return 0
 
     @property
-    def instance_floats(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def instance_floats(self) -> int: ...
 
     @property
     def images_per_instance(self) -> int:
@@ -59,7 +60,7 @@ class PixelShape(ImageShape):
     std: tuple[float, ...] | None = None
 
 
-class Container(nn.Module):
+class Container(nn.Module, ABC):
     """A differentiable store of C classes with G images each; image i belongs to class i // G.
 
     What the budget is charged for are its parameters: ``instances`` (C, N, ...), one row per instance, and whatever a
@@ -86,12 +87,12 @@ class Container(nn.Module):
         """Why single images cannot be dropped, where they cannot: :meth:`keep` refuses with it."""
         return self.shape.tied
 
+    @abstractmethod
     def decode(self, index: Tensor) -> Tensor:
         """Images (n, channels, H, W) of ``index`` (n,), differentiable.
 
         0 is black and 1 white; what is not bounded may leave that range.
         """
-        raise NotImplementedError
 
     @property
     def matched_per_class(self) -> int:
@@ -106,12 +107,12 @@ class Container(nn.Module):
         """Sets of what condensing sees (v, n), on the host: the images of a student's batch are all of one of them."""
         return torch.arange(self.classes * self.matched_per_class)[None]
 
+    @abstractmethod
     def initialise(self, generator: torch.Generator, config: Any, real: RealImages) -> None:
         """Give all parameters their starting values by ``config.init``; ``config`` is the container's own section.
 
         ``fit_real``, which fits them to real images afterwards, starts at random.
         """
-        raise NotImplementedError
 
     def tiers(self) -> dict[str, list[nn.Parameter]]:
         """All parameters by tier; a tier is what logs, gradient norms and learning rates go by."""

@@ -112,3 +112,9 @@ def test_as_many_clusters_as_samples_are_all_samples():
 def test_more_clusters_than_samples_are_refused():
     with pytest.raises(ValueError, match="3 samples cannot make 4 clusters"):
         k_means(points(3), 4, generator())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_seeds_among_copies_are_different_samples(seed):
+    drawn = seeds(torch.zeros(4, 2), 4, torch.Generator().manual_seed(seed))
+    assert sorted(drawn.tolist()) == [0, 1, 2, 3]
