@@ -74,7 +74,7 @@ class Condensation(ABC):
     def load_own_state(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`own_state` gave."""
 
-    def gather(self) -> None:
+    def gather(self) -> None:  # noqa: B027 - most have nothing to gather
         """Make the rows of all classes right at every process."""
 
     def measured(self) -> dict[str, float]:
