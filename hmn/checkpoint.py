@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import os
 import signal
 import sys
@@ -11,14 +12,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from hmn import distributed
-from hmn.errors import ArtifactError, HmnError, Interrupted
+from hmn.errors import ArtifactError, Busy, Interrupted
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+LOCK = ".lock"
+LOOK_SECONDS = 1.0  # a look at who holds a folder holds it for an instant itself
 
 
 @contextlib.contextmanager
@@ -53,18 +56,37 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold ``folder`` for this process. If another one holds it: ``wait``, or raise ``HmnError``."""
+def exclusive(folder: Path, *, wait: bool = False, what: str = "this run") -> Iterator[None]:
+    """Hold ``folder`` for this process. If another one holds it: ``wait``, or raise ``Busy``."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                raise HmnError(f"{folder}: another process is working on this run; wait for it or stop it") from None
-            print(f"{folder}: waiting for the process that is working on it", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with (folder / LOCK).open("a") as lock:
+        until = time.monotonic() + LOOK_SECONDS
+        while not _taken(lock, fcntl.LOCK_EX):
+            if wait:
+                print(f"{folder}: waiting for the process that is working on it", file=sys.stderr)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                break
+            if time.monotonic() > until:
+                raise Busy(f"{folder}: another process is working on {what}; wait for it or stop it")
+            time.sleep(LOOK_SECONDS / 20)
         yield
+
+
+def held(folder: Path) -> bool:
+    """Whether a process holds ``folder``."""
+    try:
+        with (folder / LOCK).open() as lock:
+            return not _taken(lock, fcntl.LOCK_SH)
+    except FileNotFoundError:
+        return False
+
+
+def _taken(lock: IO[str], kind: int) -> bool:
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class Stop:
@@ -151,8 +173,10 @@ class Checkpoints:
         self.saved_at = time.monotonic()
 
     def _write(self, path: Path, state: dict[str, Any]) -> None:
+        written = io.BytesIO()  # torch's own writer says nothing of a full disk
+        torch.save(state, written)
         with atomic_write(path) as temporary:
-            torch.save(state, temporary)
+            temporary.write_bytes(written.getbuffer())
 
     def tick(self, slot: str, state: Callable[[], dict[str, Any]], *, own: bool = False) -> None:
         """At a step boundary: save if it is time. Once a signal has asked: save, then raise ``Interrupted``."""

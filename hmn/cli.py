@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 import sys
 from pathlib import Path
 
 import hydra
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -18,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from hmn import config, distributed, experiment
 from hmn.errors import ConfigError, HmnError
 from hmn.plan import make_plan
+from hmn.sweeps.attempt import end_with_parent
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -61,6 +64,7 @@ def _register_resolvers() -> None:
 
 
 def main() -> None:
+    end_with_parent()
     config.register()
     _register_resolvers()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on, instead of printing them and exiting with 1
@@ -83,7 +87,19 @@ def explain(error: BaseException) -> tuple[str | None, int]:
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _one_line(error), ConfigError.exit_code
-    return None, 1
+    return _lack(error), 1
+
+
+def _lack(error: BaseException) -> str | None:
+    """The line for what the machine has too little of, if that is what ``error`` is about."""
+    text = str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
+        return "no space left on the disk: free some, and the same command goes on from the last checkpoint"
+    out = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if out or (isinstance(error, RuntimeError) and re.search(r"can't allocate memory|not enough memory", text)):
+        advice = "lower compute.memory_limit or compute.classes_per_call, or compute.networks_together"
+        return f"out of memory: {advice}, and the same command goes on from the last checkpoint"
+    return None
 
 
 def _one_line(error: Exception) -> str:

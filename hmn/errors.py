@@ -29,6 +29,12 @@ class Diverged(HmnError, ArithmeticError):
     """A loss or parameter that is no longer finite."""
 
 
+class Busy(HmnError):
+    """Another process is at work on the same run or sweep."""
+
+    exit_code = 75  # EX_TEMPFAIL: the same command can succeed later
+
+
 class Lost(HmnError):
     """Another process of the run is gone: killed, or ended by an error of its own, which it has said itself."""
 

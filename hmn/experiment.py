@@ -56,7 +56,7 @@ def _work(plan: Plan, folder: Path, stop: Stop, group: str | None) -> dict[str, 
     print(f"{plan.run_id} on {results.device_name(chosen.device)}, {chosen.precision}, ", end="")
     print("compiled" if chosen.compiled else "not compiled", end="")
     print(f", {distributed.world()} processes" if distributed.world() > 1 else "")
-    plain = dataclasses.asdict(config)
+    plain = dataclasses.asdict(dataclasses.replace(config, launcher=None, sweep=None))  # which are not of the run
     provenance = results.provenance()  # of the code that runs, not of what it is edited to meanwhile
     with tracking.start(
         config.tracking, run_id=plan.run_id, run_dir=folder, run_config=plain, group=group, job_type=config.mode

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -16,6 +18,7 @@ from hmn.errors import ArtifactError
 
 SCHEMA_VERSION = 1
 FILE = "result.json"
+ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
     "torch",
     "torchvision",
@@ -40,7 +43,10 @@ def read(folder: Path) -> dict[str, Any] | None:
     path = folder / FILE
     if not path.exists():
         return None
-    result = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ArtifactError(f"{path}: cut short or damaged: remove it, and the same command measures it anew") from None
     if result.get("schema_version") != SCHEMA_VERSION:
         version = result.get("schema_version")
         raise ArtifactError(f"{path}: schema version {version}, this program reads {SCHEMA_VERSION}: move the run away")
@@ -48,8 +54,9 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def provenance() -> dict[str, Any]:
-    """Commit and dirty flag of the code (null outside a checkout), package versions and the machine's kind."""
+    """Commit and dirty flag of the code (null outside a checkout), its digest, package versions, the machine's kind."""
     return {
+        "code": code_version(),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(status)
         if (status := _git("status", "--porcelain", "--untracked-files=no")) is not None
@@ -60,6 +67,20 @@ def provenance() -> dict[str, Any]:
     }
 
 
+@functools.cache
+def code_version() -> str:
+    """Twelve hexadecimal digits that name the sources of a run: unlike a commit, the same if only a text changed.
+
+    How runs are swept, ``hmn/sweeps``, changes none of them. Settings are not sources: the run id is of them.
+    """
+    found = hashlib.sha256()
+    for path in sorted((ROOT / "hmn").rglob("*.py")):
+        name = path.relative_to(ROOT).as_posix()
+        if not name.startswith("hmn/sweeps/"):
+            found.update(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return found.hexdigest()[:12]
+
+
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -67,10 +88,9 @@ def device_name(device: torch.device) -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    folder = Path(__file__).resolve().parent.parent
     try:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     # Installed elsewhere, an enclosing checkout would be somebody else's: only a commit that holds this file counts.
-    return done.stdout.strip() if done.returncode == 0 and (folder / ".git").exists() else None
+    return done.stdout.strip() if done.returncode == 0 and (ROOT / ".git").exists() else None

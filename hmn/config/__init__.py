@@ -17,10 +17,11 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, MissingMandatoryValue, OmegaConf
 
-from hmn.config import containers, objectives
+from hmn.config import containers, objectives, sweeps
 from hmn.config.checks import STRATEGY_OPS, check_strategy, one_of, require, unscientific
 from hmn.config.containers import ContainerConfig, HmnConfig
 from hmn.config.objectives import BankConfig, GradientMatchingConfig, ObjectiveConfig
+from hmn.config.sweeps import LauncherConfig, SweepConfig
 from hmn.errors import ConfigError
 
 __all__ = [  # what other modules take from here
@@ -29,7 +30,9 @@ __all__ = [  # what other modules take from here
     "ContainerConfig",
     "GradientMatchingConfig",
     "HmnConfig",
+    "LauncherConfig",
     "ObjectiveConfig",
+    "SweepConfig",
     "one_of",
     "require",
 ]
@@ -247,6 +250,8 @@ class Config:
     compute: ComputeConfig = MISSING
     paths: PathsConfig = MISSING
     plan: PlanConfig = field(default_factory=PlanConfig)
+    launcher: LauncherConfig = MISSING
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
     def __post_init__(self) -> None:
         one_of("mode", self.mode, MODES)
@@ -293,6 +298,8 @@ def register() -> None:
         store.store(group=group, name="schema", node=schema)
     for schema in containers.SCHEMAS:
         store.store(group="container", name=f"{schema.NAME}_schema", node=schema)
+    for schema in sweeps.SCHEMAS:
+        store.store(group="launcher", name=f"{schema.NAME}_schema", node=schema)
     for name, schema in objectives.SCHEMAS.items():
         store.store(group="objective", name=f"{name}_schema", node=schema)
 

@@ -1,0 +1,89 @@
+"""The schemas of sweeps: which machine's processes do the runs, and what happens to a run that fails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from omegaconf import MISSING
+
+from hmn.config.checks import at_least, one_of, positive
+
+
+@dataclass(kw_only=True)
+class LauncherConfig:
+    """Where the runs of a sweep are processes."""
+
+    name: str = MISSING
+
+
+@dataclass(kw_only=True)
+class LocalConfig(LauncherConfig):
+    """This machine: a pool of slots, each of which takes one run at a time, whatever sweep it is of."""
+
+    NAME: ClassVar[str] = "local"
+
+    name: str = "local"
+    gpus: int | None = None  # that are used; null: all that this process sees
+    slots_per_gpu: int = 1
+    slots: int = 1  # without a GPU
+    threads: int | None = None  # CPU threads of each run; null: the machine's, shared out among the slots
+
+    def __post_init__(self) -> None:
+        at_least("launcher", 0, self, "gpus")
+        at_least("launcher", 1, self, "slots_per_gpu", "slots", "threads")
+
+
+@dataclass(kw_only=True)
+class RayConfig(LauncherConfig):
+    """A Ray cluster on a shared file system; every run is one task."""
+
+    NAME: ClassVar[str] = "ray"
+
+    name: str = "ray"
+    address: str | None = None  # of a running cluster; null: RAY_ADDRESS, else one is started on this machine
+    cpus: float = 1.0  # of each run
+    gpus: float = 0.0  # of each run; a fraction shares one GPU
+
+    def __post_init__(self) -> None:
+        positive("launcher", self, "cpus")
+        at_least("launcher", 0, self, "gpus")
+
+
+@dataclass(kw_only=True)
+class SubmititConfig(LauncherConfig):
+    """A SLURM cluster through submitit; every run is one job."""
+
+    NAME: ClassVar[str] = "submitit"
+
+    name: str = "submitit"
+    cluster: str = "slurm"  # local: processes of this machine, to try it
+    timeout_minutes: int = 1440  # a run that is cut off is queued again and goes on
+    at_once: int = 16  # jobs of this sweep that may run at the same time
+    cpus: int = 4
+    gpus: int = 0
+    memory_gb: float = 16.0
+    partition: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)  # more of submitit's, slurm_account say
+
+    def __post_init__(self) -> None:
+        one_of("launcher.cluster", self.cluster, ("slurm", "local"))
+        at_least("launcher", 1, self, "timeout_minutes", "at_once", "cpus")
+        at_least("launcher", 0, self, "gpus")
+        positive("launcher", self, "memory_gb")
+
+
+@dataclass(kw_only=True)
+class SweepConfig:
+    on_failure: str = "continue"  # with the other runs; stop: start no more and stop those that run
+    max_retries: int = 1  # of a run that a signal or an error ended; one that cannot be composed is not tried again
+    # Finished runs of other sources than today's: refuse to start, keep them beside the new ones, or measure them anew
+    other_code: str = "refuse"
+
+    def __post_init__(self) -> None:
+        one_of("sweep.on_failure", self.on_failure, ("continue", "stop"))
+        one_of("sweep.other_code", self.other_code, ("refuse", "keep", "repeat"))
+        at_least("sweep", 0, self, "max_retries")
+
+
+SCHEMAS = (LocalConfig, RayConfig, SubmititConfig)

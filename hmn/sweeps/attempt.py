@@ -1,0 +1,161 @@
+"""One run of a sweep as a process of its own: its log, its retries, and what it says if it fails."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hmn.checkpoint import held, write_text
+from hmn.errors import Busy, ConfigError
+from hmn.results import ROOT, code_version
+
+LOG = "log.txt"
+FAILURE = "failure.json"
+PARENT = "HMN_PARENT"  # the process that a run must not outlive
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 600.0  # for a run that is asked to stop to save its state, before it is killed
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run to be made, as plain values that travel to another machine."""
+
+    run_id: str
+    folder: str  # of the run, relative to ``directory``
+    arguments: tuple[str, ...]  # of the program
+    directory: str  # where it is started
+    max_retries: int = 0
+    program: str = str(ROOT / "run.py")
+
+    @property
+    def command(self) -> str:
+        """What repeats it by hand."""
+        return shlex.join(["python", Path(self.program).name, *self.arguments])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    run_id: str
+    status: str  # done, failed, stopped
+    attempts: int
+    error: str | None = None  # one line
+
+
+def attempt(
+    task: Task,
+    environment: Mapping[str, str] | None = None,
+    stop: threading.Event | None = None,
+    keep_open: Sequence[int] = (),
+) -> Outcome:
+    """Make the run, again after a failure, at most ``task.max_retries`` times: a checkpoint spares it what was done.
+
+    Once ``stop`` is set, the run is asked to save its state and end. It inherits the descriptors ``keep_open``.
+    """
+    stop = stop or threading.Event()
+    folder = Path(task.directory, task.folder)
+    attempts = 0
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FAILURE).unlink(missing_ok=True)
+        while not stop.is_set():
+            attempts += 1
+            code = _run(task, folder, environment or {}, stop, keep_open)
+            if code == 0:
+                return Outcome(task.run_id, "done", attempts)
+            if code == Busy.exit_code:  # that one's result is as good as ours
+                attempts -= 1
+                _wait_for_other(folder, stop)
+            elif not stop.is_set() and (code == ConfigError.exit_code or attempts > task.max_retries):
+                return _failed(task, folder, attempts, _reason(code, folder / LOG), code)
+    except OSError as error:  # a full disk takes the log first
+        return _failed(task, folder, attempts, f"{type(error).__name__}: {error}", None)
+    return Outcome(task.run_id, "stopped", attempts)
+
+
+def end_with_parent() -> None:
+    """Have this process told to stop when the one that started it for a sweep ends, however that ends (on Linux).
+
+    Elsewhere a run outlives a killed launcher; the next launcher then waits for it.
+    """
+    parent = os.environ.get(PARENT)
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != int(parent):  # it ended before it could be watched
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _run(
+    task: Task, folder: Path, environment: Mapping[str, str], stop: threading.Event, keep_open: Sequence[int]
+) -> int:
+    """The exit code of one process; negative for a signal that killed it."""
+    unbuffered = {"PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "30", PARENT: str(os.getpid())}
+    with (folder / LOG).open("ab") as log:
+        log.write(f"\n$ {task.command}\n".encode())
+        log.flush()
+        process = subprocess.Popen(
+            [sys.executable, task.program, *task.arguments],
+            cwd=task.directory,
+            env={**os.environ, **unbuffered, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is the launcher's, which asks its runs to stop
+            pass_fds=keep_open,
+        )
+        try:
+            while not stop.is_set():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return process.wait(POLL_SECONDS)
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(GRACE_SECONDS)
+        finally:  # whatever happens here, no run is left behind
+            process.kill()
+            process.wait()
+        return process.returncode
+
+
+def _wait_for_other(folder: Path, stop: threading.Event) -> None:
+    while held(folder) and not stop.wait(POLL_SECONDS):
+        pass
+
+
+def _failed(task: Task, folder: Path, attempts: int, error: str, code: int | None) -> Outcome:
+    kept = {
+        "run_id": task.run_id,
+        "error": error,
+        "exit_code": code,
+        "attempts": attempts,
+        "command": task.command,
+        "code": code_version(),
+    }
+    with contextlib.suppress(OSError):  # on a full disk the outcome is all that can be said
+        write_text(folder / FAILURE, json.dumps(kept, indent=2) + "\n")
+    return Outcome(task.run_id, "failed", attempts, error)
+
+
+def _reason(code: int, log: Path) -> str:
+    """What the log of a failed process ends with: its own line, or the first one of an unforeseen exception."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"killed by {name}" + (": most often the machine was out of memory" if name == "SIGKILL" else "")
+    text = log.read_text(encoding="utf-8", errors="replace").rpartition("\n$ ")[2]
+    _, trace, unforeseen = text.rpartition("Traceback (most recent call last):\n")
+    lines = [line for line in re.split(r"[\r\n]", unforeseen if trace else text) if line.strip()]
+    if trace:
+        lines = [line for line in lines if not line.startswith(" ")][:1]
+    return lines[-1].strip() if lines else f"ended with exit code {code} and said nothing"

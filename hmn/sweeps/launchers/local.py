@@ -1,0 +1,79 @@
+"""Runs as processes of this machine, each in a device slot that no other run has, of whatever sweep."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import queue
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hmn.config.sweeps import LocalConfig
+from hmn.sweeps.attempt import POLL_SECONDS, Task, attempt
+from hmn.sweeps.launchers import Launched
+
+
+@dataclass(frozen=True)
+class Slot:
+    name: str
+    environment: dict[str, str]
+
+    @contextlib.contextmanager
+    def taken(self, stop: threading.Event) -> Iterator[int | None]:
+        """Yields the descriptor that holds the slot: it is free again once no process has that open.
+
+        ``None`` if ``stop`` was set before the slot was free.
+        """
+        folder = Path(tempfile.gettempdir()) / f"hmn-slots-{os.getuid()}"
+        folder.mkdir(exist_ok=True, mode=0o700)
+        with (folder / self.name).open("a") as lock:
+            while not stop.is_set():
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                stop.wait(POLL_SECONDS)
+            yield None if stop.is_set() else lock.fileno()
+
+
+def slots(settings: LocalConfig) -> list[Slot]:
+    gpus = _gpus() if settings.gpus is None else _gpus()[: settings.gpus]
+    names = [(f"gpu{gpu}-{place}", gpu) for place in range(settings.slots_per_gpu) for gpu in gpus]
+    names = names or [(f"cpu-{place}", "") for place in range(settings.slots)]
+    threads = settings.threads or max(1, len(os.sched_getaffinity(0)) // len(names))
+    return [Slot(name, {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": str(threads)}) for name, gpu in names]
+
+
+def _gpus() -> list[str]:
+    """The GPUs of this process by the names that CUDA_VISIBLE_DEVICES knows."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()  # without taking any memory on them
+    return visible.split(",")[:count] if visible is not None else [str(number) for number in range(count)]
+
+
+def launch(tasks: Sequence[Task], settings: LocalConfig) -> Launched:
+    stop, outcomes, waiting = threading.Event(), queue.SimpleQueue(), deque(tasks)
+
+    def work(slot: Slot) -> None:
+        with contextlib.suppress(IndexError):  # nothing waits any more
+            while not stop.is_set():
+                with slot.taken(stop) as descriptor:
+                    if descriptor is not None:
+                        outcomes.put(attempt(waiting.popleft(), slot.environment, stop, keep_open=[descriptor]))
+
+    threads = [threading.Thread(target=work, args=(slot,)) for slot in slots(settings)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in tasks:
+            yield outcomes.get()
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
