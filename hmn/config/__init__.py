@@ -7,6 +7,7 @@ Every value is checked where it is declared; a message names the dotted key, the
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -280,6 +281,7 @@ class Config:
         return "coreset" if self.mode == "run" and not self.condenses else self.mode
 
 
+@functools.cache
 def register() -> None:
     """Make the schemas known to Hydra; every file of ``conf/`` names the one it must fit."""
     store = ConfigStore.instance()

@@ -1,0 +1,202 @@
+"""The cells of a sweep: from axes on the command line, or from a table file that names them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hmn.config import one_of, require
+from hmn.errors import ConfigError
+from hmn.results import ROOT
+
+TABLES = ROOT / "experiments" / "tables"
+KINDS = ("table", "figure")
+
+# How an objective is made a matter of seconds, by the head of its option's name; all others by debug=smoke.
+SMOKE = {
+    "dc": "smoke_synthetic",
+    "dsa": "smoke_synthetic",
+    "distribution_matching": "smoke_distribution",
+    "idm": "smoke_distribution",
+    "trajectory_matching": "smoke_trajectory",
+    "mtt": "smoke_trajectory",
+    "bptt": "smoke_bptt",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run, and its place in a table. Several cells may be one and the same run."""
+
+    name: str  # no other cell of its sweep has it
+    labels: dict[str, str]  # by axis
+    overrides: tuple[str, ...]  # of run.py
+    reads: tuple[str, ...] = ()  # the cells whose kept sets it is about, in this order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table or figure: which runs it is made of, and how they are laid out in it."""
+
+    name: str
+    title: str
+    reproduces: str
+    kind: str
+    expects: dict[str, Any]  # estimates: hours, device, memory_gb
+    rows: tuple[str, ...]  # axes
+    columns: tuple[str, ...]
+    over: tuple[str, ...]  # axes over which mean and spread are taken
+    shows: tuple[str, ...]
+    reported: str | None
+    axes: dict[str, dict[str, list[str]]]  # label -> overrides, by axis
+    cells: tuple[Cell, ...]
+
+
+def grid(overrides: Sequence[str]) -> tuple[Cell, ...]:
+    """All combinations of the values that overrides separate by commas, as Hydra expands them."""
+    axes: dict[str, list[str]] = {}
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key = override.get_key_element()
+        values = list(override.sweep_string_iterator()) if override.is_sweep_override() else None
+        axes[key] = values if values is not None else [override.get_value_element_as_str()]
+    swept = [key for key, values in axes.items() if len(values) > 1]
+    cells = []
+    for values in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
+        labels = {key.lstrip("+"): chosen[key] for key in swept}
+        name = ", ".join(f"{key}={value}" for key, value in labels.items()) or "run"
+        cells.append(Cell(name, labels, tuple(f"{key}={value}" for key, value in chosen.items())))
+    return tuple(cells)
+
+
+def table_file(name: str) -> Path:
+    return TABLES / f"{name}.yaml"
+
+
+def load_table(path: Path, overrides: Sequence[str] = ()) -> Table:
+    """The table of a file, ``overrides`` added to every cell; with ``debug=smoke`` among them, its smoke variant.
+
+    Raises ``ConfigError`` naming the file and what in it cannot be used.
+    """
+    smoke = [override for override in overrides if override.lstrip("+") == "debug=smoke"]
+    overrides = [override for override in overrides if override not in smoke]
+    try:
+        file = OmegaConf.to_container(OmegaConf.load(path))
+        cells = tuple(_cells(file, overrides, bool(smoke)))
+        table = Table(
+            name=path.stem,
+            title=file["title"],
+            reproduces=file["reproduces"],
+            kind=file["kind"],
+            expects=file["expects"],
+            rows=tuple(file["rows"]),
+            columns=tuple(file["columns"]),
+            over=tuple(file.get("over", ())),
+            shows=tuple(file["shows"]),
+            reported=file.get("reported"),
+            axes=_axes(file),
+            cells=cells,
+        )
+        one_of("kind", table.kind, KINDS)
+    except KeyError as error:
+        raise ConfigError(f"{path}: has no {error.args[0]}") from None
+    except (ConfigError, OSError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
+    return table
+
+
+def _axes(file: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
+    return {
+        axis: {str(label): list(overrides) for label, overrides in labels.items()}
+        for axis, labels in file.get("axes", {}).items()
+    }
+
+
+def _cells(file: Mapping[str, Any], overrides: Sequence[str], smoke: bool) -> Iterator[Cell]:
+    axes = _axes(file)
+    first = {axis: next(iter(axes[axis])) for axis in file.get("over", ()) if smoke and axis in axes}
+    known = axes.keys() | {axis for one in file.get("cells", ()) for axis in one["labels"]}
+    for rule in [*file.get("skip", ()), *(one["when"] for key in ("adjust", "smoke") for one in file.get(key, ()))]:
+        require("skip, adjust, smoke", rule.keys() <= known, ", ".join(rule.keys() - known), f"of {', '.join(known)}")
+    made = []
+    for values in itertools.product(*axes.values()):
+        labels = dict(zip(axes, values, strict=True))
+        if not any(_matches(labels, rule) for rule in file.get("skip", ())):
+            made.append((labels, [item for axis, label in labels.items() for item in axes[axis][label]]))
+    for one in file.get("cells", ()):
+        made.append(({axis: str(label) for axis, label in one["labels"].items()}, list(one["set"])))
+    # In the smoke variant one label stands for all repeats.
+    made = [(labels, own) for labels, own in made if all(labels.get(axis, one) == one for axis, one in first.items())]
+    names = ["/".join(labels.values()) for labels, _ in made]
+    require("cells", len(set(names)) == len(names), next((n for n in names if names.count(n) > 1), ""), "there once")
+    by_labels = {frozenset(labels.items()): name for (labels, _), name in zip(made, names, strict=True)}
+    for (labels, own), name in zip(made, names, strict=True):
+        adjusted = [item for rule in file.get("adjust", ()) if _matches(labels, rule["when"]) for item in rule["set"]]
+        settings = last_of_each([*file.get("base", ()), *own, *adjusted, *overrides])
+        reads = _reads(file, labels, by_labels)
+        if smoke:
+            own = [item for rule in file.get("smoke", ()) if _matches(labels, rule["when"]) for item in rule["set"]]
+            settings = last_of_each([*smoked(settings), *own])
+        yield Cell(name, labels, tuple(settings), reads)
+
+
+def _matches(labels: Mapping[str, str], rule: Mapping[str, Any]) -> bool:
+    """Whether the labels are those of ``rule``, which may list several for an axis."""
+    return all(
+        labels.get(axis) in map(str, wanted if isinstance(wanted, list) else [wanted]) for axis, wanted in rule.items()
+    )
+
+
+def _reads(
+    file: Mapping[str, Any], labels: Mapping[str, str], by_labels: Mapping[frozenset[tuple[str, str]], str]
+) -> tuple[str, ...]:
+    found = []
+    for rule in file.get("artifacts", ()):
+        if not _matches(labels, rule["when"]):
+            continue
+        choices = {axis: wanted if isinstance(wanted, list) else [wanted] for axis, wanted in rule["from"].items()}
+        for values in itertools.product(*choices.values()):
+            wanted = {**labels, **dict(zip(choices, map(str, values), strict=True))}
+            name = by_labels.get(frozenset(wanted.items()))
+            require("artifacts", name is not None, "/".join(wanted.values()), "a cell of this table")
+            found.append(name)
+    return tuple(found)
+
+
+def last_of_each(overrides: Sequence[str]) -> list[str]:
+    """Of several values of one key the last, at the place of the first: Hydra takes an option only once."""
+    chosen: dict[str, str] = {}
+    for override in overrides:
+        chosen[override.split("=")[0].lstrip("+")] = override
+    return list(chosen.values())
+
+
+def smoked(overrides: Sequence[str]) -> list[str]:
+    """The same run in seconds: on digits, with the smoke settings of its objective; its accuracy means nothing."""
+    settings = dict(override.split("=", 1) for override in overrides)
+    objective = settings.get("objective", "gradient_matching")
+    debug = SMOKE.get(objective, SMOKE.get(objective.split("_")[0], "smoke"))
+    kept = []
+    for key, value in settings.items():
+        section, _, field = key.partition(".")
+        if section == "dataset" and field not in ("", "class_order", "class_range"):
+            continue  # of the data set that digits stand in for
+        if key.startswith(("objective.", "evaluation.", "network.", "pruning.score_", "pruning.search_")):
+            continue  # what the smoke settings are instead of
+        if key in ("experiment", "debug") or key.startswith("compute."):
+            continue
+        if key == "dataset":
+            value = "digits"
+        if key == "objective" and objective.startswith("mtt_"):
+            value = "trajectory_matching"
+        kept.append(f"{key}={value}")
+    if "dataset" not in settings:
+        kept.append("dataset=digits")
+    return [*kept, f"debug={debug}"]

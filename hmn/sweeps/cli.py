@@ -1,0 +1,172 @@
+"""``sweep.py``: plan, launch and watch the runs of a table file or of a grid of settings."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+
+from hmn.cli import explain
+from hmn.report import text_table
+from hmn.sweeps import state
+from hmn.sweeps.attempt import end_with_parent
+from hmn.sweeps.planning import Planned, by_run
+from hmn.sweeps.sweep import Sweep, accuracy, counts, launch, of_arguments
+
+COMMANDS = ("launch", "plan", "status", "results")
+ORDER = ("failed", "running", "interrupted", "damaged", "waiting", "done")
+
+
+def main() -> None:
+    end_with_parent()
+    try:
+        sys.exit(run(sys.argv[1:]))
+    except Exception as error:
+        line, code = explain(error)
+        if line is None:
+            raise
+        print(line, file=sys.stderr)
+        sys.exit(code)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The exit code: 1 if a run failed or, for ``results``, none is there."""
+    given = _parser().parse_intermixed_args(_with_command(arguments))
+    sweep = of_arguments(given.settings, shlex.join(["python", "sweep.py", *given.settings]))
+    if given.command == "plan":
+        print(plan_text(sweep, sweep.plan()))
+        return 0
+    if given.command == "status":
+        return _status(sweep, given.every)
+    if given.command == "results":
+        return _results(sweep, given.json)
+    found = launch(sweep)
+    print(summary(found))
+    if found["failed"]:
+        print(f"what failed: {sweep.command.replace('sweep.py', 'sweep.py status', 1)}", file=sys.stderr)
+    return int(found["done"] < found.total())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sweep.py", description=__doc__)
+    parser.add_argument("command", choices=COMMANDS, help="launch if left out")
+    parser.add_argument(
+        "settings", nargs="*", metavar="KEY=VALUE", help="experiment=TABLE, or settings of run.py with values a,b,c"
+    )
+    parser.add_argument("--every", type=float, metavar="SECONDS", help="status: show it again and again")
+    parser.add_argument("--json", action="store_true", help="results: all that is kept of every run")
+    return parser
+
+
+def _with_command(arguments: Sequence[str]) -> list[str]:
+    named = any(argument in COMMANDS for argument in arguments)
+    asks = any(argument in ("-h", "--help") for argument in arguments)
+    return [*arguments] if named or asks else ["launch", *arguments]
+
+
+def plan_text(sweep: Sweep, planned: Sequence[Planned]) -> str:
+    """Every cell with its run, and what all of them cost together."""
+    rows = []
+    for one in planned:
+        found = state.read(one.folder).status
+        used = f"{one.stored_floats:,} of {one.budget_floats:,}" if one.budget_floats else ""
+        numbers = [str(one.images_per_class or ""), used, str(one.steps or ""), f"{one.flops / 1e12:,.1f}"]
+        rows.append([one.cell.name, one.run_id or "after " + "; ".join(one.cell.reads), found, *numbers])
+    header = ["cell", "run", "status", "images/class", "floats", "steps", "TFLOP"]
+    return "\n".join([text_table(header, rows), "", summary(counts(planned)), _cost(sweep, planned)])
+
+
+def _cost(sweep: Sweep, planned: Sequence[Planned]) -> str:
+    """Expected hours of what is left, by the rate of what is done."""
+    runs = by_run(planned)
+    states = {run_id: state.read(one.folder) for run_id, one in runs.items()}
+    done = {run_id: found.result for run_id, found in states.items() if found.status == "done"}
+    left = sum(one.flops for run_id, one in runs.items() if run_id not in done)
+    seconds = sum(sum(result["wall_seconds"].values()) for result in done.values())
+    text = f"left to compute: {left / 1e15:,.3f} PFLOP"
+    if seconds and left:
+        rate = sum(runs[run_id].flops for run_id in done) / seconds
+        hours = left / rate / 3600
+        return (
+            f"{text}, {hours:.1f} hours of one slot at the {rate / 1e9:,.1f} GFLOP/s of the {len(done)} finished runs"
+        )
+    expected = f"; the table's file expects {sweep.table.expects}" if sweep.table else ""
+    return text + ("; hours are known once a run is finished" if left else "") + expected
+
+
+def _status(sweep: Sweep, every: float | None) -> int:
+    while True:
+        planned = sweep.plan()
+        text = status_text(planned)
+        if every is None:
+            print(text)
+            return 0
+        print(f"\x1b[H\x1b[J{text}", flush=True)  # home, and clear what is below
+        if not counts(planned).keys() - {"done", "failed"}:
+            return 0
+        time.sleep(every)
+
+
+def status_text(planned: Sequence[Planned]) -> str:
+    """The runs that are not done with what is known of them, then those that are, then the sums."""
+    rows = []
+    repeats = []
+    names: dict[str, list[str]] = {}
+    for one in planned:
+        if one.run_id is not None:
+            names.setdefault(one.run_id, []).append(one.cell.name)
+    for run_id, one in by_run(planned).items():
+        found = state.read(one.folder)
+        more = f" (+{len(names[run_id]) - 1})" if len(names[run_id]) > 1 else ""
+        rows.append([one.cell.name + more, found.status, _detail(found, one)])
+        if found.status == "failed":
+            repeats.append(f"{one.cell.name}: {found.command}")
+    rows += [[one.cell.name, "waiting", "for " + "; ".join(one.cell.reads)] for one in planned if one.run_id is None]
+    rows.sort(key=lambda row: ORDER.index(row[1]))
+    parts = [text_table(["cell", "status", ""], rows), "", summary(counts(planned))]
+    return "\n".join([*parts, *(["", "to repeat what failed by hand:", *repeats] if repeats else [])])
+
+
+def _detail(found: state.State, one: Planned) -> str:
+    if found.status == "done":
+        return accuracy(found.result)
+    if found.error:
+        return found.error
+    if found.stage is None:
+        return ""
+    of = f" of {one.steps}" if found.stage == "condense" and one.steps else ""
+    left = found.seconds_left(one.steps)
+    until = f", {_duration(left)} left" if left is not None and found.status == "running" else ""
+    return f"{found.stage} {found.step}{of}{until}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
+
+
+def summary(found: dict[str, int]) -> str:
+    order = [status for status in reversed(ORDER) if found.get(status)]
+    return f"{sum(found.values())} runs: " + ", ".join(f"{found[status]} {status}" for status in order)
+
+
+def _results(sweep: Sweep, as_json: bool) -> int:
+    planned = [one for one in sweep.plan() if one.run_id is not None]
+    found = [(one, result) for one in planned if (result := state.read(one.folder).result) is not None]
+    if as_json:
+        print(
+            json.dumps(
+                [{"cell": one.cell.name, "labels": one.cell.labels, **result} for one, result in found], indent=2
+            )
+        )
+    else:
+        rows = [
+            [one.cell.name, result["images_per_class"], f"{result['stored_floats']:,}", accuracy(result), one.run_id]
+            for one, result in found
+        ]
+        print(text_table(["cell", "images/class", "floats", "test accuracy", "run"], rows))
+    return int(not found)

@@ -1,0 +1,80 @@
+"""What has become of a run, by what lies in its folder: no clock and no process list is asked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hmn import results
+from hmn.checkpoint import held
+from hmn.errors import ArtifactError
+from hmn.sweeps.attempt import FAILURE
+from hmn.tracking import METRICS_FILE
+
+TAIL_BYTES = 1 << 16
+STAGES = ("fit", "condense", "curve", "prune", "evaluate")
+
+
+@dataclass(frozen=True)
+class State:
+    status: str  # done, running, failed, interrupted, damaged (a result that cannot be read), waiting
+    result: dict[str, Any] | None = None
+    error: str | None = None  # one line
+    command: str | None = None  # what repeats a failed run
+    stage: str | None = None  # of a running one
+    step: int | None = None
+    steps_per_second: float | None = None
+
+    def seconds_left(self, of_steps: int | None) -> float | None:
+        """Of condensing, at the rate of its last steps."""
+        if self.stage != "condense" or not of_steps or not self.steps_per_second:
+            return None
+        return (of_steps - self.step) / self.steps_per_second
+
+
+def read(folder: Path | None) -> State:
+    """The state of the run of ``folder``; one whose folder is not known yet waits."""
+    if folder is None or not folder.exists():
+        return State("waiting")
+    try:
+        result = results.read(folder)
+    except ArtifactError as error:
+        return State("damaged", error=str(error))
+    if result is not None:
+        return State("done", result)
+    if held(folder):
+        return State("running", **_progress(folder / METRICS_FILE))
+    if (failure := _failure(folder / FAILURE)) is not None:
+        return State("failed", error=failure["error"], command=failure["command"])
+    if any((folder / "checkpoints").glob("*.pt")):
+        return State("interrupted", **_progress(folder / METRICS_FILE))
+    return State("waiting")
+
+
+def _failure(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # cut short by a full disk: the run is tried again anyway
+        return None
+
+
+def _progress(metrics: Path) -> dict[str, Any]:
+    """Stage, step and rate by the last records, from the end of the file alone."""
+    if not metrics.exists():
+        return {}
+    with metrics.open("rb") as file:
+        file.seek(max(0, metrics.stat().st_size - TAIL_BYTES))
+        lines = file.read().decode(errors="replace").split("\n")[:-1]  # the last may be half written
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+        except ValueError:  # the first may have been cut
+            return {}
+        for stage in STAGES:
+            for counter in ("step", "network", "candidate"):
+                if (step := record.get(f"{stage}/{counter}")) is not None:
+                    rate = record.get("condense/steps_per_second") if stage == "condense" else None
+                    return {"stage": stage, "step": step, "steps_per_second": rate}
+    return {}

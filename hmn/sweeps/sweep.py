@@ -1,0 +1,255 @@
+"""A sweep: a set of run ids, what is left to do of it, and the loop that does it.
+
+The run folders alone say what is done. A sweep's own folder holds what was asked for and a lock; it could be lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tqdm import tqdm
+
+from hmn import results
+from hmn.checkpoint import STOP_SIGNALS, exclusive, write_text
+from hmn.config import Config, LauncherConfig, SweepConfig, digest
+from hmn.config.sweeps import LocalConfig
+from hmn.errors import Busy, ConfigError, Interrupted
+from hmn.sweeps import launchers, state
+from hmn.sweeps.attempt import Outcome, Task
+from hmn.sweeps.cells import Cell, Table, grid, load_table, table_file
+from hmn.sweeps.planning import Planned, by_run, compose, plan_cells
+
+FILE = "sweep.json"
+PLANS = "plan.json"
+OWN_KEYS = ("launcher", "sweep")  # settings of the sweep, not of its runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    name: str  # readable, with a hash of what was asked for
+    arguments: tuple[str, ...]  # as typed, those of the sweep itself left out
+    cells: tuple[Cell, ...]
+    settings: SweepConfig
+    launcher: LauncherConfig
+    runs_dir: Path
+    group: str | None  # of W&B, where another than the sweep's name is wanted
+    table: Table | None = None
+    command: str = field(default="", compare=False)  # that goes on with it
+
+    @property
+    def folder(self) -> Path:
+        return self.runs_dir / "sweeps" / self.name
+
+    def plan(self) -> list[Planned]:
+        return plan_cells(self.cells, self.folder / PLANS)
+
+
+def of_arguments(arguments: Sequence[str], command: str) -> Sweep:
+    """The sweep of ``experiment=TABLE KEY=VALUE ...`` or of ``KEY=V1,V2 ...``, without planning it.
+
+    Raises ``ConfigError`` for settings of the sweep itself that cannot be used.
+    """
+    own = [argument for argument in arguments if argument.split("=")[0].split(".")[0].lstrip("+") in OWN_KEYS]
+    asked = [argument for argument in arguments if argument not in own]
+    named = next((a.partition("=")[2] for a in asked if a.startswith("experiment=")), None)
+    if named and table_file(named).exists():
+        added = [argument for argument in asked if not argument.startswith("experiment=")]
+        table = load_table(table_file(named), added)
+        return _sweep(named, asked, table.cells, own, command, table)
+    return of_cells("sweep", asked, grid(asked), own, command)
+
+
+def of_cells(head: str, asked: Sequence[str], cells: Sequence[Cell], own: Sequence[str], command: str) -> Sweep:
+    return _sweep(head, asked, tuple(cells), own, command, None)
+
+
+def _sweep(
+    head: str, asked: Sequence[str], cells: tuple[Cell, ...], own: Sequence[str], command: str, table: Table | None
+) -> Sweep:
+    config = _common(own, asked)
+    launcher = config.launcher
+    if isinstance(launcher, LocalConfig) and config.compute.device == "cpu":
+        launcher = dataclasses.replace(launcher, gpus=0)
+    return Sweep(
+        name=f"{head}-{digest({'asked': sorted(asked)})}",
+        arguments=tuple(asked),
+        cells=cells,
+        settings=config.sweep,
+        launcher=launcher,
+        runs_dir=Path(config.paths.runs_dir),
+        group=config.tracking.group,
+        table=table,
+        command=command,
+    )
+
+
+def _common(own: Sequence[str], asked: Sequence[str]) -> Config:
+    """The settings that hold for the sweep as a whole."""
+    shared = [a for a in asked if a.split("=")[0].split(".")[0].lstrip("+") in ("paths", "compute", "tracking")]
+    swept = {cell.overrides for cell in grid(shared)}
+    return compose([*own, *(min(swept) if len(swept) == 1 else [])])
+
+
+def launch(sweep: Sweep) -> Counter[str]:
+    """Do what is left to do; returns how many runs are done, failed and left.
+
+    Raises ``ConfigError`` before anything runs if a cell cannot be composed, or if finished runs are of other sources;
+    ``Busy`` if another process has this sweep; ``Interrupted`` on Ctrl-C, once what ran has saved its state.
+    """
+    try:
+        with exclusive(sweep.folder, what="this sweep"), _stoppable():
+            return _launch(sweep)
+    except Busy as error:
+        raise Busy(f"{error}; `{sweep.command.replace('sweep.py', 'sweep.py status', 1)}` shows it") from None
+    except Interrupted as error:
+        raise Interrupted(f"{error}; the same command goes on: {sweep.command}", error.exit_code - 128) from None
+
+
+def _launch(sweep: Sweep) -> Counter[str]:
+    planned = sweep.plan()
+    _refuse_mixtures(sweep, planned)
+    tried: set[str] = set()
+    with tqdm(desc=sweep.name, unit="run", disable=None) as bar:
+        while True:
+            write_text(sweep.folder / FILE, json.dumps(description(sweep, planned), indent=2) + "\n")
+            runs = by_run(planned)
+            states = {run_id: state.read(one.folder) for run_id, one in runs.items()}
+            done = {run_id for run_id, one in states.items() if one.status == "done"}
+            bar.total = len(runs) + sum(one.run_id is None for one in planned)
+            bar.n = bar.initial = len(done) if not tried else bar.initial
+            bar.n = len(done)
+            bar.refresh()
+            left = [one for run_id, one in runs.items() if run_id not in done | tried]
+            if not left:
+                break
+            tried |= {one.run_id for one in left}
+            for one in left:
+                _set_damaged_aside(states[one.run_id], one.folder)
+            if not _run(sweep, left, bar):
+                break
+            planned = sweep.plan()  # kept sets that cells wait for may be there now
+    return counts(planned)
+
+
+def _run(sweep: Sweep, left: Sequence[Planned], bar: tqdm) -> bool:
+    """Make the runs ``left``; false if the sweep ends with a failure of one."""
+    names = {one.run_id: one.cell.name for one in left}
+    folders = {one.run_id: one.folder for one in left}
+    with contextlib.closing(launchers.launch([_task(sweep, one) for one in left], sweep.launcher)) as outcomes:
+        for outcome in outcomes:
+            outcome = _checked(outcome, folders[outcome.run_id])
+            bar.update(outcome.status == "done")
+            bar.write(_line(names[outcome.run_id], outcome, folders[outcome.run_id]))
+            if outcome.status == "failed" and sweep.settings.on_failure == "stop":
+                return False
+    return True
+
+
+def _task(sweep: Sweep, one: Planned) -> Task:
+    grouped = [f"tracking.group={sweep.name}"] if sweep.group is None else []
+    return Task(
+        run_id=one.run_id,
+        folder=str(one.folder),
+        arguments=(*one.overrides, *grouped),
+        directory=os.getcwd(),
+        max_retries=sweep.settings.max_retries,
+    )
+
+
+def _checked(outcome: Outcome, folder: Path) -> Outcome:
+    if outcome.status == "done" and state.read(folder).status != "done":
+        error = f"it ended well but left no result in {folder}: was the program edited meanwhile?"
+        return dataclasses.replace(outcome, status="failed", error=error)
+    return outcome
+
+
+def _line(name: str, outcome: Outcome, folder: Path) -> str:
+    if outcome.status == "failed":
+        return f"failed   {name}: {outcome.error}"
+    return f"{outcome.status:8} {name}" + (f": {accuracy(results.read(folder))}" if outcome.status == "done" else "")
+
+
+def accuracy(result: dict[str, Any]) -> str:
+    """Of the test split in percent, ± over networks."""
+    measured = result["accuracy"]
+    spread = "" if measured["std"] is None else f" ± {100 * measured['std']:.2f}"
+    return f"{100 * measured['mean']:.2f}{spread} %"
+
+
+def _set_damaged_aside(found: state.State, folder: Path) -> None:
+    if found.status == "damaged":
+        (folder / results.FILE).rename(folder / f"{results.FILE}.damaged")
+
+
+def _refuse_mixtures(sweep: Sweep, planned: Sequence[Planned]) -> None:
+    """Results of other sources than today's: refused, kept or set aside, by ``sweep.other_code``."""
+    others = {}
+    for run_id, one in by_run(planned).items():
+        found = state.read(one.folder)
+        if found.result is not None and (code := found.result.get("code", "unknown")) != results.code_version():
+            others[run_id] = (code, one.folder)
+    if not others or sweep.settings.other_code == "keep":
+        return
+    if sweep.settings.other_code == "repeat":
+        for code, folder in others.values():
+            (folder / results.FILE).rename(folder / f"result-{code}.json")
+        return
+    codes = ", ".join(sorted({code for code, _ in others.values()}))
+    raise ConfigError(
+        f"{len(others)} finished runs are of other sources ({codes}, now {results.code_version()}): "
+        "sweep.other_code=keep leaves them beside the new ones, sweep.other_code=repeat measures them anew"
+    )
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Within the block a signal to stop is raised as ``Interrupted``, which closes the launcher."""
+
+    def interrupt(signum: int, _frame: FrameType | None) -> None:
+        raise Interrupted(f"stopped by {signal.Signals(signum).name}", signum)
+
+    previous = {signum: signal.signal(signum, interrupt) for signum in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+def counts(planned: Sequence[Planned]) -> Counter[str]:
+    """Runs by their status; those that read kept sets which are not there yet count as waiting."""
+    found = Counter(state.read(one.folder).status for one in by_run(planned).values())
+    found["waiting"] += sum(one.run_id is None for one in planned)
+    return +found
+
+
+def description(sweep: Sweep, planned: Sequence[Planned]) -> dict[str, Any]:
+    """What the sweep's folder says of it, as plain values; folders relative to where it was started."""
+    return {
+        "schema_version": 1,
+        "name": sweep.name,
+        "title": sweep.table.title if sweep.table else sweep.name,
+        "arguments": list(sweep.arguments),
+        "command": sweep.command,
+        "code": results.code_version(),
+        "cells": [
+            {
+                "name": one.cell.name,
+                "labels": one.cell.labels,
+                "overrides": list(one.overrides),
+                "run_id": one.run_id,
+                "folder": None if one.folder is None else str(one.folder),
+            }
+            for one in planned
+        ],
+    }
