@@ -7,13 +7,13 @@ import errno
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -23,6 +23,7 @@ from hmn.plan import make_plan
 from hmn.sweeps.attempt import end_with_parent
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+MULTIRUN = ("-m", "--multirun")
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -37,17 +38,11 @@ def _task(raw: DictConfig) -> float | None:
 
 
 def _run(raw: DictConfig) -> float | None:
-    state = HydraConfig.get()
-    if state.mode == RunMode.MULTIRUN and distributed.launched():
-        raise ConfigError("--multirun: must be left out under torchrun, which starts the processes of one run")
-    plan = make_plan(config.from_hydra(raw), typed=tuple(state.overrides.task))
+    plan = make_plan(config.from_hydra(raw), typed=tuple(HydraConfig.get().overrides.task))
     if raw.mode == "plan":
         print(plan.text(raw.plan.format))
         return None
-    group = None
-    if state.mode == RunMode.MULTIRUN:
-        group = f"sweep-{config.digest({'arguments': sorted(sys.argv[1:])})}"
-    result = experiment.run(plan, command=experiment.typed_command(), group=group)
+    result = experiment.run(plan, command=experiment.typed_command())
     return result["accuracy"]["mean"]
 
 
@@ -64,11 +59,15 @@ def _register_resolvers() -> None:
 
 
 def main() -> None:
+    from hmn.sweeps.cli import as_multirun  # which needs this module's CONF and explain
+
     end_with_parent()
     config.register()
     _register_resolvers()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on, instead of printing them and exiting with 1
     try:
+        if is_sweep(sys.argv[1:]):
+            sys.exit(as_multirun([argument for argument in sys.argv[1:] if argument not in MULTIRUN]))
         _task()
     except Exception as error:
         line, code = explain(error)
@@ -76,6 +75,12 @@ def main() -> None:
             raise
         distributed.exit_with(line, code)
     distributed.leave()
+
+
+def is_sweep(arguments: Sequence[str]) -> bool:
+    """Whether it is our own launcher's: a multirun for which nothing is asked of Hydra, another sweeper say."""
+    flags = {argument for argument in arguments if argument.startswith("-")}
+    return bool(flags) and flags <= set(MULTIRUN) and not any(a.startswith("hydra") for a in arguments)
 
 
 def explain(error: BaseException) -> tuple[str | None, int]:

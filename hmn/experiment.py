@@ -23,7 +23,7 @@ from hmn.session import Session
 REFERENCES = {"random_subset": "random real subset", "full_data": "full training set"}
 
 
-def run(plan: Plan, *, command: str, group: str | None) -> dict[str, Any]:
+def run(plan: Plan, *, command: str) -> dict[str, Any]:
     """The run's result; a finished run's is read back, an interrupted one goes on from its last checkpoint.
 
     ``command`` are the arguments a person typed, for the hint on how to measure a missing reference.
@@ -35,7 +35,7 @@ def run(plan: Plan, *, command: str, group: str | None) -> dict[str, Any]:
     with alone, Stop().listening() as stop:
         result = distributed.from_first(lambda: results.read(folder))
         if result is None:
-            result = _work(plan, folder, stop, group)
+            result = _work(plan, folder, stop)
         else:
             print(f"{plan.run_id} is finished: this is its kept result (move {folder} away to measure it anew)")
         if distributed.first():
@@ -45,7 +45,7 @@ def run(plan: Plan, *, command: str, group: str | None) -> dict[str, Any]:
     return result
 
 
-def _work(plan: Plan, folder: Path, stop: Stop, group: str | None) -> dict[str, Any]:
+def _work(plan: Plan, folder: Path, stop: Stop) -> dict[str, Any]:
     config = plan.config
     chosen = compute.choose(config.compute, plan.expected_flops, plan.data.classes)
     set_deterministic(config.compute.deterministic)
@@ -59,7 +59,7 @@ def _work(plan: Plan, folder: Path, stop: Stop, group: str | None) -> dict[str, 
     plain = dataclasses.asdict(dataclasses.replace(config, launcher=None, sweep=None))  # which are not of the run
     provenance = results.provenance()  # of the code that runs, not of what it is edited to meanwhile
     with tracking.start(
-        config.tracking, run_id=plan.run_id, run_dir=folder, run_config=plain, group=group, job_type=config.mode
+        config.tracking, run_id=plan.run_id, run_dir=folder, run_config=plain, job_type=config.mode
     ) as tracker:
         # The split is the data set's own: every run of a sweep, whatever its seed, holds out the same images.
         data = distributed.first_then_others(

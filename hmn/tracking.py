@@ -43,15 +43,13 @@ def start(
     run_id: str,
     run_dir: Path,
     run_config: Mapping[str, Any],
-    group: str | None,
     job_type: str,
 ) -> Tracker:
     """Begin, or continue, the record of the run in ``run_dir``; use it in a ``with`` statement.
 
-    ``run_id`` is the W&B id too, and ``run_config`` (plain nested values) the W&B config. ``group`` holds unless
-    ``config.group`` is set. Of several processes only the first records anything. An online run that cannot reach W&B
-    goes on offline and says so in one line. Raises :class:`HmnError` if W&B cannot even start offline,
-    :class:`ArtifactError` if ``metrics.jsonl`` is damaged.
+    ``run_id`` is the W&B id too, and ``run_config`` (plain nested values) the W&B config. Of several processes only the
+    first records anything. An online run that cannot reach W&B goes on offline and says so in one line. Raises
+    :class:`HmnError` if W&B cannot even start offline, :class:`ArtifactError` if ``metrics.jsonl`` is damaged.
     """
     if not distributed.first():
         return Tracker(None)
@@ -67,7 +65,7 @@ def start(
             resume="allow",
             project=config.project,
             entity=config.entity,
-            group=config.group or group,
+            group=config.group,
             job_type=job_type,
             config=dict(run_config),
             reinit="create_new",  # never the handle of another run that this process left open

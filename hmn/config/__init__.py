@@ -177,7 +177,7 @@ class TrackingConfig:
     mode: str = "auto"  # auto: online when logged in, else offline
     project: str = "hmn"
     entity: str | None = None
-    group: str | None = None  # null: one per multirun
+    group: str | None = None  # null: one per sweep
     log_every_steps: int = 10
     images_every_steps: int = 1000
 

@@ -61,18 +61,17 @@ class Table:
 
 def grid(overrides: Sequence[str]) -> tuple[Cell, ...]:
     """All combinations of the values that overrides separate by commas, as Hydra expands them."""
-    axes: dict[str, list[str]] = {}
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        key = override.get_key_element()
-        values = list(override.sweep_string_iterator()) if override.is_sweep_override() else None
-        axes[key] = values if values is not None else [override.get_value_element_as_str()]
-    swept = [key for key, values in axes.items() if len(values) > 1]
+    axes = [
+        [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
+        if one.is_sweep_override()
+        else [one.input_line]
+        for one in OverridesParser.create().parse_overrides(list(overrides))
+    ]
     cells = []
-    for values in itertools.product(*axes.values()):
-        chosen = dict(zip(axes, values, strict=True))
-        labels = {key.lstrip("+"): chosen[key] for key in swept}
-        name = ", ".join(f"{key}={value}" for key, value in labels.items()) or "run"
-        cells.append(Cell(name, labels, tuple(f"{key}={value}" for key, value in chosen.items())))
+    for own in itertools.product(*axes):
+        swept = [value for values, value in zip(axes, own, strict=True) if len(values) > 1]
+        labels = dict(value.lstrip("+").split("=", 1) for value in swept)
+        cells.append(Cell(", ".join(f"{key}={value}" for key, value in labels.items()) or "run", labels, own))
     return tuple(cells)
 
 

@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Sequence
 
+from hmn import distributed
 from hmn.cli import explain
+from hmn.errors import ConfigError
 from hmn.report import text_table
 from hmn.sweeps import state
 from hmn.sweeps.attempt import end_with_parent
 from hmn.sweeps.planning import Planned, by_run
-from hmn.sweeps.sweep import Sweep, accuracy, counts, launch, of_arguments
+from hmn.sweeps.sweep import Sweep, accuracy, counts, launch, of_arguments, status_command
 
 COMMANDS = ("launch", "plan", "status", "results")
 ORDER = ("failed", "running", "interrupted", "damaged", "waiting", "done")
@@ -43,10 +45,25 @@ def run(arguments: Sequence[str]) -> int:
         return _status(sweep, given.every)
     if given.command == "results":
         return _results(sweep, given.json)
+    return _launch(sweep)
+
+
+def as_multirun(settings: Sequence[str]) -> int:
+    """``run.py --multirun SETTINGS``: the same sweep as sweep.py's."""
+    if distributed.launched():
+        raise ConfigError("--multirun: must be left out under torchrun, which starts the processes of one run")
+    sweep = of_arguments(settings, shlex.join(["python", "run.py", "-m", *settings]))
+    if "mode=plan" in settings:
+        print(plan_text(sweep, sweep.plan()))
+        return 0
+    return _launch(sweep)
+
+
+def _launch(sweep: Sweep) -> int:
     found = launch(sweep)
     print(summary(found))
     if found["failed"]:
-        print(f"what failed: {sweep.command.replace('sweep.py', 'sweep.py status', 1)}", file=sys.stderr)
+        print(f"what failed: {status_command(sweep)}", file=sys.stderr)
     return int(found["done"] < found.total())
 
 

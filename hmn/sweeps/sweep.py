@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shlex
 import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -31,13 +32,13 @@ from hmn.sweeps.planning import Planned, by_run, compose, plan_cells
 
 FILE = "sweep.json"
 PLANS = "plan.json"
-OWN_KEYS = ("launcher", "sweep")  # settings of the sweep, not of its runs
+OWN = ("launcher", "sweep")  # sections of the sweep, not of its runs
+SHARED = ("paths", "compute", "tracking")  # of the runs, that the sweep reads too
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
     name: str  # readable, with a hash of what was asked for
-    arguments: tuple[str, ...]  # as typed, those of the sweep itself left out
     cells: tuple[Cell, ...]
     settings: SweepConfig
     launcher: LauncherConfig
@@ -59,22 +60,27 @@ def of_arguments(arguments: Sequence[str], command: str) -> Sweep:
 
     Raises ``ConfigError`` for settings of the sweep itself that cannot be used.
     """
-    own = [argument for argument in arguments if argument.split("=")[0].split(".")[0].lstrip("+") in OWN_KEYS]
+    own = [argument for argument in arguments if _section(argument) in OWN]
     asked = [argument for argument in arguments if argument not in own]
     named = next((a.partition("=")[2] for a in asked if a.startswith("experiment=")), None)
-    if named and table_file(named).exists():
-        added = [argument for argument in asked if not argument.startswith("experiment=")]
-        table = load_table(table_file(named), added)
-        return _sweep(named, asked, table.cells, own, command, table)
-    return of_cells("sweep", asked, grid(asked), own, command)
+    if named is None or not table_file(named).exists():
+        return _sweep("sweep", grid(asked), own, asked, command)
+    added = [argument for argument in asked if not argument.startswith("experiment=")]
+    table = load_table(table_file(named), added)
+    return _sweep(named, table.cells, own, added, command, table)
 
 
-def of_cells(head: str, asked: Sequence[str], cells: Sequence[Cell], own: Sequence[str], command: str) -> Sweep:
-    return _sweep(head, asked, tuple(cells), own, command, None)
+def _section(argument: str) -> str:
+    return argument.lstrip("+~").split("=")[0].split(".")[0]
 
 
 def _sweep(
-    head: str, asked: Sequence[str], cells: tuple[Cell, ...], own: Sequence[str], command: str, table: Table | None
+    head: str,
+    cells: tuple[Cell, ...],
+    own: Sequence[str],
+    asked: Sequence[str],
+    command: str,
+    table: Table | None = None,
 ) -> Sweep:
     config = _common(own, asked)
     launcher = config.launcher
@@ -82,7 +88,6 @@ def _sweep(
         launcher = dataclasses.replace(launcher, gpus=0)
     return Sweep(
         name=f"{head}-{digest({'asked': sorted(asked)})}",
-        arguments=tuple(asked),
         cells=cells,
         settings=config.sweep,
         launcher=launcher,
@@ -94,10 +99,9 @@ def _sweep(
 
 
 def _common(own: Sequence[str], asked: Sequence[str]) -> Config:
-    """The settings that hold for the sweep as a whole."""
-    shared = [a for a in asked if a.split("=")[0].split(".")[0].lstrip("+") in ("paths", "compute", "tracking")]
-    swept = {cell.overrides for cell in grid(shared)}
-    return compose([*own, *(min(swept) if len(swept) == 1 else [])])
+    """The settings that hold for the sweep as a whole: where it keeps its runs, on what it computes, what it logs."""
+    cells = grid([argument for argument in asked if _section(argument) in SHARED])
+    return compose([*own, *(cells[0].overrides if len(cells) == 1 else [])])
 
 
 def launch(sweep: Sweep) -> Counter[str]:
@@ -110,42 +114,44 @@ def launch(sweep: Sweep) -> Counter[str]:
         with exclusive(sweep.folder, what="this sweep"), _stoppable():
             return _launch(sweep)
     except Busy as error:
-        raise Busy(f"{error}; `{sweep.command.replace('sweep.py', 'sweep.py status', 1)}` shows it") from None
+        raise Busy(f"{error}; what it does: {status_command(sweep)}") from None
     except Interrupted as error:
         raise Interrupted(f"{error}; the same command goes on: {sweep.command}", error.exit_code - 128) from None
+
+
+def status_command(sweep: Sweep) -> str:
+    settings = shlex.split(sweep.command)[2:]
+    return shlex.join(["python", "sweep.py", "status", *(one for one in settings if one != "-m")])
 
 
 def _launch(sweep: Sweep) -> Counter[str]:
     planned = sweep.plan()
     _refuse_mixtures(sweep, planned)
     tried: set[str] = set()
-    with tqdm(desc=sweep.name, unit="run", disable=None) as bar:
-        while True:
-            write_text(sweep.folder / FILE, json.dumps(description(sweep, planned), indent=2) + "\n")
-            runs = by_run(planned)
-            states = {run_id: state.read(one.folder) for run_id, one in runs.items()}
-            done = {run_id for run_id, one in states.items() if one.status == "done"}
-            bar.total = len(runs) + sum(one.run_id is None for one in planned)
-            bar.n = bar.initial = len(done) if not tried else bar.initial
-            bar.n = len(done)
-            bar.refresh()
-            left = [one for run_id, one in runs.items() if run_id not in done | tried]
-            if not left:
-                break
-            tried |= {one.run_id for one in left}
-            for one in left:
-                _set_damaged_aside(states[one.run_id], one.folder)
-            if not _run(sweep, left, bar):
-                break
-            planned = sweep.plan()  # kept sets that cells wait for may be there now
-    return counts(planned)
+    while True:
+        write_text(sweep.folder / FILE, json.dumps(description(sweep, planned), indent=2) + "\n")
+        left = [one for run_id, one in by_run(planned).items() if run_id not in tried and not _done(one)]
+        if not left or not _run(sweep, left, counts(planned)):
+            return counts(planned)
+        tried |= {one.run_id for one in left}
+        planned = sweep.plan()  # kept sets that cells wait for may be there now
 
 
-def _run(sweep: Sweep, left: Sequence[Planned], bar: tqdm) -> bool:
+def _done(one: Planned) -> bool:
+    """A result that was cut short is set aside, as if it had not been there."""
+    found = state.read(one.folder)
+    if found.status == "damaged":
+        (one.folder / results.FILE).rename(one.folder / f"{results.FILE}.damaged")
+    return found.status == "done"
+
+
+def _run(sweep: Sweep, left: Sequence[Planned], so_far: Counter[str]) -> bool:
     """Make the runs ``left``; false if the sweep ends with a failure of one."""
     names = {one.run_id: one.cell.name for one in left}
     folders = {one.run_id: one.folder for one in left}
-    with contextlib.closing(launchers.launch([_task(sweep, one) for one in left], sweep.launcher)) as outcomes:
+    launched = contextlib.closing(launchers.launch([_task(sweep, one) for one in left], sweep.launcher))
+    progress = tqdm(desc=sweep.name, unit="run", total=so_far.total(), initial=so_far["done"], disable=None)
+    with launched as outcomes, progress as bar:
         for outcome in outcomes:
             outcome = _checked(outcome, folders[outcome.run_id])
             bar.update(outcome.status == "done")
@@ -184,11 +190,6 @@ def accuracy(result: dict[str, Any]) -> str:
     measured = result["accuracy"]
     spread = "" if measured["std"] is None else f" ± {100 * measured['std']:.2f}"
     return f"{100 * measured['mean']:.2f}{spread} %"
-
-
-def _set_damaged_aside(found: state.State, folder: Path) -> None:
-    if found.status == "damaged":
-        (folder / results.FILE).rename(folder / f"{results.FILE}.damaged")
 
 
 def _refuse_mixtures(sweep: Sweep, planned: Sequence[Planned]) -> None:
@@ -239,7 +240,6 @@ def description(sweep: Sweep, planned: Sequence[Planned]) -> dict[str, Any]:
         "schema_version": 1,
         "name": sweep.name,
         "title": sweep.table.title if sweep.table else sweep.name,
-        "arguments": list(sweep.arguments),
         "command": sweep.command,
         "code": results.code_version(),
         "cells": [
