@@ -18,6 +18,7 @@ from hmn.results import ROOT
 
 TABLES = ROOT / "experiments" / "tables"
 KINDS = ("table", "figure")
+ONLY = "only."
 
 # How an objective is made a matter of seconds, by the head of its option's name; all others by debug=smoke.
 SMOKE = {
@@ -80,15 +81,17 @@ def table_file(name: str) -> Path:
 
 
 def load_table(path: Path, overrides: Sequence[str] = ()) -> Table:
-    """The table of a file, ``overrides`` added to every cell; with ``debug=smoke`` among them, its smoke variant.
+    """The table of a file, ``overrides`` added to every cell.
 
-    Raises ``ConfigError`` naming the file and what in it cannot be used.
+    Among them, ``debug=smoke`` asks for the smoke variant and ``only.AXIS=LABEL,LABEL`` for a part of the cells. Raises ``ConfigError`` naming the file and what in it cannot be used.
     """
     smoke = [override for override in overrides if override.lstrip("+") == "debug=smoke"]
-    overrides = [override for override in overrides if override not in smoke]
+    only = dict(one.removeprefix(ONLY).split("=", 1) for one in overrides if one.startswith(ONLY) and "=" in one)
+    overrides = [one for one in overrides if one not in smoke and not one.startswith(ONLY)]
+    chosen = {axis: labels.split(",") for axis, labels in only.items()}
     try:
         file = OmegaConf.to_container(OmegaConf.load(path))
-        cells = tuple(_cells(file, overrides, bool(smoke)))
+        cells = tuple(_cells(file, overrides, chosen, bool(smoke)))
         table = Table(
             name=path.stem,
             title=file["title"],
@@ -118,32 +121,54 @@ def _axes(file: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
     }
 
 
-def _cells(file: Mapping[str, Any], overrides: Sequence[str], smoke: bool) -> Iterator[Cell]:
+def _cells(
+    file: Mapping[str, Any], overrides: Sequence[str], only: Mapping[str, list[str]], smoke: bool
+) -> Iterator[Cell]:
     axes = _axes(file)
-    first = {axis: next(iter(axes[axis])) for axis in file.get("over", ()) if smoke and axis in axes}
     known = axes.keys() | {axis for one in file.get("cells", ()) for axis in one["labels"]}
-    for rule in [*file.get("skip", ()), *(one["when"] for key in ("adjust", "smoke") for one in file.get(key, ()))]:
+    rules = [*file.get("skip", ()), *(one["when"] for key in ("adjust", "smoke") for one in file.get(key, ()))]
+    for rule in rules:
         require("skip, adjust, smoke", rule.keys() <= known, ", ".join(rule.keys() - known), f"of {', '.join(known)}")
-    made = []
-    for values in itertools.product(*axes.values()):
-        labels = dict(zip(axes, values, strict=True))
-        if not any(_matches(labels, rule) for rule in file.get("skip", ())):
-            made.append((labels, [item for axis, label in labels.items() for item in axes[axis][label]]))
-    for one in file.get("cells", ()):
-        made.append(({axis: str(label) for axis, label in one["labels"].items()}, list(one["set"])))
-    # In the smoke variant one label stands for all repeats.
-    made = [(labels, own) for labels, own in made if all(labels.get(axis, one) == one for axis, one in first.items())]
-    names = ["/".join(labels.values()) for labels, _ in made]
+    made = list(_made(file, axes))
+    for axis, labels in only.items():
+        found = {own[axis] for own, _ in made if axis in own}
+        require(f"{ONLY}{axis}", found >= set(labels), ",".join(labels), f"of {', '.join(sorted(found))}")
+    dropped = list(file.get("skip", ()))
+    if smoke:
+        dropped += [rule["when"] for rule in file.get("smoke", ()) if rule.get("skip")]
+        first = {axis: next(iter(axes[axis])) for axis in file.get("over", ()) if axis in axes}
+        made = [
+            (own, settings) for own, settings in made if all(own.get(axis, one) == one for axis, one in first.items())
+        ]
+    made = [(own, settings) for own, settings in made if not any(_matches(own, rule) for rule in dropped)]
+    names = ["/".join(own.values()) for own, _ in made]
     require("cells", len(set(names)) == len(names), next((n for n in names if names.count(n) > 1), ""), "there once")
-    by_labels = {frozenset(labels.items()): name for (labels, _), name in zip(made, names, strict=True)}
+    by_labels = {frozenset(own.items()): name for (own, _), name in zip(made, names, strict=True)}
+    cells = []
     for (labels, own), name in zip(made, names, strict=True):
-        adjusted = [item for rule in file.get("adjust", ()) if _matches(labels, rule["when"]) for item in rule["set"]]
+        adjusted = _set(file.get("adjust", ()), labels)
         settings = last_of_each([*file.get("base", ()), *own, *adjusted, *overrides])
-        reads = _reads(file, labels, by_labels)
         if smoke:
-            own = [item for rule in file.get("smoke", ()) if _matches(labels, rule["when"]) for item in rule["set"]]
-            settings = last_of_each([*smoked(settings), *own])
-        yield Cell(name, labels, tuple(settings), reads)
+            settings = last_of_each([*smoked(settings), *_set(file.get("smoke", ()), labels)])
+        cells.append(Cell(name, labels, tuple(settings), _reads(file, labels, by_labels)))
+    wanted = {cell.name for cell in cells if _matches(cell.labels, only)}
+    wanted |= {name for cell in cells if cell.name in wanted for name in cell.reads}
+    return (cell for cell in cells if cell.name in wanted)
+
+
+def _made(
+    file: Mapping[str, Any], axes: Mapping[str, Mapping[str, list[str]]]
+) -> Iterator[tuple[dict[str, str], list[str]]]:
+    """Labels and own overrides, of the grid and beside it."""
+    for values in itertools.product(*axes.values()) if axes else ():
+        labels = dict(zip(axes, values, strict=True))
+        yield labels, [item for axis, label in labels.items() for item in axes[axis][label]]
+    for one in file.get("cells", ()):
+        yield {axis: str(label) for axis, label in one["labels"].items()}, list(one["set"])
+
+
+def _set(rules: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> list[str]:
+    return [item for rule in rules if _matches(labels, rule["when"]) for item in rule.get("set", ())]
 
 
 def _matches(labels: Mapping[str, str], rule: Mapping[str, Any]) -> bool:

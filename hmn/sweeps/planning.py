@@ -73,7 +73,7 @@ def plan_cells(cells: Sequence[Cell], cache: Path | None = None) -> list[Planned
                 raise
             complaints.setdefault(line, []).append(cell.name)
     if complaints:
-        raise ConfigError("\n".join(["these cells cannot run:", *map(_complaint, complaints, complaints.values())]))
+        raise ConfigError("\n".join(map(_complaint, complaints, complaints.values())))
     if cache is not None and fresh.keys() - known.keys():
         write_text(cache, json.dumps({"version": version, "cells": known | fresh}) + "\n")
     return [planned[cell.name] for cell in cells]

@@ -110,9 +110,10 @@ def launch(sweep: Sweep) -> Counter[str]:
     Raises ``ConfigError`` before anything runs if a cell cannot be composed, or if finished runs are of other sources;
     ``Busy`` if another process has this sweep; ``Interrupted`` on Ctrl-C, once what ran has saved its state.
     """
+    planned = sweep.plan()
     try:
         with exclusive(sweep.folder, what="this sweep"), _stoppable():
-            return _launch(sweep)
+            return _launch(sweep, planned)
     except Busy as error:
         raise Busy(f"{error}; what it does: {status_command(sweep)}") from None
     except Interrupted as error:
@@ -124,8 +125,7 @@ def status_command(sweep: Sweep) -> str:
     return shlex.join(["python", "sweep.py", "status", *(one for one in settings if one != "-m")])
 
 
-def _launch(sweep: Sweep) -> Counter[str]:
-    planned = sweep.plan()
+def _launch(sweep: Sweep, planned: Sequence[Planned]) -> Counter[str]:
     _refuse_mixtures(sweep, planned)
     tried: set[str] = set()
     while True:
