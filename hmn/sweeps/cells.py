@@ -83,7 +83,8 @@ def table_file(name: str) -> Path:
 def load_table(path: Path, overrides: Sequence[str] = ()) -> Table:
     """The table of a file, ``overrides`` added to every cell.
 
-    Among them, ``debug=smoke`` asks for the smoke variant and ``only.AXIS=LABEL,LABEL`` for a part of the cells. Raises ``ConfigError`` naming the file and what in it cannot be used.
+    Among them, ``debug=smoke`` asks for the smoke variant and ``only.AXIS=LABEL,LABEL`` for a part of the cells. Raises
+    ``ConfigError`` naming the file and what in it cannot be used.
     """
     smoke = [override for override in overrides if override.lstrip("+") == "debug=smoke"]
     only = dict(one.removeprefix(ONLY).split("=", 1) for one in overrides if one.startswith(ONLY) and "=" in one)
