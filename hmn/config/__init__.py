@@ -293,7 +293,8 @@ class Config:
         one_of("mode", self.mode, MODES)
         require("seed", self.seed >= 0, self.seed, "at least 0")
         if self.judges:
-            require("artifact", bool(self.artifact), "null", f"given for mode={self.mode}")
+            given = "null" if self.artifact is None else self.artifact
+            require("artifact", bool(self.artifact), given, f"given for mode={self.mode}")
             paths = f"[{','.join(self.artifacts)}]"
             require("artifact", len(set(self.artifacts)) == len(self.artifacts), paths, "different kept sets")
             alone = self.mode != "redundancy" or len(self.artifacts) == 1
