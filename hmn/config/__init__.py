@@ -293,12 +293,7 @@ class Config:
         one_of("mode", self.mode, MODES)
         require("seed", self.seed >= 0, self.seed, "at least 0")
         if self.judges:
-            given = "null" if self.artifact is None else self.artifact
-            require("artifact", bool(self.artifact), given, f"given for mode={self.mode}")
-            paths = f"[{','.join(self.artifacts)}]"
-            require("artifact", len(set(self.artifacts)) == len(self.artifacts), paths, "different kept sets")
-            alone = self.mode != "redundancy" or len(self.artifacts) == 1
-            require("artifact", alone, paths, "one kept set for mode=redundancy")
+            self._check_artifacts()
         if self.condenses and self.pruning.over_budget > 0 and self.pruning.beta is None:
             share = self.dataset.held_out_fraction
             rule = "positive while pruning.beta is null: the search is judged on held-out images"
@@ -309,6 +304,14 @@ class Config:
         if self.condenses and self.evaluation.curve_points:
             share = self.dataset.held_out_fraction
             require("dataset.held_out_fraction", share > 0, share, "positive while evaluation.curve_points is set")
+
+    def _check_artifacts(self) -> None:
+        given = "null" if self.artifact is None else self.artifact
+        require("artifact", bool(self.artifact), given, f"given for mode={self.mode}")
+        paths = f"[{','.join(self.artifacts)}]"
+        require("artifact", len(set(self.artifacts)) == len(self.artifacts), paths, "different kept sets")
+        alone = self.mode != "redundancy" or len(self.artifacts) == 1
+        require("artifact", alone, paths, "one kept set for mode=redundancy")
 
     @property
     def condenses(self) -> bool:
