@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,35 @@ def load_condensed(path: str | Path) -> CondensedSet:
     except (RuntimeError, IndexError) as error:  # positions that point outside an image
         reason = str(error).splitlines()[0]
         raise ArtifactError(f"{tensors_path}: its tensors do not decode to images: {reason}") from None
+
+
+def joined(sets: Sequence[CondensedSet], class_names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """All images (N, channels, H, W) of ``sets``, ordered by class, and labels (N,) that count in ``class_names``.
+
+    Every set's classes must be among these.
+    """
+    images, labels = [], []
+    for kept in sets:
+        numbers = torch.tensor([class_names.index(name) for name in kept.card["data"]["class_names"]])
+        own_images, own_labels = kept.tensors()
+        images.append(own_images)
+        labels.append(numbers[own_labels])
+    order = torch.cat(labels).argsort(stable=True)
+    return torch.cat(images)[order], torch.cat(labels)[order]
+
+
+def check_together(cards: Mapping[str, dict[str, Any]]) -> None:
+    """Refuse sets, by their paths, that cannot be trained on as one: with a class in common, or normalised apart."""
+    owners: dict[str, str] = {}
+    for path, card in cards.items():
+        for name in card["data"]["class_names"]:
+            if (owner := owners.setdefault(name, path)) != path:
+                raise ArtifactError(f"artifact={path}: has images of class {name}, as artifact={owner}; leave one out")
+        for key in ("mean", "std"):
+            first, found = next(iter(cards.values()))["data"][key], card["data"][key]
+            if found != first:
+                rule = f"that of the sets before it {first}: join sets that were condensed with the same dataset.{key}"
+                raise ArtifactError(f"artifact={path}: its {key} is {found}, {rule}")
 
 
 def tensors_file(path: str | Path) -> Path:

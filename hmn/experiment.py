@@ -74,7 +74,8 @@ def _work(plan: Plan, folder: Path, stop: Stop) -> dict[str, Any]:
         measured = {
             "run": session.condense_and_evaluate,
             "coreset": session.choose_and_evaluate,
-            "evaluate": session.evaluate_artifact,
+            "evaluate": session.evaluate_artifacts,
+            "redundancy": session.redundancy,
             "full_data": session.full_data,
             "random_subset": session.random_subset,
             "experts": session.experts,
@@ -113,12 +114,20 @@ def _rows(plan: Plan, result: dict[str, Any]) -> list[list[str]]:
     name = {**REFERENCES, "experts": "experts"}.get(plan.config.mode, "condensed")
     if plan.config.kind == "coreset":
         name = f"coreset, {plan.config.container.method}"
+    if plan.config.mode == "redundancy":
+        return [_row_without(100 * row["dropped"], row, result) for row in result["rows"]]
     rows = [report.row(name, result)]
     if plan.config.mode == "run":
         for mode, label in REFERENCES.items():
             if (reference := _reference(plan, mode)) is not None:
                 rows.append(report.row(label, reference))
     return rows
+
+
+def _row_without(percent: float, row: dict[str, Any], result: dict[str, Any]) -> list[str]:
+    """The kept set's row without the easiest ``percent`` of each class."""
+    rest = {"accuracy": row, "images_per_class": str(row["images_per_class"])}
+    return report.row(f"without {percent:g} %", result | rest)
 
 
 def _print_result(plan: Plan, result: dict[str, Any], command: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hmn import distributed, networks
-from hmn.artifacts import read_card, tensors_file
+from hmn.artifacts import check_together, read_card, tensors_file
 from hmn.compute import device_of
 from hmn.config import Config, DatasetConfig, digest, require, scientific
 from hmn.config.containers import HabaConfig
@@ -27,6 +27,7 @@ from hmn.containers import KINDS, Storage, storage
 from hmn.containers.base import Container, ImageShape, PixelShape
 from hmn.cost import Step, step_flops, training_flops
 from hmn.data import datasets
+from hmn.errors import ArtifactError
 
 # Per class; a full set's size is not known before it is read, and this is CIFAR-10's and SVHN's order.
 TRAIN_IMAGES = 5000
@@ -39,7 +40,8 @@ class Plan:
     config: Config
     data: datasets.Shape
     storage: Storage | None  # None: the mode stores nothing
-    artifact: str | None = None  # SHA-256 of the kept tensors that are evaluated
+    # SHA-256 of the kept tensors that are evaluated; of several in ascending order, as theirs is of no consequence
+    artifact: str | list[str] | None = None
 
     @cached_property
     def run_id(self) -> str:
@@ -180,20 +182,22 @@ class Plan:
 def make_plan(config: Config, typed: Sequence[str] = ()) -> Plan:
     """Fill in presets and count the storage. Raises ``ConfigError`` or ``DataError`` for what cannot be run.
 
-    ``typed`` are the overrides a person gave: with ``mode=evaluate`` the data set is the artifact's, but for those.
+    ``typed`` are the overrides a person gave: where artifacts are read the data set is theirs, but for those.
     """
-    artifact = None
-    if config.mode == "evaluate":
-        card = read_card(tensors_file(config.artifact))
-        artifact = card["sha256"]
-        config = dataclasses.replace(config, dataset=_evaluated_dataset(config.dataset, card["data"]["config"], typed))
+    artifact, cards = None, {}
+    if config.judges:
+        cards = {path: read_card(tensors_file(path)) for path in config.artifacts}
+        check_together(cards)
+        artifact = sorted(card["sha256"] for card in cards.values())
+        artifact = artifact if len(artifact) > 1 else artifact[0]
+        config = dataclasses.replace(config, dataset=_evaluated_dataset(config.dataset, cards, typed))
     if config.dataset.kind == "imagenet10" and config.mode != "plan":  # a plan knows its shape without it
         require("dataset.root", bool(config.dataset.root), "null", "given for dataset=imagenet10")
     data = datasets.peek(config.dataset, Path(config.paths.data_dir))
-    if artifact:
+    for path, card in cards.items():
         for name in ("channels", "image_size"):
             found, kept = getattr(data, name), card["data"][name]
-            require(f"dataset.{name}", found == kept, found, f"{kept}, as in artifact={config.artifact}")
+            require(f"dataset.{name}", found == kept, found, f"{kept}, as in artifact={path}")
     stored = None
     if config.mode != "plan":
         device_of(config.compute)  # a missing GPU is said before a folder is made or data are read
@@ -253,12 +257,29 @@ def _check_networks(plan: Plan) -> None:
     require("objective.name", alone, config.objective.name, rule)
 
 
-def _evaluated_dataset(given: DatasetConfig, kept: dict[str, Any], typed: Sequence[str]) -> DatasetConfig:
-    keys = [override.split("=")[0].lstrip("+") for override in typed]
-    if "dataset" in keys:
+def _evaluated_dataset(
+    given: DatasetConfig, cards: Mapping[str, dict[str, Any]], typed: Sequence[str]
+) -> DatasetConfig:
+    """The artifacts' own data set, but for what was ``typed``.
+
+    Of several artifacts it has the classes from the first to the last that any was condensed from. Raises
+    ``ArtifactError`` if they are of different data sets and none was typed.
+    """
+    typed_keys = [override.split("=")[0].lstrip("+") for override in typed]
+    if "dataset" in typed_keys:
         return given
-    fields = [key.removeprefix("dataset.") for key in keys if key.startswith("dataset.")]
-    return DatasetConfig(**kept | {name: getattr(given, name) for name in fields})
+    (first_path, first), *others = ((path, DatasetConfig(**card["data"]["config"])) for path, card in cards.items())
+    spans = [first.class_range]
+    for path, other in others:
+        here, there = (dataclasses.replace(config, class_range=None).identity() for config in (first, other))
+        if differing := sorted(key for key in here | there if here.get(key) != there.get(key)):
+            keys = ", ".join(f"dataset.{key}" for key in differing)
+            raise ArtifactError(f"artifact={path}: {keys} not as in artifact={first_path}; say which with dataset=NAME")
+        spans.append(other.class_range)
+    fields = [key.removeprefix("dataset.") for key in typed_keys if key.startswith("dataset.")]
+    changes = {name: getattr(given, name) for name in fields}
+    whole = [min(span[0] for span in spans), max(span[1] for span in spans)] if all(spans) else None
+    return dataclasses.replace(first, **{"class_range": whole} | changes)
 
 
 def _number(value: object) -> str:

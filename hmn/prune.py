@@ -75,6 +75,11 @@ def kept_instances(scores: Tensor, keep: int, beta: float) -> Tensor:
     return (order.sort(dim=1).values + starts).flatten()
 
 
+def kept_after(count: int, share: float) -> int:
+    """Images left of ``count`` without the fraction ``share`` in [0, 1), rounded so that more are left."""
+    return count - int(share * count + 1e-9)
+
+
 def candidates(cut: int) -> list[float]:
     """The betas of the grid 0, 0.1, ..., 1 that cut differently: with k < 10 several round to the same images."""
     first_with: dict[int, float] = {}

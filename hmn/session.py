@@ -20,6 +20,7 @@ from hmn.data import datasets
 from hmn.data.preprocess import Normalise, unit_range
 from hmn.data.sampling import random_subset, repeated_subset
 from hmn.data.source import TrainingImages
+from hmn.data.splits import listing
 from hmn.errors import DataError
 from hmn.evaluate import Accuracies, Images, Judge, evaluate, quick_accuracy, recipe_of
 from hmn.plan import Plan
@@ -224,14 +225,20 @@ class Session:
         self.tracker.rewind("fit/step", -1)
         self.tracker.log({"fit/mean_squared_error": error}, step_key="fit/step", step=settings.fit_steps)
 
+    def _score(self, decoded: Images) -> Tensor:
+        """AUM (N,) of the decoded images."""
+        settings = self.config.pruning
+        with self.checkpoints.timed("score"):
+            scores = prune.area_under_margin(
+                self.judge, decoded, settings.score, settings.score_networks, settings.score_epochs
+            )
+        self.tracker.log_histogram("prune/aum", scores, step_key="prune/step", step=0)
+        return scores
+
     def _choose(self, over_budget: Images) -> tuple[Tensor, dict[str, Any]]:
         """Which instances stay, and how that was decided."""
         settings, stored = self.config.pruning, self.plan.storage
-        with self.checkpoints.timed("score"):
-            scores = prune.area_under_margin(
-                self.judge, over_budget, settings.score, settings.score_networks, settings.score_epochs
-            )
-        self.tracker.log_histogram("prune/aum", scores, step_key="prune/step", step=0)
+        scores = self._score(over_budget)
         scores = scores.unflatten(0, (self.plan.data.classes, stored.over_budget_images_per_class))
         chosen: dict[str, Any] = {"score": settings.score, "beta": settings.beta}
         if settings.beta is None:
@@ -245,24 +252,62 @@ class Session:
                 self.tracker.log(metrics, step_key="prune/candidate", step=position)
         return prune.kept_instances(scores, stored.images_per_class, chosen["beta"]), chosen
 
-    def evaluate_artifact(self) -> dict[str, Any]:
-        """Train fresh networks on a kept set. The card's class names must be the data's."""
-        kept = artifacts.load_condensed(self.config.artifact)
-        if tuple(kept.card["data"]["class_names"]) != self.data.class_names:
-            raise DataError(f"artifact={self.config.artifact}: its classes are not those of {self.data.name}")
-        if kept.card["data"]["fingerprint"] != self.data.fingerprint:
-            print(f"{self.data.name} is not bit for bit the data this set was condensed from")
-        images, labels = (tensor.to(self.compute.device) for tensor in kept.tensors())
-        # The set was condensed for its own normalisation, whatever the data at hand would measure.
-        mean, std = kept.card["data"]["mean"], kept.card["data"]["std"]
-        self.judge = dataclasses.replace(self.judge, normalise=Normalise(mean, std, self.compute.device))
-        self._keep_picture(images, labels)
+    def evaluate_artifacts(self) -> dict[str, Any]:
+        """Train fresh networks on a kept set, or on several that hold the data's classes between them."""
+        kept, cards = self._kept_images()
+        self._keep_picture(kept.images, kept.labels)
         return {
-            "accuracy": _plain(self._evaluate(Images(images, labels))),
-            "images_per_class": str(kept.container.images_per_class),
-            "stored_floats": kept.card["stored_floats"],
-            "artifact_sha256": kept.card["sha256"],
+            "accuracy": _plain(self._evaluate(kept)),
+            "images_per_class": _per_class(kept.labels),
+            "stored_floats": sum(card["stored_floats"] for card in cards),
+            "artifact_sha256": self.plan.artifact,
         }
+
+    def redundancy(self) -> dict[str, Any]:
+        """Test accuracy without the images that networks find easiest (the highest AUM), of every class as many.
+
+        Where it stays, what was left out had repeated the rest, which is why HMN prunes. Decoded images are left out,
+        not instances: what the set stores is the same, and containers whose images are tied can be measured too.
+        """
+        kept, (card,) = self._kept_images()
+        for step_key in ("prune/step", "redundancy/step"):  # recorded again, whether measured again or read back
+            self.tracker.rewind(step_key, -1)
+        scores = self._score(kept).unflatten(0, (self.plan.data.classes, -1))
+        rows, accuracies = [], []
+        for number, share in enumerate(self.config.redundancy.drop):
+            count = prune.kept_after(scores.shape[1], share)
+            index = prune.kept_instances(scores, count, beta=0.0)  # from the easy end alone
+            found = self._trained_on(Images(kept.images[index], kept.labels[index]), f"keep_{count}")
+            metrics = {"redundancy/dropped": share, "redundancy/accuracy": found.mean}
+            self.tracker.log(metrics, step_key="redundancy/step", step=number)
+            measured = {"mean": found.mean, "std": found.std, "best_mean": found.best_mean, "by_network": found.last}
+            rows.append({"dropped": share, "images_per_class": count, **measured})
+            accuracies.append(found)
+        return {
+            "accuracy": _plain(accuracies[0]),
+            "rows": rows,
+            "images_per_class": str(rows[0]["images_per_class"]),
+            "stored_floats": card["stored_floats"],
+            "set": f"coreset {card['coreset']['method']}" if "coreset" in card else card["container"]["name"],
+            "artifact_sha256": self.plan.artifact,
+        }
+
+    def _kept_images(self) -> tuple[Images, list[dict[str, Any]]]:
+        """The images of the artifacts, labelled as the data are and normalised as the cards say; and the cards."""
+        sets = [artifacts.load_condensed(path) for path in self.config.artifacts]
+        cards = [kept.card for kept in sets]
+        held = {name for card in cards for name in card["data"]["class_names"]}
+        if differing := held ^ set(self.data.class_names):
+            told = f"only one of them has {listing(sorted(differing))}"
+            paths = ",".join(self.config.artifacts)
+            raise DataError(f"artifact={paths}: its classes are not those of {self.data.name}, {told}")
+        images, labels = artifacts.joined(sets, self.data.class_names)
+        if any(card["data"]["fingerprint"] != self.data.fingerprint_of(card["data"]["class_names"]) for card in cards):
+            print(f"{self.data.name} is not bit for bit the data this set was condensed from")
+        # They were condensed for their own normalisation, whatever the data at hand would measure.
+        mean, std = cards[0]["data"]["mean"], cards[0]["data"]["std"]
+        self.judge = dataclasses.replace(self.judge, normalise=Normalise(mean, std, self.compute.device))
+        return Images(images.to(self.compute.device), labels.to(self.compute.device)), cards
 
     def experts(self) -> dict[str, Any]:
         """Train what trajectory matching aims at, as far as it is not kept yet, and test every expert at its end."""
@@ -282,10 +327,8 @@ class Session:
         return {"accuracy": _plain(self._evaluate(Images(train.images, train.labels))), **self._all_images()}
 
     def _all_images(self) -> dict[str, Any]:
-        images, labels = self.data.train.images, self.data.train.labels
-        counts = torch.bincount(labels).unique().tolist()
-        per_class = str(counts[0]) if len(counts) == 1 else f"{min(counts)}-{max(counts)}"
-        return {"images_per_class": per_class, "stored_floats": images.numel()}
+        train = self.data.train
+        return {"images_per_class": _per_class(train.labels), "stored_floats": train.images.numel()}
 
     def random_subset(self) -> dict[str, Any]:
         """Train on as many random real images as the budget pays for, drawn uniformly from each class."""
@@ -300,11 +343,14 @@ class Session:
             "stored_floats": images.numel(),
         }
 
-    def _evaluate(self, train: Images) -> Accuracies:
+    def _trained_on(self, train: Images, stream: str) -> Accuracies:
         settings = self.config.evaluation
         test = Images(self.data.test.images, self.data.test.labels)
         with self.checkpoints.timed("evaluate"):
-            found = evaluate(self.judge, train, test, settings.networks, settings.test_points, "evaluate")
+            return evaluate(self.judge, train, test, settings.networks, settings.test_points, stream)
+
+    def _evaluate(self, train: Images) -> Accuracies:
+        found = self._trained_on(train, "evaluate")
         for index, value in enumerate(found.last):
             self.tracker.log({"evaluate/accuracy": value}, step_key="evaluate/network", step=index)
         return found
@@ -366,6 +412,12 @@ def _metrics(measured: condense.Report) -> dict[str, float]:
         "condense/memory_lr": measured.learning_rate,
         **{f"condense/{name}": value for name, value in measured.measured.items()},
     }
+
+
+def _per_class(labels: Tensor) -> str:
+    """How many images a class has, or the least and the most."""
+    counts = torch.bincount(labels).unique().tolist()
+    return str(counts[0]) if len(counts) == 1 else f"{min(counts)}-{max(counts)}"
 
 
 def _plain(accuracies: Accuracies) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from hmn.artifacts import CARD, TENSORS, decode_all, load_condensed, sha256
 from hmn.config import HmnConfig
 from hmn.containers.fred import FredShape, FrequencyMemory
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
+from hmn.containers.image import RawImages, RawShape
 from hmn.containers.speed import SparseCodes, SpeedShape
 from hmn.errors import ArtifactError
 from tests.command import ROOT
@@ -303,3 +304,46 @@ def test_a_sparse_code_comes_back_bit_for_bit_with_its_16_bit_positions(tmp_path
     with pytest.raises(ArtifactError, match="over the budget"):
         artifacts.save(tmp_path, made, {"budget": {"floats": made.storage_floats() - 1}, "data": {}})
         artifacts.load_condensed(tmp_path)
+
+
+# Several sets
+
+
+def raw_set(classes: tuple[str, ...], per_class: int, seed: int = 0, **data: Any) -> artifacts.CondensedSet:
+    made = RawImages(RawShape(classes=len(classes), channels=1, image_size=4), per_class)
+    made.hold(torch.rand(len(classes) * per_class, 1, 4, 4, generator=torch.Generator().manual_seed(seed)))
+    return artifacts.CondensedSet(made, {"data": {"class_names": list(classes), "mean": [0.5], "std": [0.2], **data}})
+
+
+def test_joined_sets_have_every_image_under_its_class(tmp_path):
+    """Against a loop over images; the sets hold unequally many, their classes lie between each other's."""
+    sets = [raw_set(("dog", "ant"), 3), raw_set(("cat",), 2, seed=1), raw_set(("fox", "bee"), 1, seed=2)]
+    names = ("ant", "bee", "cat", "dog", "fox")
+    expected = []
+    for label, name in enumerate(names):
+        for kept in sets:
+            for image, own in kept:
+                if kept.card["data"]["class_names"][own] == name:
+                    expected.append((label, image.tolist()))
+    for given in (sets, sets[::-1]):
+        images, labels = artifacts.joined(given, names)
+        assert list(zip(labels.tolist(), images.tolist(), strict=True)) == expected
+
+
+def test_a_single_set_is_joined_to_itself_bit_for_bit():
+    kept = raw_set(("a", "b", "c"), 2)
+    images, labels = artifacts.joined([kept], ("a", "b", "c"))
+    assert torch.equal(images, kept.tensors()[0]) and torch.equal(labels, kept.tensors()[1])
+
+
+def test_sets_that_share_a_class_or_are_normalised_apart_are_not_joined():
+    first, second = raw_set(("a", "b"), 1).card, raw_set(("c", "d"), 1).card
+    artifacts.check_together({"one": first, "two": second})
+    shared, darker = raw_set(("c", "b"), 1).card, raw_set(("c", "d"), 1, mean=[0.4]).card
+    with pytest.raises(ArtifactError) as caught:
+        artifacts.check_together({"one": first, "two": shared})
+    assert str(caught.value) == "artifact=two: has images of class b, as artifact=one; leave one out"
+    with pytest.raises(ArtifactError) as caught:
+        artifacts.check_together({"one": first, "two": darker})
+    rule = "that of the sets before it [0.5]: join sets that were condensed with the same dataset.mean"
+    assert str(caught.value) == f"artifact=two: its mean is [0.4], {rule}"

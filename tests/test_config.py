@@ -33,12 +33,15 @@ def refused(line: str, **values: Any) -> None:
 
 # Ranges
 
+RANGE_RULE = "null or [first, last) of at least 2 classes, counted from 0"
 REFUSED = {
     "dataset": {
         "kind": {"mnist": "one of svhn, cifar10, cifar100, tiny_imagenet, imagenet10, folder, arrays, digits"},
         "image_size": {3: "at least 4"},
         "channels": {0: "1 or 3", 2: "1 or 3", 4: "1 or 3"},
         "classes": {1: "at least 2"},
+        "class_order": {-1: "null or a seed in [0, 2^32)", 2**32: "null or a seed in [0, 2^32)"},
+        "class_range": dict.fromkeys([(), (0, 1), (3, 2), (-2, 2), (0, 2, 4)], RANGE_RULE),
         "held_out_fraction": {-0.1: "in [0, 1)", 1.0: "in [0, 1)"},
         "test_fraction": {0.0: "null or in (0, 1)", 1.0: "null or in (0, 1)"},
     },
@@ -125,6 +128,7 @@ REFUSED = {
         "networks_together": {0: "null or at least 1"},
         "checkpoint_every_seconds": {-1.0: "at least 0"},
     },
+    "redundancy": {"drop": dict.fromkeys([(), (1.0,), (0.1, -0.1)], "one or more shares in [0, 1)")},
     "plan": {"format": {"xml": "one of text, json"}},
 }
 SECTIONS = (*REFUSED, "paths")
@@ -158,7 +162,8 @@ def test_a_network_takes_only_what_it_can_be_given(setting, line):
 
 
 def test_the_top_level_is_checked_too():
-    refused("mode=train: must be one of run, plan, evaluate, full_data, random_subset, experts", mode="train")
+    modes = "run, plan, evaluate, full_data, random_subset, experts, redundancy"
+    refused(f"mode=train: must be one of {modes}", mode="train")
     refused("seed=-1: must be at least 0", seed=-1)
 
 
@@ -220,8 +225,17 @@ def test_held_out_images_are_there_for_whatever_is_selected_on_them():
         changed(fixed, evaluation__curve_points=2)
 
 
-def test_evaluating_needs_an_artifact():
-    refused("artifact=null: must be given for mode=evaluate", mode="evaluate")
+@pytest.mark.parametrize("mode", ["evaluate", "redundancy"])
+def test_judging_needs_an_artifact(mode):
+    refused(f"artifact=null: must be given for mode={mode}", mode=mode)
+    refused(f"artifact=[]: must be given for mode={mode}", artifact=[], mode=mode)
+
+
+def test_no_artifact_is_joined_with_itself_and_redundancy_is_of_one():
+    refused("artifact=[a,b,a]: must be different kept sets", artifact=["a", "b", "a"], mode="evaluate")
+    refused("artifact=[a,b]: must be one kept set for mode=redundancy", artifact=["a", "b"], mode="redundancy")
+    assert changed(configured(), artifact=["a"], mode="redundancy").artifacts == ("a",)
+    assert changed(configured(), artifact="a", mode="evaluate").artifacts == ("a",)
 
 
 # From the command line
@@ -257,6 +271,8 @@ SCIENCE: dict[str, dict[str, Any]] = {
         "image_size": 64,
         "channels": ...,  # below, as mean and std go with it
         "classes": 11,
+        "class_order": 0,
+        "class_range": [0, 2],
         "mean": None,
         "std": None,
         "flip": False,
@@ -363,6 +379,7 @@ CIRCUMSTANCE: dict[str, dict[str, Any]] = {
         "checkpoint_every_seconds": 7.0,
     },
     "paths": {"runs_dir": "/elsewhere", "data_dir": "/elsewhere", "cache_dir": "/elsewhere"},
+    "redundancy": {"drop": [0.5]},
     "plan": {"format": "json"},
 }
 
@@ -439,6 +456,52 @@ def test_the_id_says_what_it_is():
     assert plan_of("mode=random_subset").run_id.startswith("cifar10-ipc10-random_subset-")
     assert plan_of("dataset.name=a/b").run_id.startswith("a_b-ipc10-hmn-")
     assert plan_of("paths.runs_dir=there").folder == Path("there") / plan_of().run_id
+
+
+@pytest.mark.parametrize(
+    ("run_id", "given"),
+    [
+        ("digits-ipc1-hmn-7ac2a604", ()),
+        ("cifar10-ipc10-image-40c8bdd3", ("dataset=cifar10", "memory=ipc10", "container=image")),
+        ("cifar100-ipc1-coreset_random-5cd39a92", ("dataset=cifar100", "container=coreset")),
+        ("svhn-full_data-daddcd1a", ("dataset=svhn", "mode=full_data")),
+        ("tiny_imagenet-ipc1-random_subset-ba93c74e", ("dataset=tiny_imagenet", "mode=random_subset")),
+        ("cifar10-experts-6988ace2", ("dataset=cifar10", "mode=experts", "objective=mtt_hmn")),
+    ],
+)
+def test_ids_of_runs_that_may_lie_around_stay_as_they_were(run_id, given):
+    """Of commit b457f6d, before there were classes to choose, several artifacts and mode=redundancy."""
+    assert make_plan(configured(*given)).run_id == run_id
+
+
+def test_classes_make_other_runs_and_are_named_by_their_positions():
+    ranges = [f"dataset.class_range=[{first},{first + 2}]" for first in (0, 2)]
+    orders = [f"dataset.class_order={order}" for order in (0, 1)]
+    plans = [plan_of(*given) for given in [(), *zip(ranges), *zip(orders), (ranges[0], orders[0])]]
+    assert len({plan.run_id for plan in plans}) == 6
+    assert [plan.run_id.rsplit("-", 1)[0] for plan in plans[:3]] == [
+        "cifar10-ipc10-hmn",
+        "cifar10_classes0-1-ipc10-hmn",
+        "cifar10_classes2-3-ipc10-hmn",
+    ]
+    assert plan_of(ranges[0], "dataset.name=mine").run_id.startswith("mine-ipc10-hmn-")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "other"),
+    [
+        ("redundancy__drop", [0.5], True),
+        *[(f"pruning__{name}", SCIENCE["pruning"][name], True) for name in ("score", "score_networks", "score_epochs")],
+        *[(f"pruning__{name}", SCIENCE["pruning"][name], False) for name in ("over_budget", "beta", "search_epochs")],
+        ("evaluation__epochs", 7, True),
+        ("evaluation__curve_points", 7, False),
+        ("network__width", 7, True),
+        ("memory__images_per_class", 7, False),
+    ],
+)
+def test_redundancy_depends_on_how_it_is_scored_and_not_on_how_the_set_came_about(key, value, other):
+    config = changed(configured(*BASE), artifact="there", mode="redundancy")
+    assert (identity(changed(config, **{key: value})) != identity(config)) is other
 
 
 OTHER_RUN = ("container=hmn_p1", "container.decoder_width=8", "objective.metric=l1", "pruning=none")

@@ -212,6 +212,40 @@ def test_an_image_side_that_doubling_cannot_reach_is_named(side, latent):
         planned("dataset=cifar10", f"dataset.image_size={side}", f"container.latent_side={latent}")
 
 
+STEP = ("mode=plan", "dataset=cifar100", "dataset.class_order=0", "memory.images_per_class=20")
+
+
+@pytest.mark.parametrize("classes", [10, 20])
+@pytest.mark.parametrize("container", ["hmn", "image", "multiformation", "coreset"])
+def test_a_step_is_planned_for_its_own_classes(container, classes):
+    pruning = "double_end" if container == "hmn" else "none"
+    summary = planned(
+        *STEP, f"dataset.class_range=[20,{20 + classes}]", f"container={container}", f"pruning={pruning}"
+    ).summary()
+    assert summary["dataset"]["classes"] == classes
+    assert summary["budget_floats"] == 20 * classes * 3 * 32 * 32
+    assert summary["network_parameters"] == 320_010 + (classes - 10) * (2048 + 1)
+    images = {"image": 20, "coreset": 20, "multiformation": 80}
+    if container in images:
+        assert (summary["images_per_class"], summary["stored_floats"]) == (
+            images[container],
+            summary["budget_floats"],
+        )
+    else:  # the shapes of ten classes at ten images, the nearest that the paper's tables have
+        shared = 8 * 64 + classes * (9 * 8 * 8 + 8) + classes * 8 * 64 + (10432 + 18464 + 867)
+        count = (summary["budget_floats"] - shared) // (classes * 128)
+        assert (summary["container"]["preset"], summary["images_per_class"]) == ("p2", count)
+
+
+def test_two_digits_in_the_storage_of_ten_images():
+    digits = ("mode=plan", "dataset=digits", "memory=ipc10")
+    for first in range(0, 10, 2):
+        summary = planned(*digits, f"dataset.class_range=[{first},{first + 2}]").summary()
+        assert (summary["budget_floats"], summary["images_per_class"]) == (2 * 10 * 64, 30)
+    with pytest.raises(ConfigError, match=r"over the budget of 128; the smallest budget that fits is 277"):
+        planned("mode=plan", "dataset=digits", "memory=ipc1", "dataset.class_range=[0,2]")
+
+
 def test_what_the_data_contradict_is_refused(tmp_path):
     refused = {
         "network.depth=4": ("dataset=digits", r"^network.depth=4: must be small enough .* 8-pixel image"),

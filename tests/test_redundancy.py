@@ -1,9 +1,12 @@
-"""How redundant a kept set is: which images are dropped, and what a small set of real digits gives."""
+"""How redundant a kept set is: which images are left out, that a killed measurement goes on, and its picture."""
 
 from __future__ import annotations
 
 import json
+import re
+import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,26 +14,23 @@ import torch
 from PIL import Image
 
 from experiments import redundancy
-from hmn import artifacts
+from hmn import artifacts, compute, session
+from hmn.checkpoint import Checkpoints, Stop
 from hmn.config.containers import HabaConfig
 from hmn.containers.base import Container
 from hmn.containers.haba import Haba, HabaShape
 from hmn.containers.image import RawImages, RawShape
-from hmn.errors import DataError
+from hmn.data import datasets
+from hmn.errors import ArtifactError
 from hmn.evaluate import Accuracies
+from hmn.prune import kept_after
+from hmn.session import Session
+from hmn.tracking import METRICS_FILE, Tracker, read_metrics
+from tests.command import ROOT, TINY, Outcome, planned, run, start
 
 SHAPE = {"classes": 3, "channels": 1, "image_size": 8}
-TINY = (
-    *("network.width=4", "pruning.score_epochs=1", "pruning.score_networks=1", "evaluation.epochs=1"),
-    *("evaluation.networks=2", "compute.threads=1", "compute.device=cpu"),
-)
-
-
-@pytest.fixture(autouse=True)
-def the_mode_of_the_process_stays():
-    before = torch.are_deterministic_algorithms_enabled()
-    yield
-    torch.use_deterministic_algorithms(before)
+MODE = (*TINY, "mode=redundancy", "pruning.score_epochs=2", "pruning.score_networks=1", "evaluation.networks=2")
+KEPT_HERE = ROOT / "experiments" / "redundancy"
 
 
 @pytest.fixture(scope="module")
@@ -58,80 +58,152 @@ def haba() -> Haba:
     return container
 
 
-def keep(folder: Path, container: Container, toy: Path, names: tuple[str, ...] = ("0", "1", "2")) -> Path:
+def keep(folder: Path, container: Container, toy: Path, names: tuple[str, ...] = ("0", "1", "2"), **card: Any) -> Path:
     dataset = {"kind": "arrays", "root": str(toy), "channels": 1, "flip": False, "mean": [0.5], "std": [0.25]}
-    data = {"class_names": list(names), "channels": 1, "image_size": 8, "mean": [0.5], "std": [0.25], "config": dataset}
-    artifacts.save(folder, container, {"budget": {"floats": 10**6}, "data": data})
+    data = {"class_names": list(names), "channels": 1, "image_size": 8, "mean": [0.5], "std": [0.25]}
+    data |= {"config": dataset, "fingerprint": "of other images"}
+    artifacts.save(folder, container, {"budget": {"floats": 10**6}, "data": data, **card})
     return folder
+
+
+def result_of(where: Path) -> dict[str, Any]:
+    (path,) = where.glob("runs/*/result.json")
+    return json.loads(path.read_text())
+
+
+def row(outcome: Outcome, name: str) -> list[str]:
+    """The cells of the printed table's row ``name``."""
+    (line,) = [line for line in outcome.out.splitlines() if line.startswith(f"{name}  ")]
+    return re.split(r"\s{2,}", line)
 
 
 @pytest.mark.parametrize(
     ("count", "share", "left"), [(10, 0.0, 10), (10, 0.3, 7), (7, 0.5, 4), (1, 0.9, 1), (100, 0.29, 71)]
 )
 def test_a_share_is_dropped_so_that_rather_more_is_left(count, share, left):
-    assert redundancy.kept_after(count, share) == left
+    assert kept_after(count, share) == left
 
 
 @pytest.mark.parametrize(("make", "counts"), [(raw, [5, 4, 1]), (haba, [6, 5, 2])])
-def test_a_set_is_measured_drawn_and_leaves_no_checkpoints(tmp_path, toy, make, counts):
+def test_a_set_is_measured_share_by_share(tmp_path, toy, make, counts):
     kept = keep(tmp_path / "kept", make(), toy)
-    output = tmp_path / "out"
-    redundancy.main([str(kept), str(output), "--drop", "0,0.2,0.8", *TINY])
-    drawn = (output / "redundancy.png").read_bytes()
-    measured = json.loads((output / redundancy.FILE).read_text())
-    assert [row["images_per_class"] for row in measured["rows"]] == counts
-    for row in measured["rows"]:
-        assert row["mean"] == pytest.approx(np.mean(row["by_network"]))
-        assert row["std"] == pytest.approx(np.std(row["by_network"], ddof=1))
-    assert measured["set"] == make().NAME
-    assert measured["score"] == {"score": "logit_margin", "score_networks": 1, "score_epochs": 1}
-    assert set(measured["wall_seconds"]) == {"score", "evaluate"}
-    assert {path.name for path in output.iterdir()} == {".lock", redundancy.FILE, "redundancy.png"}
-    with Image.open(output / "redundancy.png") as picture:
-        assert picture.width > 300
-    redundancy.draw([measured, measured | {"set": "another"}], output / "redundancy.png")
-    assert (output / "redundancy.png").read_bytes() != drawn
+    where = tmp_path / "where"
+    where.mkdir()
+    outcome = run(where, *MODE, f"artifact={kept}", "redundancy.drop=[0,0.2,0.8]")
+    assert outcome.code == 0, outcome.err
+    result = result_of(where)
+    assert result["run_id"].startswith("toy-redundancy-")
+    assert [found["dropped"] for found in result["rows"]] == [0.0, 0.2, 0.8]
+    assert [found["images_per_class"] for found in result["rows"]] == counts
+    for found, name in zip(result["rows"], ("without 0 %", "without 20 %", "without 80 %"), strict=True):
+        assert len(found["by_network"]) == 2
+        assert found["mean"] == pytest.approx(np.mean(found["by_network"]))
+        assert found["std"] == pytest.approx(np.std(found["by_network"], ddof=1))
+        accuracy = f"{100 * found['mean']:.2f} ± {100 * found['std']:.2f}"
+        assert row(outcome, name)[1:4] == [str(found["images_per_class"]), f"{result['stored_floats']:,}", accuracy]
+    whole = result["accuracy"]
+    assert [whole["mean"], whole["std"], [points[-1] for points in whole["by_network"]]] == [
+        result["rows"][0][key] for key in ("mean", "std", "by_network")
+    ]
+    assert (result["mode"], result["set"], result["images_per_class"]) == ("redundancy", make().NAME, str(counts[0]))
+    assert result["artifact_sha256"] == artifacts.sha256(kept / artifacts.TENSORS)
+    assert result["stored_floats"] == make().storage_floats()
+    assert set(result["wall_seconds"]) == {"score", "evaluate"}
+    (folder,) = (where / "runs").iterdir()
+    assert {path.name for path in folder.iterdir()} == {".lock", "config.yaml", "metrics.jsonl", "result.json"}
 
 
-def test_a_measurement_is_drawn_beside_others(tmp_path, toy, monkeypatch):
-    other = tmp_path / "other.json"
-    other.write_text('{"set": "other"}')
-    monkeypatch.setattr(redundancy, "measure", lambda *_: {"set": "own"})
-    drawn = []
-    monkeypatch.setattr(redundancy, "draw", lambda measured, _: drawn.extend(measured))
-    redundancy.main([str(keep(tmp_path / "kept", raw(), toy)), str(tmp_path), "--beside", str(other), *TINY])
-    assert drawn == [{"set": "own"}, {"set": "other"}]
+def session_of(plan, folder: Path) -> Session:
+    data = datasets.load(plan.config.dataset, Path("absent"), torch.Generator().manual_seed(0), progress=False)
+    chosen = compute.choose(plan.config.compute, plan.expected_flops, plan.data.classes)
+    checkpoints = Checkpoints(folder / "checkpoints", 60.0, Stop())
+    return Session(plan, data, chosen, checkpoints, Tracker(folder), folder, {})
 
 
 def test_the_easiest_images_of_every_class_are_dropped(tmp_path, toy, monkeypatch):
     container = raw()
     images, _ = artifacts.decode_all(container)
     scores = torch.tensor([[5.0, 1, 4, 2, 3], [1, 2, 3, 4, 5], [-1, -2, -3, -5, -4]])
-    monkeypatch.setattr(redundancy, "area_under_margin", lambda *_: scores.flatten())
+    monkeypatch.setattr(session.prune, "area_under_margin", lambda *_: scores.flatten())
     seen = []
 
-    def evaluate(_judge, train, _test, networks, _points, stream):
-        seen.append((train, stream))
+    def evaluate(judge, train, _test, networks, _points, stream):
+        seen.append((train, stream, judge.normalise.mean.item()))
         return Accuracies(by_network=[[0.5]] * networks, test_epochs=[1], seeds=[0] * networks)
 
-    monkeypatch.setattr(redundancy, "evaluate", evaluate)
-    redundancy.main([str(keep(tmp_path / "kept", container, toy)), str(tmp_path / "out"), "--drop", "0.4,0", *TINY])
-    (dropped, first), (whole, second) = seen
+    monkeypatch.setattr(session, "evaluate", evaluate)
+    kept = keep(tmp_path / "kept", container, toy, coreset={"method": "herding"})
+    plan = planned(*MODE, f"artifact={kept}", "redundancy.drop=[0.4,0]", "dataset.mean=[0.25]")
+    (tmp_path / "run").mkdir()
+    found = session_of(plan, tmp_path / "run").redundancy()
+    (dropped, first, mean), (whole, second, _) = seen
     expected = [1, 3, 4, 5, 6, 7, 12, 13, 14]  # the two highest of each class are gone
     assert torch.equal(dropped.images, images[expected])
     assert dropped.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
     assert torch.equal(whole.images, images)
     assert first != second  # or the second would be read back from the first one's checkpoint
+    assert mean == 0.5  # the card's: the set was condensed for it
+    assert (found["images_per_class"], found["set"]) == ("3", "coreset herding")
+
+
+def without_time(where: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    result = result_of(where)
+    for name in ("wall_seconds", "peak_bytes", "commit", "dirty"):
+        result.pop(name)
+    (folder,) = (where / "runs").iterdir()
+    return result, read_metrics(folder / METRICS_FILE)
+
+
+def test_a_measurement_that_was_killed_in_every_stage_ends_as_if_it_had_not_been(tmp_path, toy):
+    kept = keep(tmp_path / "kept", raw(), toy)
+    settings = ("evaluation.epochs=12", "pruning.score_epochs=12", "compute.checkpoint_every_seconds=0")
+    given = (*MODE, *settings, f"artifact={kept}", "redundancy.drop=[0,0.6]")
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    for where in (undisturbed, killed):
+        where.mkdir()
+    assert run(undisturbed, *given).code == 0
+    for slot in ("score", "keep_5", "keep_2"):
+        command = start(killed, *given)
+        command.wait_for(lambda slot=slot: any(killed.glob(f"runs/*/checkpoints/{slot}.pt")))
+        command.process.kill()
+        assert command.finish().code == 128 + signal.SIGKILL
+    assert run(killed, *given).code == 0
+    assert without_time(killed) == without_time(undisturbed)
+    steps = [record["redundancy/step"] for record in without_time(killed)[1] if "redundancy/step" in record]
+    assert steps == [0, 1]
 
 
 def test_classes_of_other_data_are_refused(tmp_path, toy):
-    kept = keep(tmp_path / "kept", raw(), toy, names=("cat", "dog", "cow"))
-    with pytest.raises(DataError, match="its classes are not those of toy"):
-        redundancy.main([str(kept), str(tmp_path / "out"), *TINY])
+    kept = keep(tmp_path / "kept", raw(), toy, names=("cat", "dog", "2"))
+    outcome = run(tmp_path, *MODE, f"artifact={kept}")
+    assert outcome.code == 2
+    told = "its classes are not those of toy, only one of them has 0, 1, cat, dog"
+    assert outcome.complaint == f"artifact={kept}: {told}"
 
 
-@pytest.mark.parametrize("text", ["1", "0,-0.1", "half"])
-def test_a_share_that_leaves_nothing_is_refused(tmp_path, capsys, text):
-    with pytest.raises(SystemExit):
-        redundancy.main([str(tmp_path), str(tmp_path / "out"), f"--drop={text}"])
-    assert "--drop" in capsys.readouterr().err
+# The picture
+
+
+def test_runs_and_older_files_are_drawn_together(tmp_path):
+    older = KEPT_HERE / "hmn_ipc1" / "redundancy.json"
+    folder = tmp_path / "run"
+    folder.mkdir()
+    measured = json.loads(older.read_text())
+    rows = [found | {"mean": found["mean"] / 2} for found in measured["rows"]]
+    (folder / "result.json").write_text(json.dumps(measured | {"schema_version": 1, "set": "another", "rows": rows}))
+    one, two = tmp_path / "one.png", tmp_path / "two.png"
+    redundancy.main([str(one), str(older)])
+    redundancy.main([str(two), str(older), str(folder)])
+    assert one.read_bytes() != two.read_bytes()
+    with Image.open(two) as picture:
+        assert picture.width > 300
+
+
+def test_what_was_not_measured_so_cannot_be_drawn(tmp_path):
+    for name, text, reason in (("a", "{", "not JSON"), ("b", '{"mode": "run"}', "has no rows"), ("c", "[]", "no rows")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ArtifactError, match=reason) as caught:
+            redundancy.main([str(tmp_path / "x.png"), str(tmp_path / name)])
+        assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(ArtifactError, match="result.json: not there"):
+        redundancy.main([str(tmp_path / "x.png"), str(tmp_path)])

@@ -19,7 +19,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, MissingMandatoryValue, OmegaConf
 
 from hmn.config import containers, objectives, sweeps
-from hmn.config.checks import STRATEGY_OPS, check_strategy, one_of, require, unscientific
+from hmn.config.checks import STRATEGY_OPS, check_strategy, is_scientific, one_of, require, unscientific
 from hmn.config.containers import ContainerConfig, HmnConfig
 from hmn.config.objectives import BankConfig, GradientMatchingConfig, ObjectiveConfig
 from hmn.config.sweeps import LauncherConfig, SweepConfig
@@ -38,7 +38,7 @@ __all__ = [  # what other modules take from here
     "require",
 ]
 
-MODES = ("run", "plan", "evaluate", "full_data", "random_subset", "experts")
+MODES = ("run", "plan", "evaluate", "full_data", "random_subset", "experts", "redundancy")
 NETWORK_NORMS = {  # the norms that each network can have
     "convnet": ("instance", "batch", "none"),
     "resnet10": ("instance", "batch"),
@@ -64,8 +64,13 @@ class DatasetConfig:
     root: str | None = None
     image_size: int | None = None  # side in pixels; null (arrays only): the array's own
     channels: int = 3
-    classes: int | None = None  # null: counted from the class folders or the label array
-    mean: list[float] | None = None  # of pixels in [0, 1]; null: measured on the training split
+    classes: int | None = None  # of the whole data set; null: counted from the class folders or the label array
+    # Class-incremental learning: the classes, all C of them, in the order of numpy's RandomState(class_order)
+    # .permutation(C), null: in their own; and of these only the ones at the positions [first, last), null: all.
+    class_order: int | None = None
+    class_range: list[int] | None = None
+    # Of pixels in [0, 1]; null: measured on the training split, of all classes: what is condensed apart fits together
+    mean: list[float] | None = None
     std: list[float] | None = None
     flip: bool = True  # whether a mirrored image keeps its class: adds or drops "flip" in every strategy
     held_out_fraction: float = 0.1  # of train, per class, never trained on: every selection is judged on it
@@ -78,6 +83,10 @@ class DatasetConfig:
         require("dataset.image_size", self.image_size is not None or self.kind == "arrays", "null", "given")
         require("dataset.channels", self.channels in (1, 3), self.channels, "1 or 3")
         require("dataset.classes", self.classes is None or self.classes >= 2, self.classes, "at least 2")
+        order, span = self.class_order, self.class_range
+        require("dataset.class_order", order is None or 0 <= order < 2**32, order, "null or a seed in [0, 2^32)")
+        fits = span is None or (len(span) == 2 and span[0] >= 0 and span[1] - span[0] >= 2)
+        require("dataset.class_range", fits, span, "null or [first, last) of at least 2 classes, counted from 0")
         for key in ("mean", "std"):
             values = getattr(self, key)
             fits = values is None or len(values) == self.channels
@@ -88,6 +97,15 @@ class DatasetConfig:
         require("dataset.test_fraction", share is None or 0 < share < 1, share, "null or in (0, 1)")
         needs_root = self.kind in ("folder", "arrays")
         require("dataset.root", not needs_root or bool(self.root), "null", f"given for dataset={self.kind}")
+
+    def identity(self) -> dict[str, Any]:
+        """What images and labels depend on, as plain values."""
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if is_scientific(item)}
+        if self.kind not in ("folder", "arrays"):
+            del values["root"]  # official data are the same wherever they lie
+        # Left out while they are null: run ids are older than they are.
+        unused = [name for name in ("class_order", "class_range") if values[name] is None]
+        return {name: value for name, value in values.items() if name not in unused}
 
 
 @dataclass(kw_only=True)
@@ -102,12 +120,15 @@ class MemoryConfig:
 class PruningConfig:
     """Over-budget condensation, then double-end pruning (HMN)."""
 
-    over_budget: float = MISSING  # storage condensed beyond the budget, as a fraction of it (the paper's p)
+    # Storage condensed beyond the budget, as a fraction of it (the paper's p)
+    over_budget: float = field(default=MISSING, metadata={"modes": ("run",)})
     score: str = "logit_margin"  # mean over epochs (HMN); softmax_margin: probabilities, summed (CCS); random
-    beta: float | None = None  # share of the cut taken from the hardest end; null: searched on held-out real images
+    # share of the cut taken from the hardest end; null: searched on held-out real images
+    beta: float | None = field(default=None, metadata={"modes": ("run",)})
     score_networks: int = 3  # margins are averaged over this many networks
     score_epochs: int = 200
-    search_epochs: int = 100  # each candidate of the beta search trains one network this long
+    # each candidate of the beta search trains one network this long
+    search_epochs: int = field(default=100, metadata={"modes": ("run",)})
 
     def __post_init__(self) -> None:
         require("pruning.over_budget", 0 <= self.over_budget < 1, self.over_budget, "in [0, 1)")
@@ -228,6 +249,18 @@ class PathsConfig:
 
 
 @dataclass(kw_only=True)
+class RedundancyConfig:
+    """``mode=redundancy``: what a kept set is worth without the images that networks find easiest."""
+
+    # Shares of each class that are left out, one after the other; pruning.score* say how the easiest are found
+    drop: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
+
+    def __post_init__(self) -> None:
+        fits = bool(self.drop) and all(0 <= share < 1 for share in self.drop)
+        require("redundancy.drop", fits, self.drop, "one or more shares in [0, 1)")
+
+
+@dataclass(kw_only=True)
 class PlanConfig:
     format: str = "text"
 
@@ -239,7 +272,8 @@ class PlanConfig:
 class Config:
     mode: str = "run"
     seed: int = 0
-    artifact: str | None = None  # mode=evaluate: a run folder or a condensed.safetensors
+    # mode=evaluate, mode=redundancy: a run folder or a condensed.safetensors; evaluate joins a list of them
+    artifact: Any = None
     dataset: DatasetConfig = MISSING
     memory: MemoryConfig = MISSING
     container: ContainerConfig = MISSING
@@ -250,6 +284,7 @@ class Config:
     tracking: TrackingConfig = MISSING
     compute: ComputeConfig = MISSING
     paths: PathsConfig = MISSING
+    redundancy: RedundancyConfig = field(default_factory=RedundancyConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     launcher: LauncherConfig = MISSING
     sweep: SweepConfig = field(default_factory=SweepConfig)
@@ -257,8 +292,8 @@ class Config:
     def __post_init__(self) -> None:
         one_of("mode", self.mode, MODES)
         require("seed", self.seed >= 0, self.seed, "at least 0")
-        if self.mode == "evaluate":
-            require("artifact", bool(self.artifact), "null", "given for mode=evaluate")
+        if self.judges:
+            self._check_artifacts()
         if self.condenses and self.pruning.over_budget > 0 and self.pruning.beta is None:
             share = self.dataset.held_out_fraction
             rule = "positive while pruning.beta is null: the search is judged on held-out images"
@@ -270,10 +305,28 @@ class Config:
             share = self.dataset.held_out_fraction
             require("dataset.held_out_fraction", share > 0, share, "positive while evaluation.curve_points is set")
 
+    def _check_artifacts(self) -> None:
+        given = "null" if self.artifact is None else self.artifact
+        require("artifact", bool(self.artifact), given, f"given for mode={self.mode}")
+        paths = f"[{','.join(self.artifacts)}]"
+        require("artifact", len(set(self.artifacts)) == len(self.artifacts), paths, "different kept sets")
+        alone = self.mode != "redundancy" or len(self.artifacts) == 1
+        require("artifact", alone, paths, "one kept set for mode=redundancy")
+
     @property
     def condenses(self) -> bool:
         """Whether images are made, and not chosen."""
         return self.mode == "run" and self.container.CONDENSED
+
+    @property
+    def judges(self) -> bool:
+        """Whether kept sets are read, and none is made."""
+        return self.mode in ("evaluate", "redundancy")
+
+    @property
+    def artifacts(self) -> tuple[str, ...]:
+        """The paths of ``artifact``, one or several."""
+        return tuple(map(str, self.artifact if isinstance(self.artifact, list) else [self.artifact]))
 
     @property
     def kind(self) -> str:
@@ -333,6 +386,7 @@ SECTIONS = {
     "run": ("dataset", "memory", "container", "objective", "pruning", "network", "evaluation"),
     "coreset": ("dataset", "memory", "container", "network", "evaluation"),
     "evaluate": ("dataset", "network", "evaluation"),
+    "redundancy": ("dataset", "pruning", "network", "evaluation", "redundancy"),
     "full_data": ("dataset", "network", "evaluation"),
     "random_subset": ("dataset", "memory", "network", "evaluation"),
     "experts": ("dataset", "network"),  # and objective.experts
@@ -346,7 +400,7 @@ def scientific(config: Config) -> dict[str, Any]:
         values = {}
         for item in dataclasses.fields(section):
             modes = item.metadata.get("modes", (config.kind,))
-            if item.metadata.get("scientific", True) and config.kind in modes:
+            if is_scientific(item) and config.kind in modes:
                 value = getattr(section, item.name)
                 values[item.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
         return values
@@ -355,9 +409,7 @@ def scientific(config: Config) -> dict[str, Any]:
     if config.mode == "experts":
         sections["experts"] = dataclasses.asdict(config.objective.experts)
     own = {"mode": config.mode, "seed": config.seed, "precision": config.compute.precision}
-    if config.dataset.kind not in ("folder", "arrays"):
-        sections["dataset"].pop("root")  # official data are the same wherever they lie
-    return own | sections
+    return own | sections | {"dataset": config.dataset.identity()}
 
 
 def bank_identity(config: Config) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import field
+from dataclasses import Field, field
 from typing import Any
 
 from hmn.errors import ConfigError
@@ -44,3 +44,7 @@ def check_strategy(key: str, value: str) -> None:
 def unscientific(default: Any) -> Any:
     """A field that changes how or where a run is computed, not what it computes: it stays out of the run id."""
     return field(default=default, metadata={"scientific": False})
+
+
+def is_scientific(item: Field) -> bool:
+    return item.metadata.get("scientific", True)

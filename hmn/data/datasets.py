@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hmn.config import DatasetConfig
+from hmn.config import DatasetConfig, require
 from hmn.data import arrays, folder, official
-from hmn.data.splits import Source, Split, check_classes, split_off
+from hmn.data.splits import Source, Split, check_classes, listing, split_off
 from hmn.errors import ConfigError, DataError
 
 __all__ = ["RealData", "Shape", "Split", "display_name", "load", "peek"]
@@ -48,6 +49,13 @@ class RealData:
         splits = {name: getattr(self, name).to(device) for name in ("train", "held_out", "test")}
         return dataclasses.replace(self, **splits)
 
+    def fingerprint_of(self, class_names: Sequence[str]) -> str:
+        """The ``fingerprint`` that these data have if there are only these classes, in this order."""
+        if tuple(class_names) == self.class_names:
+            return self.fingerprint
+        labels = [self.class_names.index(name) for name in class_names]
+        return _fingerprint(*(split.of_classes(labels) for split in (self.train, self.held_out, self.test)))
+
 
 def peek(config: DatasetConfig, data_dir: Path) -> Shape:
     """The data set's shape from the configuration, folder names, or an array's labels and header: no pixel is read.
@@ -68,11 +76,18 @@ def peek(config: DatasetConfig, data_dir: Path) -> Shape:
             official.check_imagenet10(root)
         classes = 10 if config.kind == "digits" else official.CLASSES[config.kind]
     _check_count(config, classes)
-    return Shape(classes=classes, channels=config.channels, image_size=side)
+    return Shape(classes=len(_chosen(config, classes)), channels=config.channels, image_size=side)
 
 
 def display_name(config: DatasetConfig) -> str:
-    """The name that tables and run ids show."""
+    """The name that tables and run ids show: unless it is given, with the positions of the classes, if not all."""
+    if config.name is not None or config.class_range is None:
+        return _whole_name(config)
+    first, last = config.class_range
+    return f"{_whole_name(config)}_classes{first}-{last - 1}"
+
+
+def _whole_name(config: DatasetConfig) -> str:
     if config.name is not None:
         return config.name
     if config.kind == "folder":
@@ -83,6 +98,8 @@ def display_name(config: DatasetConfig) -> str:
 def load(config: DatasetConfig, data_dir: Path, generator: torch.Generator, progress: bool = True) -> RealData:
     """Read, download if need be and allowed, and check a data set. ``generator`` (CPU) draws the held-out images.
 
+    Splits and statistics are those of the whole data set, whichever of its classes are wanted.
+
     Raises :class:`DataError` naming the class, file or array that cannot be used.
     """
     _check(config)
@@ -91,15 +108,20 @@ def load(config: DatasetConfig, data_dir: Path, generator: torch.Generator, prog
     train, test = _with_test(source, config)
     train, held_out = split_off(train, config.held_out_fraction, generator)
     mean, std = _statistics(config, train.images)
+    chosen, class_names, notes = _chosen(config, len(source.class_names)), source.class_names, source.notes
+    if chosen != list(range(len(class_names))):
+        train, held_out, test = (split.of_classes(chosen) for split in (train, held_out, test))
+        class_names = tuple(class_names[label] for label in chosen)
+        notes += (f"{len(chosen)} of {len(source.class_names)} classes: {listing(class_names)}",)
     return RealData(
         name=display_name(config),
-        class_names=source.class_names,
+        class_names=class_names,
         mean=mean,
         std=std,
         train=train,
         held_out=held_out,
         test=test,
-        notes=source.notes,
+        notes=notes,
         fingerprint=_fingerprint(train, held_out, test),
     )
 
@@ -147,9 +169,21 @@ def _check(config: DatasetConfig) -> None:
 
 def _check_count(config: DatasetConfig, found: int) -> None:
     if found < 2:
-        raise DataError(f"dataset={display_name(config)} has {found} class: at least 2 are needed")
+        raise DataError(f"dataset={_whole_name(config)} has {found} class: at least 2 are needed")
     if config.classes not in (None, found):
-        raise DataError(f"dataset.classes={config.classes}: dataset={display_name(config)} has {found}")
+        raise DataError(f"dataset.classes={config.classes}: dataset={_whole_name(config)} has {found}")
+
+
+def _chosen(config: DatasetConfig, classes: int) -> list[int]:
+    """The labels of the classes that are used, of ``classes``, in the order in which they are numbered anew."""
+    order = list(range(classes))
+    if config.class_order is not None:
+        # The generator of the published orders (DM's continual learning: Zhao & Bilen, WACV 2023)
+        order = np.random.RandomState(config.class_order).permutation(classes).tolist()
+    first, last = config.class_range or (0, classes)
+    rule = f"within the {classes} classes of dataset={_whole_name(config)}"
+    require("dataset.class_range", last <= classes, config.class_range, rule)
+    return order[first:last]
 
 
 def _path(root: str) -> Path:
@@ -166,7 +200,7 @@ def _with_test(source: Source, config: DatasetConfig) -> tuple[Split, Split]:
         check_classes(source.train, source.class_names, "train")
         check_classes(source.test, source.class_names, "test")
         return source.train, source.test
-    check_classes(source.train, source.class_names, f"dataset={display_name(config)}", least=2)
+    check_classes(source.train, source.class_names, f"dataset={_whole_name(config)}", least=2)
     return split_off(source.train, config.test_fraction, torch.Generator().manual_seed(TEST_SPLIT_SEED))
 
 
@@ -184,6 +218,6 @@ def _fingerprint(*splits: Split) -> str:
     digest = hashlib.sha256()
     for split in splits:
         digest.update(repr(tuple(split.images.shape)).encode())
-        digest.update(memoryview(split.images.contiguous().numpy()))
-        digest.update(memoryview(split.labels.numpy().astype("<i8")))
+        digest.update(memoryview(split.images.cpu().contiguous().numpy()))
+        digest.update(memoryview(split.labels.cpu().numpy().astype("<i8")))
     return digest.hexdigest()

@@ -28,6 +28,13 @@ class Split:
         """The images ``index`` (n,), which must be ascending to keep the order by class."""
         return Split(self.images[index], self.labels[index])
 
+    def of_classes(self, labels: Sequence[int]) -> Split:
+        """The images of the classes ``labels``, which are numbered anew in this order."""
+        members = [(self.labels == label).nonzero().squeeze(1) for label in labels]
+        counts = torch.tensor([len(index) for index in members], device=self.labels.device)
+        numbers = torch.arange(len(members), device=self.labels.device)
+        return Split(self.images[torch.cat(members)], numbers.repeat_interleave(counts))
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Source:

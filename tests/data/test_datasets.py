@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import zipfile
@@ -294,6 +295,86 @@ def test_files_that_are_no_npz_are_refused(tmp_path):
     Path(config.root).write_bytes(whole.replace(b"PK\x05\x06", b"PK\x05\x07"))
     with pytest.raises(DataError, match="cannot be read"):
         datasets.peek(config, Path("absent"))
+
+
+# Classes of a data set
+
+
+def imbalanced(folder: Path, **changes: object) -> DatasetConfig:
+    """Ten, seven, two, twelve and five training images of five classes, in no order; pixels that are all different."""
+    random = np.random.default_rng(0)
+    arrays = {}
+    for split, counts in (("train", (10, 7, 2, 12, 5)), ("test", (3, 1, 2, 4, 2))):
+        arrays[f"y_{split}"] = random.permutation(np.arange(5).repeat(counts))
+        arrays[f"x_{split}"] = random.integers(0, 256, (sum(counts), 4, 4), dtype=np.uint8)
+    return npz(folder, arrays, **{"channels": 1, "held_out_fraction": 0.3, **changes})
+
+
+def naive_classes(split: Split, order: list[int], first: int, last: int) -> list[tuple[bytes, int]]:
+    """Images and new labels of the classes at the positions first .. last - 1 of ``order``, one after the other."""
+    found = []
+    for position in range(first, last):
+        for image, label in zip(split.images, split.labels.tolist(), strict=True):
+            if label == order[position]:
+                found.append((image.numpy().tobytes(), position - first))
+    return found
+
+
+def pairs(split: Split) -> list[tuple[bytes, int]]:
+    images = [image.numpy().tobytes() for image in split.images]
+    return list(zip(images, split.labels.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("span", [None, (0, 2), (1, 4), (3, 5), (0, 5)])
+@pytest.mark.parametrize("seed", [None, 0, 3])
+def test_classes_are_chosen_by_order_and_position_in_every_split(tmp_path, seed, span):
+    config = imbalanced(tmp_path)
+    whole = load(config)
+    config = dataclasses.replace(config, class_order=seed, class_range=span and list(span))
+    some, (first, last) = load(config), span or (0, 5)
+    order = list(range(5)) if seed is None else np.random.RandomState(seed).permutation(5).tolist()
+    for name in ("train", "held_out", "test"):
+        expected = naive_classes(getattr(whole, name), order, first, last)
+        assert expected and pairs(getattr(some, name)) == expected
+    assert some.class_names == tuple(str(order[position]) for position in range(first, last))
+    assert (some.mean, some.std) == (whole.mean, whole.std)
+    assert datasets.peek(config, Path("absent")).classes == last - first
+    unchanged = order[first:last] == [0, 1, 2, 3, 4]
+    assert (some.fingerprint == whole.fingerprint) is unchanged
+    assert some.fingerprint == whole.fingerprint_of(some.class_names)
+    names = ", ".join(some.class_names)
+    assert some.notes == (() if unchanged else (f"{last - first} of 5 classes: {names}",))
+
+
+def test_every_class_is_in_one_of_the_steps(tmp_path):
+    whole = load(imbalanced(tmp_path))
+    spans = ([0, 2], [2, 5])
+    steps = [load(imbalanced(tmp_path, class_order=1, class_range=span)) for span in spans]
+    assert sorted(name for step in steps for name in step.class_names) == sorted(whole.class_names)
+    for split in ("train", "held_out", "test"):
+        images = [image for step in steps for image, _ in pairs(getattr(step, split))]
+        assert sorted(images) == sorted(image for image, _ in pairs(getattr(whole, split)))
+
+
+def test_digits_have_the_published_order_of_a_seed():
+    data = load(digits(class_order=0, class_range=[2, 6]))
+    assert data.class_names == ("4", "9", "1", "6")  # numpy's RandomState(0).permutation(10) is 2 8 4 9 1 6 7 3 0 5
+    assert data.name == "digits_classes2-5"
+    assert load(digits(name="mine", class_range=[2, 6])).name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"), [("digits", 10), ("svhn", 10), ("cifar100", 100), ("tiny_imagenet", 200), ("imagenet10", 10)]
+)
+def test_positions_beyond_the_classes_are_refused_before_data_are_read(kind, found):
+    config = DatasetConfig(kind=kind, image_size=8, test_fraction=0.2 if kind == "digits" else None)
+    for count in (2, found):
+        chosen = dataclasses.replace(config, class_range=[found - count, found])
+        assert datasets.peek(chosen, Path("absent")).classes == count
+    beyond = dataclasses.replace(config, class_range=[found - 1, found + 1])
+    rule = rf"\[{found - 1}, {found + 1}\]: must be within the {found} classes of dataset={kind}$"
+    with pytest.raises(ConfigError, match=rf"^dataset.class_range={rule}"):
+        datasets.peek(beyond, Path("absent"))
 
 
 # Settings

@@ -73,6 +73,21 @@ def test_images_of_the_right_size_keep_their_pixels(tmp_path):
     assert peek(tmp_path) == Shape(classes=2, channels=3, image_size=SIDE)
 
 
+def test_some_classes_of_a_tree_in_an_order_of_their_own(tmp_path):
+    names = ("ant", "bee", "cat", "dog")
+    whole = load(tree(tmp_path, classes=names))
+    some = {"class_order": 2, "class_range": [1, 3]}
+    data = load(tmp_path, **some)
+    wanted = [names[label] for label in np.random.RandomState(2).permutation(4)[1:3]]
+    assert data.class_names == tuple(wanted) and wanted != sorted(wanted)
+    assert data.test.labels.tolist() == [0, 0, 1, 1]
+    for label, name in enumerate(wanted):
+        expected = whole.test.images[whole.test.labels == names.index(name)]
+        assert torch.equal(data.test.images[data.test.labels == label], expected)
+    assert peek(tmp_path, **some).classes == 2
+    assert data.name == f"{tmp_path.name}_classes1-2"
+
+
 def test_val_serves_as_test_and_gives_way_to_it(tmp_path):
     tree(tmp_path, ("train", "val"))
     assert torch.equal(load(tmp_path).test.images[0], chw(noise(4)))

@@ -111,6 +111,18 @@ def test_cifar_is_read_from_its_archive(tmp_path, monkeypatch, kind, archive, cl
     assert len(list((tmp_path / kind).iterdir())) == 1
 
 
+def test_a_step_of_cifar100_is_the_classes_of_its_order(tmp_path, monkeypatch):
+    written = write_cifar(tmp_path / "cifar100" / "cifar-100-python.tar.gz", monkeypatch, "cifar100")
+    data = load("cifar100", tmp_path, class_order=4, class_range=[20, 40])
+    step = np.random.RandomState(4).permutation(100)[20:40].tolist()
+    assert data.class_names == tuple(f"class {label}" for label in step)
+    for name, split in (("train", data.train), ("test", data.test)):
+        pixels, labels = written[name]
+        chosen = [pixels[i] for label in step for i in range(len(labels)) if labels[i] == label]
+        assert np.array_equal(split.images.numpy(), np.stack(chosen))
+        assert split.labels.tolist() == sorted(split.labels.tolist()) and set(split.labels.tolist()) == set(range(20))
+
+
 def test_cifar_is_downloaded_if_allowed(tmp_path, monkeypatch, server):
     write_cifar(tmp_path / "server" / "cifar-10-python.tar.gz", monkeypatch, "cifar10", server)
     refused(r"cifar-10-python\.tar\.gz is not there: .* set dataset.download=true", "cifar10", tmp_path)
