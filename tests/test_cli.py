@@ -10,7 +10,7 @@ import re
 import shlex
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,7 @@ def test_the_picture_has_a_row_per_class(finished):
 
 def test_the_kept_configuration_makes_the_same_run(finished):
     kept = OmegaConf.to_container(OmegaConf.load(finished.folder / "config.yaml"))
-    config = planned(*finished.arguments).config
+    config = replace(planned(*finished.arguments).config, launcher=None, sweep=None)
     sections = {
         name: OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(type(getattr(config, name))), value))
         for name, value in kept.items()

@@ -169,7 +169,7 @@ def test_a_run_that_was_asked_to_stop_says_so_and_goes_on_with_the_same_command(
 def test_a_second_process_is_refused_and_harms_nothing(task, uninterrupted):
     command = task.start_until(lambda: task.state("condense"))
     second = run(task.where, *task.arguments)
-    assert second.code == 1
+    assert second.code == 75
     reason = "another process is working on this run; wait for it or stop it"
     assert second.complaint == f"{task.folder.relative_to(task.where)}: {reason}"
     assert command.finish().code == 0

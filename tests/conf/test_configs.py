@@ -46,6 +46,7 @@ GROUPS = {
     "tracking": ["auto", "disabled", "offline", "online"],
     "compute": ["auto", "cpu", "cuda"],
     "paths": ["local"],
+    "launcher": ["local", "ray", "submitit"],
 }
 VARIANTS = [path for path in FILES if path.parts[0] in ("experiment", "debug")]
 USERS_DATA = ("folder", "arrays", "imagenet10")  # lie where dataset.root says
@@ -173,7 +174,7 @@ def planned_with_data(*overrides: str, roots: dict[str, Path]):
 def test_each_file_sets_only_what_the_schema_knows(path):
     values = OmegaConf.to_container(OmegaConf.load(CONF / path))
     values = {name: value for name, value in values.items() if name not in ("defaults", "hydra")}
-    schema = [f"{path.parts[0]}={path.stem}"] if path.parts[0] in ("objective", "debug") else []
+    schema = [f"{path.parts[0]}={path.stem}"] if path.parts[0] in ("objective", "debug", "launcher") else []
     config = configured(*schema)
     if path.parts[0] in GROUPS:
         values = {path.parts[0]: values}
