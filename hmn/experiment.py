@@ -38,6 +38,9 @@ def run(plan: Plan, *, command: str) -> dict[str, Any]:
             result = _work(plan, folder, stop)
         else:
             print(f"{plan.run_id} is finished: this is its kept result (move {folder} away to measure it anew)")
+            if tracking.of_agent():  # which waits for the result in a W&B run of its own
+                with _tracker(plan, folder) as tracker:
+                    tracker.summary(results.summary(result))
         if distributed.first():
             clear(folder / "checkpoints")  # only now: a kill before the result was written must find them
     _print_result(plan, result, command)
@@ -56,11 +59,9 @@ def _work(plan: Plan, folder: Path, stop: Stop) -> dict[str, Any]:
     print(f"{plan.run_id} on {results.device_name(chosen.device)}, {chosen.precision}, ", end="")
     print("compiled" if chosen.compiled else "not compiled", end="")
     print(f", {distributed.world()} processes" if distributed.world() > 1 else "")
-    plain = dataclasses.asdict(dataclasses.replace(config, launcher=None, sweep=None))  # which are not of the run
+    plain = _plain(config)
     provenance = results.provenance()  # of the code that runs, not of what it is edited to meanwhile
-    with tracking.start(
-        config.tracking, run_id=plan.run_id, run_dir=folder, run_config=plain, job_type=config.mode
-    ) as tracker:
+    with _tracker(plan, folder) as tracker:
         # The split is the data set's own: every run of a sweep, whatever its seed, holds out the same images.
         data = distributed.first_then_others(
             lambda: datasets.load(config.dataset, Path(config.paths.data_dir), generator(0, "split"))
@@ -96,9 +97,23 @@ def _work(plan: Plan, folder: Path, stop: Stop) -> dict[str, Any]:
             "config": plain,
             **provenance,
         }
-        tracker.summary({"accuracy_mean": result["accuracy"]["mean"], "stored_floats": result["stored_floats"]})
+        tracker.summary(results.summary(result))
         tracker.log_table("result", report.COLUMNS, _rows(plan, result))
         return distributed.from_first(lambda: results.write(folder, result))
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    return dataclasses.asdict(dataclasses.replace(config, launcher=None, sweep=None))  # which are not of the run
+
+
+def _tracker(plan: Plan, folder: Path) -> tracking.Tracker:
+    return tracking.start(
+        plan.config.tracking,
+        run_id=plan.run_id,
+        run_dir=folder,
+        run_config=_plain(plan.config),
+        job_type=plan.config.mode,
+    )
 
 
 def _reference(plan: Plan, mode: str) -> dict[str, Any] | None:

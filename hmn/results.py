@@ -53,6 +53,32 @@ def read(folder: Path) -> dict[str, Any] | None:
     return result
 
 
+def held_out_accuracy(result: dict[str, Any]) -> float | None:
+    """Of the kept set, on real images that are neither trained nor tested on: what a search may select by.
+
+    ``None`` where ``evaluation.curve_points`` asked for none. The curve is of the set before it was pruned.
+    """
+    pruning, curve = result.get("pruning", {}), result.get("curve", [])
+    if "held_out_accuracy" in pruning:
+        return pruning["held_out_accuracy"]
+    return curve[-1]["held_out_accuracy"] if curve and not pruning.get("cut_per_class") else None
+
+
+def summary(result: dict[str, Any]) -> dict[str, float | int | str | None]:
+    """The numbers by which runs are compared, under one flat name each; ``None`` for what this mode has not."""
+    accuracy, per_class = result["accuracy"], result["images_per_class"]
+    return {
+        "accuracy_mean": accuracy["mean"],
+        "accuracy_std": accuracy["std"],
+        "networks": len(accuracy["by_network"]),
+        "held_out_accuracy": held_out_accuracy(result),
+        "images_per_class": int(per_class) if per_class.isdecimal() else per_class,
+        "wall_seconds": sum(result["wall_seconds"].values()),
+        **{key: result.get(key) for key in ("stored_floats", "budget_floats", "condense_steps", "condense_seconds")},
+        "peak_bytes": result["peak_bytes"],
+    }
+
+
 def provenance() -> dict[str, Any]:
     """Commit and dirty flag of the code (null outside a checkout), its digest, package versions, the machine's kind."""
     return {

@@ -2,6 +2,9 @@
 
 Every record carries its own step, ``condense/step`` say, and W&B is told which step each metric belongs to. W&B's
 global step is never given: it only grows, while a resumed run computes its last steps again.
+
+A run that ``wandb agent`` starts belongs to the agent's own W&B run, whose id the environment holds: W&B's sweep looks
+for its metric nowhere else.
 """
 
 from __future__ import annotations
@@ -30,9 +33,14 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 ARTIFACT_TYPE = "condensed-set"
+AGENT_SWEEP = "WANDB_SWEEP_ID"  # which `wandb agent` sets, beside the WANDB_RUN_ID of the W&B run that it made
 HISTOGRAM_BINS = 64
 INIT_TIMEOUT_SECONDS = 30.0  # without an answer in this time, an online run goes on offline
 FINISH_TIMEOUT_SECONDS = 600.0  # what is not uploaded by then stays on disk for `wandb sync`
+SUMMARIES = {  # of metrics whose last value is not what compares runs
+    "condense/peak_bytes": "max",
+    "curve/held_out_accuracy": "last,max",
+}
 
 Scalar = float | int | str | Tensor | np.generic
 
@@ -47,9 +55,10 @@ def start(
 ) -> Tracker:
     """Begin, or continue, the record of the run in ``run_dir``; use it in a ``with`` statement.
 
-    ``run_id`` is the W&B id too, and ``run_config`` (plain nested values) the W&B config. Of several processes only the
-    first records anything. An online run that cannot reach W&B goes on offline and says so in one line. Raises
-    :class:`HmnError` if W&B cannot even start offline, :class:`ArtifactError` if ``metrics.jsonl`` is damaged.
+    ``run_id`` is the W&B id too, except under an agent, and ``run_config`` (plain nested values) the W&B config, beside
+    ``run_id`` and ``label``. Of several processes only the first records anything. An online run that cannot reach W&B
+    goes on offline and says so in one line. Raises :class:`HmnError` if W&B cannot even start offline,
+    :class:`ArtifactError` if ``metrics.jsonl`` is damaged.
     """
     if not distributed.first():
         return Tracker(None)
@@ -60,17 +69,22 @@ def start(
         tracker.mirror = _start_wandb(
             config.mode,
             dir=run_dir,
-            id=run_id,
+            id=run_id,  # under an agent W&B takes id, project and entity from the environment instead
             name=run_id,
             resume="allow",
             project=config.project,
             entity=config.entity,
             group=config.group,
             job_type=job_type,
-            config=dict(run_config),
+            config=_wandb_config({"run_id": run_id, "label": config.labels, **run_config}),
             reinit="create_new",  # never the handle of another run that this process left open
         )
     return tracker
+
+
+def of_agent() -> bool:
+    """Whether ``wandb agent`` started this process."""
+    return bool(os.environ.get(AGENT_SWEEP))
 
 
 class Tracker:
@@ -140,9 +154,10 @@ class Tracker:
 
         self._mirrored(send)
 
-    def summary(self, values: Mapping[str, Scalar]) -> None:
-        """Set the W&B summary, the one row that W&B's run tables show."""
-        self._mirrored(lambda run: run.summary.update({name: plain(value) for name, value in values.items()}))
+    def summary(self, values: Mapping[str, Scalar | None]) -> None:
+        """Set the W&B summary, the one row that W&B's run tables show; ``None`` is left out."""
+        shown = {name: plain(value) for name, value in values.items() if value is not None}
+        self._mirrored(lambda run: run.log(shown))  # in the history too: W&B's sweeps look for their metric there
 
     def rewind(self, step_key: str, step: int) -> None:
         """Drop the local records of ``step_key`` beyond ``step``: a resumed run computes those steps again.
@@ -195,7 +210,7 @@ class Tracker:
             run.define_metric(step_key, hidden=True)
             self._defined.add(step_key)
         for name in new:
-            run.define_metric(name, step_metric=step_key)
+            run.define_metric(name, step_metric=step_key, summary=SUMMARIES.get(name))
             self._defined.add(name)
 
     def _mirrored(self, send: Callable[[wandb.Run], object]) -> None:
@@ -244,6 +259,18 @@ def histogram(values: Sequence[float] | Tensor) -> tuple[list[int], list[float],
     edges = np.linspace(low, high, HISTOGRAM_BINS + 1)
     counts, _ = np.histogram(finite, edges)
     return counts.tolist(), edges.tolist(), numbers.size - finite.size
+
+
+def _wandb_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """As it is, or under an agent with dotted keys: its ``container=hmn`` would take the place of the section."""
+    return _dotted(config, "") if of_agent() else dict(config)
+
+
+def _dotted(config: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _start_wandb(mode: str, **options: Any) -> wandb.Run:

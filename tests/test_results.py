@@ -54,6 +54,42 @@ def test_provenance_names_versions_and_machine():
     assert json.loads(json.dumps(found)) == found
 
 
+@pytest.mark.parametrize(
+    ("result", "value"),
+    [
+        (
+            {
+                "pruning": {"cut_per_class": 2, "held_out_accuracy": 0.5},
+                "curve": [{"step": 4, "held_out_accuracy": 0.75}],
+            },
+            0.5,
+        ),
+        ({"pruning": {"cut_per_class": 0}, "curve": [{"held_out_accuracy": 0.25}, {"held_out_accuracy": 0.75}]}, 0.75),
+        ({"pruning": {"cut_per_class": 2}, "curve": [{"step": 4, "held_out_accuracy": 0.75}]}, None),
+        ({"pruning": {"cut_per_class": 2}, "curve": []}, None),
+        ({}, None),
+    ],
+    ids=["pruned", "not pruned", "curve of another set", "no curve", "reference"],
+)
+def test_the_held_out_accuracy_is_of_the_kept_set_and_never_the_test_s(result, value):
+    assert results.held_out_accuracy(RESULT | result) == value
+
+
+def test_the_summary_has_the_numbers_that_compare_runs():
+    measured = {"images_per_class": "78", "stored_floats": 30635, "budget_floats": 30720, "peak_bytes": 5}
+    seconds = {"wall_seconds": {"condense": 1.5, "evaluate": 2.0}, "condense_seconds": 1.25, "condense_steps": 6}
+    pruning = {"pruning": {"held_out_accuracy": 0.25}}
+    accuracy = {"accuracy_mean": 0.5, "accuracy_std": None, "networks": 1, "held_out_accuracy": 0.25}
+    assert results.summary(RESULT | measured | seconds | pruning) == {
+        **(measured | seconds | accuracy),
+        "images_per_class": 78,
+        "wall_seconds": 3.5,
+    }
+    reference = {"images_per_class": "17-20", "stored_floats": 64, "wall_seconds": {}, "peak_bytes": 5}
+    found = results.summary(RESULT | reference)
+    assert (found["images_per_class"], found["condense_steps"], found["held_out_accuracy"]) == ("17-20", None, None)
+
+
 def git(folder: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
     done = subprocess.run(["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True)

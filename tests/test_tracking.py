@@ -40,8 +40,9 @@ def no_login(monkeypatch, tmp_path_factory):
 
 
 def start(run_dir: Path, mode: str = "offline", run_id: str = "run-1", **config) -> Tracker:
-    given = {"run_config": {"seed": 3, "memory": {"images_per_class": 10}}, "group": "sweep-1", "job_type": "run"}
-    return tracking.start(TrackingConfig(mode=mode, **config), run_id=run_id, run_dir=run_dir, **given)
+    given = {"run_config": {"seed": 3, "memory": {"images_per_class": 10}}, "job_type": "run"}
+    config = TrackingConfig(mode=mode, **{"group": "sweep-1"} | config)
+    return tracking.start(config, run_id=run_id, run_dir=run_dir, **given)
 
 
 def lines(run_dir: Path) -> list[str]:
@@ -195,7 +196,7 @@ def test_an_offline_run_holds_everything_that_was_logged(tmp_path, capsys):
     run = read_offline_run(run_dir)
 
     names = {"id": "run-1", "name": "run-1", "project": "hmn", "group": "sweep-1", "job_type": "run"}
-    assert run["run"] == names | {"resume": True}
+    assert run["run"] == names | {"resume": True, "sweep": ""}
     assert run["exit_code"] == 0
     assert run["config"]["seed"] == 3
     assert run["config"]["memory"] == {"images_per_class": 10}
@@ -231,6 +232,46 @@ def test_an_offline_run_holds_everything_that_was_logged(tmp_path, capsys):
     (line,) = printed.out.splitlines()
     assert shlex.split(line)[-3:] == ["wandb", "sync", str(run_dir / "wandb")]
     assert {path.name for path in run_dir.iterdir()} == {"metrics.jsonl", "wandb"}
+
+
+def test_a_run_of_a_sweep_shows_its_labels_and_numbers_as_columns(tmp_path):
+    labels = {"method": "HMN", "ipc": "10"}
+    with start(tmp_path, group="main_table-1", labels=labels) as tracker:
+        for step, (accuracy, memory) in enumerate([(0.5, 7), (0.75, 9), (0.25, 8)]):
+            values = {"curve/held_out_accuracy": accuracy, "condense/peak_bytes": memory}
+            tracker.log(values, step_key=STEP, step=step)
+        tracker.summary({"accuracy_mean": torch.tensor(0.625), "accuracy_std": None, "images_per_class": "9-10"})
+    run = read_offline_run(tmp_path)
+    assert (run["run"]["group"], run["run"]["sweep"]) == ("main_table-1", "")
+    assert (run["config"]["run_id"], run["config"]["label"]) == ("run-1", labels)
+    assert run["kept"] == {"curve/held_out_accuracy": ["max", "last"], "condense/peak_bytes": ["max"]}
+    assert {key: run["summary"][key] for key in run["kept"]} == {
+        "curve/held_out_accuracy": {"last": 0.25, "max": 0.75},
+        "condense/peak_bytes": {"max": 9},
+    }
+    shown = {"accuracy_mean": 0.625, "images_per_class": "9-10"}
+    assert {key: value for key, value in run["summary"].items() if key in shown} == shown
+    assert "accuracy_std" not in run["summary"]
+    assert shown.items() <= run["history"][-1].items()  # where W&B's sweeps look for their metric
+
+
+def test_under_an_agent_the_run_is_the_agent_s_and_keeps_its_whole_configuration(tmp_path, monkeypatch, capfd):
+    given = tmp_path / "given.yaml"  # what the agent writes of the values it chose
+    given.write_text("wandb_version: 1\nmemory: {value: ipc10}\n")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep-of-agent")
+    monkeypatch.setenv("WANDB_RUN_ID", "made-by-agent")
+    monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(given))
+    monkeypatch.setenv("WANDB_PROJECT", "of-agent")
+    with start(tmp_path, labels={"ipc": "10"}) as tracker:
+        tracker.summary({"held_out_accuracy": 0.5})
+    run = read_offline_run(tmp_path)
+    names = {"id": "made-by-agent", "name": "run-1", "project": "of-agent", "sweep": "sweep-of-agent"}
+    assert names.items() <= run["run"].items()
+    config = {"run_id": "run-1", "label.ipc": "10", "seed": 3, "memory": "ipc10", "memory.images_per_class": 10}
+    assert config.items() <= run["config"].items()
+    assert run["summary"]["held_out_accuracy"] == run["history"][-1]["held_out_accuracy"] == 0.5
+    printed = capfd.readouterr()
+    assert (len(printed.out.splitlines()), printed.err) == (1, "")
 
 
 @pytest.mark.parametrize("error", [ConfigError("seed=-1"), Interrupted("stopped", 15), RuntimeError("bug")])

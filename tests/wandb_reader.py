@@ -29,20 +29,22 @@ def without_login(monkeypatch: Any, home: Path) -> None:
 def read_offline_run(run_dir: Path, part: int = -1) -> dict[str, Any]:
     """One offline start of the run in ``run_dir``, by default the last.
 
-    ``run``: id, name, project, group, job_type, resume · ``config`` · ``history``: one dict per logged row ·
-    ``summary`` · ``metrics``: metric -> its step metric · ``artifacts``: name, type, metadata, files (path -> digest,
+    ``run``: id, name, project, group, job_type, resume, sweep · ``config`` · ``history``: one dict per logged row ·
+    ``summary`` · ``metrics``: metric -> its step metric · ``kept``: metric -> its summaries, where they are chosen ·
+    ``artifacts``: name, type, metadata, files (path -> digest,
     size, local_path) · ``files``: paths below ``files_dir`` · ``exit_code``: ``None`` if the run never ended.
     """
     _end_service()  # which may write the last records after the run's end
     path = sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))[part]
     result: dict[str, Any] = {"config": {}, "history": [], "summary": {}, "metrics": {}, "artifacts": [], "files": []}
-    result["exit_code"] = None
+    result |= {"exit_code": None, "kept": {}}
     for record in _records(path.read_bytes()):
         kind = record.WhichOneof("record_type")
         if kind == "run":
             run = record.run
             result["run"] = {"id": run.run_id, "name": run.display_name, "project": run.project}
             result["run"] |= {"group": run.run_group, "job_type": run.job_type, "resume": run.resume}
+            result["run"] |= {"sweep": run.sweep_id}
             result["config"] |= _values(run.config.update)
         elif kind == "history":
             result["history"].append(_values(record.history.item))
@@ -50,6 +52,8 @@ def read_offline_run(run_dir: Path, part: int = -1) -> dict[str, Any]:
             result["summary"] |= _values(record.summary.update)
         elif kind == "metric":
             result["metrics"][record.metric.name] = record.metric.step_metric
+            if chosen := [field.name for field, on in record.metric.summary.ListFields() if on]:
+                result["kept"][record.metric.name] = chosen
         elif kind == "artifact":
             result["artifacts"].append(_artifact(record.artifact))
         elif kind == "files":

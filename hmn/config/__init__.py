@@ -199,6 +199,7 @@ class TrackingConfig:
     project: str = "hmn"
     entity: str | None = None
     group: str | None = None  # null: one per sweep
+    labels: dict[str, str] = field(default_factory=dict)  # of the run in its table, by axis: columns in W&B
     log_every_steps: int = 10
     images_every_steps: int = 1000
 
