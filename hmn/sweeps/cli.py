@@ -16,9 +16,10 @@ from hmn.report import text_table
 from hmn.sweeps import state
 from hmn.sweeps.attempt import end_with_parent
 from hmn.sweeps.planning import Planned, by_run
+from hmn.sweeps.search import search
 from hmn.sweeps.sweep import Sweep, accuracy, counts, launch, of_arguments, status_command
 
-COMMANDS = ("launch", "plan", "status", "results")
+COMMANDS = ("launch", "plan", "status", "results", "search")
 ORDER = ("failed", "running", "interrupted", "damaged", "waiting", "done")
 
 
@@ -37,6 +38,8 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """The exit code: 1 if a run failed or, for ``results``, none is there."""
     given = _parser().parse_intermixed_args(_with_command(arguments))
+    if given.command == "search":
+        return search(given.settings)
     sweep = of_arguments(given.settings, shlex.join(["python", "sweep.py", *given.settings]))
     if given.command == "plan":
         print(plan_text(sweep, sweep.plan()))
