@@ -9,15 +9,17 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shlex
 import signal
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from hydra.core.override_parser.types import Quote, QuotedString
 from tqdm import tqdm
 
 from hmn import results
@@ -163,6 +165,8 @@ def _run(sweep: Sweep, left: Sequence[Planned], so_far: Counter[str]) -> bool:
 
 def _task(sweep: Sweep, one: Planned) -> Task:
     grouped = [f"tracking.group={sweep.name}"] if sweep.group is None else []
+    if one.cell.labels:
+        grouped.append(labelled(one.cell.labels))
     return Task(
         run_id=one.run_id,
         folder=str(one.folder),
@@ -170,6 +174,15 @@ def _task(sweep: Sweep, one: Planned) -> Task:
         directory=os.getcwd(),
         max_retries=sweep.settings.max_retries,
     )
+
+
+def labelled(labels: Mapping[str, str]) -> str:
+    """The override that hands the labels of a cell to W&B, as they are."""
+    pairs = []
+    for name, text in labels.items():
+        key = re.sub(r"([\\()\[\]{}:=, \t])", r"\\\1", name)  # which Hydra does not take in quotes
+        pairs.append(f"{key}:{QuotedString(text, Quote.single).with_quotes()}")
+    return f"++tracking.labels={{{','.join(pairs)}}}"
 
 
 def _checked(outcome: Outcome, folder: Path) -> Outcome:

@@ -12,13 +12,26 @@ import pytest
 import yaml
 
 from hmn import results
-from tests.command import ROOT, TINY, configured
+from hmn.sweeps.sweep import labelled
+from tests.command import ROOT, TINY, compose, configured
 from tests.wandb_reader import read_offline_run, without_login
 
 SWEEP = yaml.safe_load((ROOT / "experiments" / "wandb_sweep.yaml").read_text())
 # In the place of CIFAR-10, and after what the file says: Hydra takes an option only once.
 INSTEAD = {"dataset=cifar10": "dataset=digits", "memory=ipc1": "seed=3"}
 QUICK = (*(f for f in TINY if not f.startswith("tracking")), "tracking=offline", "evaluation.curve_epochs=1")
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"method": "HMN", "ipc": "10", "seed": "0"},
+        {"method": "IDC, f = 2", "objective.memory_lr": "0.01", "share": "{a: [1]}", "name of it": 'Kim\'s \\"one\\" '},
+        {"container": "null", "mode": "true", "beta": "", "x/y-z": "[1, 2]"},
+    ],
+)
+def test_labels_of_cells_reach_w_and_b_as_they_are(labels):
+    assert compose(*TINY, labelled(labels)).tracking.labels == labels
 
 
 def some_values() -> dict[str, dict[str, Any]]:
