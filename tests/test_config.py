@@ -364,6 +364,7 @@ CIRCUMSTANCE: dict[str, dict[str, Any]] = {
         "project": "mine",
         "entity": "me",
         "group": "ours",
+        "labels": {"method": "ours"},
         "log_every_steps": 7,
         "images_every_steps": 7,
     },

@@ -6,7 +6,8 @@ The space is written in Hydra's own override grammar: ``choice(...)`` or ``A,B``
 ``interval(...)``, of whole numbers as ``int(interval(...))``, and on a logarithmic scale inside ``tag(log, ...)``.
 
 A study is a journal of plain JSON lines in ``runs/studies/NAME``. A trial is written there, whole, before its run
-starts and closed once its run has ended; so the same command goes on after a kill at any time, with the same runs.
+starts and closed once its run has ended; so the same command goes on after a kill at any time, with the same runs. A
+run that failed, after its retries, is a failed trial, which is counted and not tried again.
 
 Trials are proposed in batches of ``batch``, each from all earlier batches by a sampler that is seeded with the trial's
 number. So a study in several sittings proposes what an undisturbed one does, under one version of Optuna, one batch
@@ -216,7 +217,7 @@ def _open(folder: Path) -> optuna.Study:
         raise ArtifactError(f"{path}: not a journal of Optuna ({error}): move the study away to start anew") from error
 
 
-class _Held:
+class _Held:  # as optuna.storages.journal.BaseJournalFileLock, which is not public
     """In the place of Optuna's lock file, which a kill leaves behind: the study's folder is held already."""
 
     def acquire(self) -> bool:

@@ -227,11 +227,8 @@ def test_held_out_accuracy_alone_decides(runs, capsys):
         best["run_id"],
     ]
     (command,) = (line for line in lines if line.startswith("the best: python run.py "))
-    assert command.endswith(
-        f" objective.memory_lr={best['params']['objective.memory_lr']} pruning.beta={best['params']['pruning.beta']}"
-    ) or command.endswith(
-        f" pruning.beta={best['params']['pruning.beta']} objective.memory_lr={best['params']['objective.memory_lr']}"
-    )
+    searched = " ".join(f"{key}={value}" for key, value in sorted(best["params"].items()))
+    assert command == f"the best: python run.py {' '.join(FIXED)} {searched}"
 
 
 def test_the_search_comes_near_the_best_and_says_which_setting_mattered(runs, capsys):
@@ -340,8 +337,13 @@ def test_a_study_keeps_to_what_it_was_started_with(runs, changed, why):
     assert "study=a was started with" in str(caught.value)
     assert why in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert search(["study=a", "trials=2", *reversed([*FIXED, *SPACE]), "launcher.slots=2"]) == 0
-    assert len(trials()) == 2
+
+
+def test_the_order_of_settings_and_where_runs_are_made_are_no_part_of_a_study(runs):
+    assert search(["study=a", "trials=1", *FIXED, *SPACE]) == 0
+    assert search(["study=a", "trials=3", *reversed([*FIXED, *SPACE]), "launcher.slots=2"]) == 0
+    assert search(["study=undisturbed", "trials=3", *FIXED, *SPACE]) == 0
+    assert trials() == trials("undisturbed")
 
 
 def test_trials_of_other_sources_are_kept_only_if_asked_for(runs):
