@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 @pytest.fixture
-def checkout(tmp_path, monkeypatch):
+def checkout(tmp_path, monkeypatch) -> Iterator[Path]:
     """A checkout with one commit that the module takes for its own."""
     folder = tmp_path / "checkout"
     (folder / "hmn").mkdir(parents=True)
@@ -106,8 +107,10 @@ def checkout(tmp_path, monkeypatch):
     git(folder, "init", "-q")
     git(folder, "add", ".")
     git(folder, "commit", "-q", "-m", "first")
-    monkeypatch.setattr(results, "__file__", str(code))
-    return folder
+    monkeypatch.setattr(results, "ROOT", folder)
+    results.code_version.cache_clear()
+    yield folder
+    results.code_version.cache_clear()
 
 
 def test_commit_and_dirty_flag_are_the_checkouts(checkout):
@@ -121,11 +124,26 @@ def test_commit_and_dirty_flag_are_the_checkouts(checkout):
 
 
 def test_installed_code_has_no_commit_even_inside_another_checkout(checkout, monkeypatch):
-    installed = checkout / "env" / "hmn" / "results.py"
-    monkeypatch.setattr(results, "__file__", str(installed))
-    installed.parent.mkdir(parents=True)
+    (checkout / "env" / "hmn").mkdir(parents=True)
+    monkeypatch.setattr(results, "ROOT", checkout / "env")
     found = results.provenance()
     assert (found["commit"], found["dirty"]) == (None, None)
+
+
+def test_the_code_version_is_of_the_sources_of_a_run_alone(checkout):
+    def version() -> str:
+        results.code_version.cache_clear()
+        return results.code_version()
+
+    before = version()
+    (checkout / "README.md").write_text("changed")
+    (checkout / "hmn" / "sweeps").mkdir()
+    (checkout / "hmn" / "sweeps" / "pool.py").write_text("how, not what")
+    assert version() == before
+    (checkout / "hmn" / "results.py").write_text("changed\n")
+    changed = version()
+    (checkout / "hmn" / "results.py").rename(checkout / "hmn" / "other.py")
+    assert len({before, changed, version()}) == 3
 
 
 def test_without_git_there_is_no_commit(checkout, monkeypatch):
