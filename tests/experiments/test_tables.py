@@ -302,12 +302,13 @@ def test_the_papers_own_number_is_shown_first_and_a_recalled_one_last(reported):
             ["t", "M", "A", "1", "N", "2", "", "%", "README", "", ""],
             ["t", "M", "A", "1", "N", "3", "", "%", tables.PAPER, "", ""],
             ["t", "M", "A", "", "N", "4", "", "%", "any budget", "", ""],
+            ["t", "M", "A", "1", "N", "7", "", "%", tables.PAPER, "", "unverified"],
             ["t", "M", "A", "10", "N", "5", "", "%", "another budget", "", ""],
             ["t", "M", "A", "1", "N", "6", "", "MB", "another unit", "", ""],
         )
     ]
     found = tables.reported_for(rows, "t", {"method": "M", "dataset": "A", "ipc": "1", "seed": "0"}, "%")
-    assert [one.number for one in found] == [3, 2, 4, 1]
+    assert [one.number for one in found] == [3, 2, 4, 7, 1]
 
 
 def test_published_units_are_converted_and_out_of_memory_is_no_number(tmp_path, reported):
@@ -320,10 +321,10 @@ def test_published_units_are_converted_and_out_of_memory_is_no_number(tmp_path, 
     runs.finish("A/1/Ours/0", [0.5])
     runs.finish("A/1/Theirs/0", [0.5])
     text = markdown(fill(runs))
-    assert "| 1.50 (1) [a] | 2.00 [1] | -0.50 |" in text
-    assert "| 1.50 (1) [a] | – [2] |  |" in text
+    assert "| **1.50 (1)** [a] | 2.00 [1] | -0.50 |" in text  # equal ones are both the best
+    assert "| **1.50 (1)** [a] | – [2] |  |" in text
     assert "[2] reported by S (out of memory on a card)" in text
-    assert "| 0.250 (1) [a] | 48.00 [1] | -47.750 |" in text
+    assert "| **0.250 (1)** [a] | 48.00 [1] | -47.750 |" in text
 
 
 def test_of_an_axis_without_a_place_the_last_label_is_shown(tmp_path, reported):
