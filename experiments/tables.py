@@ -26,7 +26,7 @@ from hmn.cli import explain
 from hmn.errors import ConfigError
 from hmn.sweeps import state
 from hmn.sweeps.cells import Cell, Table, table_file
-from hmn.sweeps.planning import Planned
+from hmn.sweeps.planning import Planned, by_run
 from hmn.sweeps.sweep import Sweep, of_arguments
 
 REPORTED = Path(__file__).resolve().parent / "reported.csv"
@@ -219,34 +219,37 @@ def fill(sweep: Sweep, *, mix: bool = False) -> Filled:
         raise ConfigError(
             f"shows={unknown[0]}: no number; {table.name} is drawn: python -m experiments.figures {table.name}"
         )
-    states = {one.run_id: state.read(one.folder) for one in planned.values() if one.run_id is not None}
+    states = {run_id: state.read(one.folder) for run_id, one in by_run([*planned.values()]).items()}
     results = {run_id: found.result for run_id, found in states.items() if found.result is not None}
     if not mix:
         _refuse_mixture(table.name, results)
-    rows = read_reported()
-    command = sweep.command
+    command, reported = sweep.command, read_reported()
+
+    def entry(key: str, row: tuple[str, ...], column: tuple[str, ...], cells: Sequence[Cell]) -> Entry:
+        runs = {one.run_id or one.cell.name: one for one in (planned[cell.name] for cell in cells)}
+        done = {run_id: results[run_id] for run_id in runs if run_id in results}
+        return Entry(
+            value=key,
+            row=row,
+            column=column,
+            measured=measure(VALUES[key], list(done.values())),
+            run_ids=tuple(done),
+            reported=reported_for(reported, table.reported, cells[0].labels, VALUES[key].unit),
+            gaps=tuple(_gap(one, states, command) for run_id, one in runs.items() if run_id not in done),
+            reference=any(result["mode"] == "full_data" for result in done.values()),
+        )
+
+    entries = [entry(key, *place, cells) for key in table.shows for place, cells in _places(table).items()]
+    return Filled(table, command, tuple(_with_best(entries)), tuple(_footer([*results.values()], command)))
+
+
+def _places(table: Table) -> dict[tuple[tuple[str, ...], tuple[str, ...]], list[Cell]]:
+    """The shown cells by their labels of rows and of columns: those of one place differ in what is averaged over."""
     places: dict[tuple[tuple[str, ...], tuple[str, ...]], list[Cell]] = {}
     for cell in shown(table):
         row, column = (tuple(cell.labels.get(axis, "") for axis in axes) for axes in (table.rows, table.columns))
         places.setdefault((row, column), []).append(cell)
-    entries = []
-    for key in table.shows:
-        for (row, column), cells in places.items():
-            runs = {one.run_id or one.cell.name: one for one in (planned[cell.name] for cell in cells)}.values()
-            done = {one.run_id: results[one.run_id] for one in runs if one.run_id in results}
-            entries.append(
-                Entry(
-                    value=key,
-                    row=row,
-                    column=column,
-                    measured=measure(VALUES[key], list(done.values())),
-                    run_ids=tuple(done),
-                    reported=reported_for(rows, table.reported, cells[0].labels, VALUES[key].unit),
-                    gaps=tuple(_gap(one, states, command) for one in runs if one.run_id not in done),
-                    reference=any(result["mode"] == "full_data" for result in done.values()),
-                )
-            )
-    return Filled(table, command, tuple(_with_best(entries)), tuple(_footer([*results.values()], command)))
+    return places
 
 
 def _gap(one: Planned, states: Mapping[str, state.State], command: str) -> Gap:
@@ -337,10 +340,9 @@ class Notes:
         self.sources: dict[str, str] = {}
 
     def letter(self, gap: Gap) -> str:
-        told = f"{gap.status}: {gap.told}" if gap.told else gap.status
-        if gap.status == "waiting":
-            return self._letter(f"not measured: `{self.command}`")
-        return self._letter(f"{told}: `{gap.command}`")
+        if gap.status in ("waiting", "running"):  # the sweep's business
+            return self._letter(f"{'not measured' if gap.status == 'waiting' else gap.status}: `{self.command}`")
+        return self._letter(f"{gap.status}{f': {gap.told}' if gap.told else ''}: `{gap.command}`")
 
     def _letter(self, text: str) -> str:
         if text not in self.missing:

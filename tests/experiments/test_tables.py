@@ -273,6 +273,10 @@ def test_each_result_is_read_once(tmp_path, reported, monkeypatch):
     monkeypatch.setattr(tables, "state", SimpleNamespace(read=lambda folder: (asked.append(folder), read(folder))[1]))
     fill(runs)
     assert sorted(asked) == sorted(runs.path(cell.name) for cell in runs.table.cells)
+    one, asked[:] = runs.path("A/1/Ours/0"), []
+    runs.plan = lambda: [Planned(cell, cell.overrides, "same", one) for cell in runs.table.cells]
+    fill(runs)
+    assert asked == [one]
 
 
 def test_interrupted_and_damaged_runs_are_marked_as_such(tmp_path, reported):
