@@ -76,7 +76,7 @@ class Runs:
             cells=tuple(Cell("/".join(one.values()), one, tuple(f"{k}={v}" for k, v in one.items())) for one in made),
             **layout,
         )
-        self.command = COMMAND
+        self.command, self.arguments = COMMAND, ()
 
     def path(self, name: str) -> Path:
         return self.folder / name.replace("/", "-")
@@ -338,6 +338,17 @@ def test_of_an_axis_without_a_place_the_last_label_is_shown(tmp_path, reported):
     runs.finish("X/1/evaluate", [0.6])
     (row,) = rows_of(fill(runs))
     assert row["mean"] == "60.0" and row["runs"] == "X-1-evaluate"
+
+
+def test_a_smoke_variant_says_so_and_is_compared_with_nothing(tmp_path, reported):
+    reported("small,Ours,A,1,N,65.7,,%,S,,")
+    runs = Runs(tmp_path)
+    runs.finish("A/1/Ours/0", [0.6], wall_seconds={"condense": 90.0})
+    assert "65.7" in markdown(fill(runs))
+    runs.arguments = ("experiment=small", "+debug=smoke")
+    text = markdown(fill(runs))
+    assert "65.7" not in text and "- Smoke variant: digits" in text
+    assert "Runs: 1, together 1.5 minutes" in text
 
 
 def test_a_figure_of_pictures_is_no_table(tmp_path, reported):
