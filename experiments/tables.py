@@ -224,7 +224,8 @@ def fill(sweep: Sweep, *, mix: bool = False) -> Filled:
     results = {run_id: found.result for run_id, found in states.items() if found.result is not None}
     if not mix:
         _refuse_mixture(table.name, results)
-    command, smoke = sweep.command, any(one.lstrip("+") == "debug=smoke" for one in sweep.arguments)
+    command = sweep.command
+    smoke = any(override.startswith("debug=") for cell in table.cells for override in cell.overrides)
     reported = [] if smoke else read_reported()  # of digits nothing is, whatever the columns are called
 
     def entry(key: str, row: tuple[str, ...], column: tuple[str, ...], cells: Sequence[Cell]) -> Entry:

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -76,7 +77,7 @@ class Runs:
             cells=tuple(Cell("/".join(one.values()), one, tuple(f"{k}={v}" for k, v in one.items())) for one in made),
             **layout,
         )
-        self.command, self.arguments = COMMAND, ()
+        self.command = COMMAND
 
     def path(self, name: str) -> Path:
         return self.folder / name.replace("/", "-")
@@ -345,7 +346,8 @@ def test_a_smoke_variant_says_so_and_is_compared_with_nothing(tmp_path, reported
     runs = Runs(tmp_path)
     runs.finish("A/1/Ours/0", [0.6], wall_seconds={"condense": 90.0})
     assert "65.7" in markdown(fill(runs))
-    runs.arguments = ("experiment=small", "+debug=smoke")
+    smoked = tuple(replace(cell, overrides=(*cell.overrides, "debug=smoke")) for cell in runs.table.cells)
+    runs.table = replace(runs.table, cells=smoked)
     text = markdown(fill(runs))
     assert "65.7" not in text and "- Smoke variant: digits" in text
     assert "Runs: 1, together 1.5 minutes" in text
