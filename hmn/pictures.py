@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+HARDEST, EASIEST = (213, 94, 0), (0, 114, 178)  # vermilion and blue, which the colour-blind tell apart too
 
 
 def class_grid(images: Tensor, labels: Tensor, *, columns: int = 10, rows: int = 20, pixels: int = 64) -> Image.Image:
@@ -23,6 +25,51 @@ def class_grid(images: Tensor, labels: Tensor, *, columns: int = 10, rows: int =
             top, left = row * (side + gap), column * (side + gap)
             canvas[:, top : top + side, left : left + side] = picture.cpu()
     return enlarge(to_pil(canvas), max(1, round(pixels / side)))
+
+
+def pruning_grid(
+    images: Tensor, scores: Tensor, keep: int, hardest: int, *, columns: int = 10, rows: int = 20, pixels: int = 64
+) -> Image.Image:
+    """What is condensed over budget, before pruning: a row per class from its hardest image to its easiest.
+
+    ``images`` (C, G, channels, H, W) in [0, 1], ``scores`` (C, G): their AUM, written below each. Of every class
+    ``keep`` images stay, of the others ``hardest`` are its hardest: framed and named "hard" or "easy".
+    """
+    count, side = scores.shape[1], images.shape[-1]
+    factor = max(1, round(pixels / side))
+    font = ImageFont.load_default(max(10, factor * side // 6))
+    gap, text = max(8, factor * side // 16), font.size + 4
+    width, height = factor * side + gap, factor * side + text + gap
+    positions = _across(count, hardest, count - keep - hardest, columns)
+    canvas = Image.new("RGB", (len(positions) * width + gap, min(rows, len(scores)) * height + gap), "white")
+    draw = ImageDraw.Draw(canvas)
+    for row, order in enumerate(scores.argsort(dim=1, stable=True)[:rows].tolist()):
+        for column, position in enumerate(positions):
+            left, top, index = gap + column * width, gap + row * height, order[position]
+            end, colour = _dropped(position, hardest, hardest + keep)
+            canvas.paste(enlarge(to_pil(images[row, index].cpu()), factor), (left, top))
+            right, bottom = left + factor * side, top + factor * side
+            if end:
+                draw.rectangle((left - 3, top - 3, right + 2, bottom + 2), outline=colour, width=3)
+            words = f"{end} {scores[row, index].item():.2f}".strip()
+            draw.text(((left + right) / 2, bottom + 3), words, fill=colour, font=font, anchor="ma")
+    return canvas
+
+
+def _across(count: int, hardest: int, easiest: int, columns: int) -> list[int]:
+    """Positions, ascending, of at most ``columns`` of ``count`` images: up to a third of them from each dropped end."""
+    if count <= columns:
+        return list(range(count))
+    low, high = min(hardest, columns // 3), min(easiest, columns // 3)
+    kept = np.linspace(hardest, count - easiest - 1, min(columns - low - high, count - hardest - easiest))
+    return [*range(low), *kept.round().astype(int).tolist(), *range(count - high, count)]
+
+
+def _dropped(position: int, first_kept: int, first_easy: int) -> tuple[str, tuple[int, int, int]]:
+    """From which end the image at ``position`` of the AUM order goes, "" if it stays, and the colour that says so."""
+    if position < first_kept:
+        return "hard", HARDEST
+    return ("easy", EASIEST) if position >= first_easy else ("", (90, 90, 90))
 
 
 def to_pil(image: Tensor) -> Image.Image:

@@ -250,6 +250,7 @@ class Session:
             for position, (beta, value) in enumerate(searched.items()):
                 metrics = {"prune/beta": beta, "prune/held_out_accuracy": value}
                 self.tracker.log(metrics, step_key="prune/candidate", step=position)
+        self._keep_pruning_picture(over_budget.images, scores, chosen["beta"])
         return prune.kept_instances(scores, stored.images_per_class, chosen["beta"]), chosen
 
     def evaluate_artifacts(self) -> dict[str, Any]:
@@ -397,6 +398,15 @@ class Session:
             return
         with atomic_write(self.folder / "condensed.png") as temporary:
             pictures.class_grid(images, labels).save(temporary)
+
+    def _keep_pruning_picture(self, images: Tensor, scores: Tensor, beta: float) -> None:
+        """What is dropped is kept nowhere else."""
+        if not distributed.first():
+            return
+        keep = self.plan.storage.images_per_class
+        hardest = prune.hardest_count(beta, scores.shape[1] - keep)
+        with atomic_write(self.folder / "over_budget.png") as temporary:
+            pictures.pruning_grid(images.unflatten(0, scores.shape), scores.cpu(), keep, hardest).save(temporary)
 
 
 def _metrics(measured: condense.Report) -> dict[str, float]:

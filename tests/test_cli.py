@@ -28,6 +28,7 @@ from tests.wandb_reader import read_offline_run, without_login
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 KEPT = {".lock", "card.json", "condensed.png", "condensed.safetensors", "config.yaml", "metrics.jsonl", "result.json"}
+PRUNED = {"over_budget.png"}
 
 
 def toy(path: Path, classes: int = 3) -> str:
@@ -85,7 +86,7 @@ def row(printed: str, name: str) -> list[str]:
 def test_a_run_keeps_its_files_in_a_folder_of_its_id_and_nothing_else(finished):
     plan = planned(*finished.arguments)
     assert finished.folder == finished.where / "runs" / plan.run_id
-    kept = {f"runs/{plan.run_id}/{name}" for name in KEPT}
+    kept = {f"runs/{plan.run_id}/{name}" for name in KEPT | PRUNED}
     assert set(finished.outcome.files) == {"toy.npz", "runs", f"runs/{plan.run_id}"} | kept
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from hmn.pictures import class_grid, enlarge, to_pil
+from hmn.pictures import EASIEST, HARDEST, class_grid, enlarge, pruning_grid, to_pil
 
 WHITE = 255
 
@@ -73,3 +73,50 @@ def test_values_are_rounded_and_clamped():
 def test_enlarging_by_one_changes_nothing():
     picture = to_pil(flat(0.2)[0])
     assert (np.asarray(enlarge(picture, 1)) == np.asarray(picture)).all()
+
+
+# pruning_grid with images of 60 pixels: a gap of 8, a caption of 14 below each
+SIDE, ACROSS, DOWN, GAP = 60, 68, 82, 8
+
+
+def before_pruning(order: list[int], keep: int, hardest: int) -> np.ndarray:
+    """The grid of one class whose image of grey value 2 i has the AUM order.index(i)."""
+    grey = torch.arange(len(order)).float() * 2 / 255
+    scores = torch.tensor([[float(order.index(image)) for image in range(len(order))]])
+    images = grey.view(1, -1, 1, 1, 1).expand(-1, -1, 1, SIDE, SIDE)
+    return np.asarray(pruning_grid(images, scores, keep, hardest))
+
+
+def greys_and_frames(grid: np.ndarray) -> tuple[list[int], list[tuple[int, ...]]]:
+    lefts = range(GAP, grid.shape[1] - GAP, ACROSS)
+    return [int(grid[GAP, left, 0]) // 2 for left in lefts], [tuple(grid[GAP + 9, left - 2]) for left in lefts]
+
+
+def test_images_before_pruning_go_from_hardest_to_easiest_and_dropped_ones_are_framed():
+    grid = before_pruning([3, 0, 4, 1, 2], keep=2, hardest=1)
+    assert grid.shape == (DOWN + GAP, 5 * ACROSS + GAP, 3)
+    none = (WHITE, WHITE, WHITE)
+    assert greys_and_frames(grid) == ([3, 0, 4, 1, 2], [HARDEST, none, none, EASIEST, EASIEST])
+
+
+def test_of_many_images_both_ends_and_the_kept_between_are_shown():
+    grid = before_pruning(list(range(30)), keep=20, hardest=4)
+    shown, frames = greys_and_frames(grid)
+    assert shown == [0, 1, 2, 4, 10, 17, 23, 27, 28, 29]
+    assert frames[:3] == [HARDEST] * 3 and frames[-3:] == [EASIEST] * 3 and frames[3] == (WHITE, WHITE, WHITE)
+
+
+def test_an_end_that_loses_nothing_leaves_its_place_to_what_is_kept():
+    shown, frames = greys_and_frames(before_pruning(list(range(30)), keep=29, hardest=0))
+    assert shown == [0, 4, 7, 10, 14, 18, 21, 24, 28, 29]
+    assert frames[-1] == EASIEST and HARDEST not in frames
+
+
+def test_the_aum_is_written_in_the_colour_of_the_end():
+    grid = before_pruning([0, 1, 2], keep=1, hardest=1)
+    caption = grid[GAP + SIDE + 3 : DOWN].astype(int)  # its edges are blended with the paper's white
+    for position, (redder, bluer) in enumerate(((True, False), (False, False), (False, True))):
+        words = caption[:, GAP + position * ACROSS : GAP + position * ACROSS + SIDE]
+        assert words.min() < 200
+        difference = words[..., 0] - words[..., 2]
+        assert ((difference > 50).any(), (difference < -50).any()) == (redder, bluer)
