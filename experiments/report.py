@@ -1,0 +1,490 @@
+"""One self-contained page of a sweep: ``python -m experiments.report DIR [--output FILE.html]``.
+
+DIR is the folder of a sweep (``runs/sweeps/NAME``) or any folder of run folders (``runs``). The page needs nothing but
+itself: no network, no files beside it. It shows what lies in the run folders now, finished or not; nothing in it comes
+from the clock, so the same folders give the same bytes.
+
+Its size: pictures share ``PICTURE_CHARACTERS`` among them and are re-encoded to fit (``experiments/embedding.py``), curves
+are thinned to ``POINTS`` points. A page of 200 runs stays below 20 MB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import json
+import math
+import re
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments.embedding import Embedded, embed
+from hmn import results
+from hmn.checkpoint import write_text
+from hmn.cli import explain
+from hmn.errors import ArtifactError, ConfigError
+from hmn.prune import hardest_count
+from hmn.sweeps import state
+from hmn.sweeps.attempt import FAILURE, LOG
+from hmn.sweeps.sweep import FILE as SWEEP_FILE
+from hmn.tracking import METRICS_FILE, read_metrics
+
+PAGE = Path(__file__).with_name("page")
+PICTURE_CHARACTERS = 14_000_000  # all pictures together
+POINTS = 200  # of a curve
+CONFIG = "config.yaml"
+OVER_BUDGET, CONDENSED = "over_budget.png", "condensed.png"
+STATUSES = ("done", "running", "interrupted", "failed", "damaged", "waiting")
+SCORES = {
+    "logit_margin": "margin of logits, mean over epochs",
+    "softmax_margin": "margin of probabilities, summed over epochs",
+    "random": "random scores",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of the page: its place in the sweep, and all that its folder says."""
+
+    cell: str  # its name in the sweep; of other runs the run id
+    labels: dict[str, str]  # by axis
+    run_id: str | None  # None: it reads kept sets that are not there yet
+    folder: Path | None
+    overrides: tuple[str, ...] = ()
+    name: str = ""  # short, that of no other run of the page
+
+    @cached_property
+    def state(self) -> state.State:
+        return state.read(self.folder)
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return self.state.result or {}
+
+    @cached_property
+    def config(self) -> dict[str, str]:
+        """Its settings by dotted key, as JSON; none before it has started."""
+        found = self.result.get("config")
+        if found is None and self.folder is not None and (self.folder / CONFIG).exists():
+            try:
+                found = OmegaConf.to_container(OmegaConf.load(self.folder / CONFIG))
+            except (OSError, ValueError, OmegaConfBaseException):  # cut short: its state says what became of the run
+                found = None
+        return dict(flat(found)) if isinstance(found, Mapping) else {}
+
+    @cached_property
+    def metrics(self) -> list[dict[str, Any]]:
+        try:
+            return read_metrics(self.folder / METRICS_FILE) if self.folder else []
+        except ArtifactError:  # a page of the other runs is worth more than a complaint
+            return []
+
+    @property
+    def command(self) -> str | None:
+        """What repeats it."""
+        return self.state.command or (shlex.join(["python", "run.py", *self.overrides]) if self.overrides else None)
+
+
+@dataclass(frozen=True)
+class Collection:
+    title: str
+    runs: list[Run]
+    axes: list[str]  # along which labels differ
+    alike: dict[str, str]  # labels of all other axes
+    command: str | None = None  # of the sweep
+
+
+def collect(folder: Path) -> Collection:
+    """The runs of a sweep's folder or of a folder of runs. Raises ``ConfigError`` if there are none."""
+    if (folder / SWEEP_FILE).exists():
+        return _of_sweep(folder)
+    found = sorted(path.parent for name in (results.FILE, CONFIG, FAILURE, LOG) for path in folder.glob(f"*/{name}"))
+    runs = [Run(path.name, {}, path.name, path) for path in dict.fromkeys(found)]
+    if not runs:
+        raise ConfigError(f"{folder}: holds neither {SWEEP_FILE} nor run folders; give runs/sweeps/NAME or runs")
+    runs = [replace(run, labels=_labels(run.config)) for run in runs]
+    return Collection(f"Runs in {folder.resolve().name}/", *_named(runs))
+
+
+def _of_sweep(folder: Path) -> Collection:
+    try:
+        sweep = json.loads((folder / SWEEP_FILE).read_text(encoding="utf-8"))
+        cells = [_cell(one, folder.resolve().parent.parent) for one in sweep["cells"]]
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{folder / SWEEP_FILE}: damaged ({what}); the sweep's own command writes it anew") from None
+    runs: dict[str, Run] = {}
+    for run in cells:
+        key = run.run_id or f"cell {run.cell}"
+        runs[key] = _joined(runs[key], run) if key in runs else run
+    return Collection(sweep.get("title") or sweep["name"], *_named(list(runs.values())), sweep.get("command"))
+
+
+def _cell(one: Mapping[str, Any], runs_dir: Path) -> Run:
+    run_id = one["run_id"]
+    # The sweep's own folder lies in that of its runs, wherever both were moved to.
+    folder = None if run_id is None else runs_dir / Path(run_id).name
+    return Run(one["name"], dict(one["labels"]), run_id, folder, tuple(one["overrides"]))
+
+
+def _joined(run: Run, other: Run) -> Run:
+    """The run of two cells that are the same one."""
+    labels = {
+        axis: " = ".join(dict.fromkeys(one.labels[axis] for one in (run, other) if axis in one.labels))
+        for axis in dict.fromkeys([*run.labels, *other.labels])
+    }
+    return replace(run, cell=f"{run.cell} = {other.cell}", labels=labels)
+
+
+def _labels(config: Mapping[str, str]) -> dict[str, str]:
+    """What a run outside of a sweep is told apart by at first sight."""
+    mode = json.loads(config.get("mode", '"run"'))
+    name, kind = (json.loads(config.get(f"dataset.{key}", "null")) for key in ("name", "kind"))
+    method = config.get("container.name") if mode == "run" else json.dumps(mode)
+    objective = config.get("objective.name") if mode == "run" else None
+    chosen = {
+        "dataset": json.dumps(name or kind),
+        "IPC": config.get("memory.images_per_class"),
+        "method": method,
+        "objective": objective,
+        "seed": config.get("seed"),
+    }
+    return {axis: _bare(value) for axis, value in chosen.items() if value not in (None, "null")}
+
+
+def _named(runs: Sequence[Run]) -> tuple[list[Run], list[str], dict[str, str]]:
+    """The runs with names for people, the axes along which their labels differ, and the labels of the other axes."""
+    labels: dict[str, set[str]] = {}
+    for axis, label in (item for run in runs for item in run.labels.items()):
+        labels.setdefault(axis, set()).add(label)
+    axes = [axis for axis, found in labels.items() if len(found) > 1]
+    alike = {axis: label for axis, (label, *more) in labels.items() if not more}
+    names = [" · ".join(_words(axis, run.labels[axis]) for axis in axes if axis in run.labels) for run in runs]
+    twice = {name for name, count in Counter(names).items() if count > 1 or not name}
+    shown = [run.cell if name in twice else name for run, name in zip(runs, names, strict=True)]
+    return [replace(run, name=name) for run, name in zip(runs, shown, strict=True)], axes, alike
+
+
+def _words(axis: str, label: str) -> str:
+    """A label that says what it is: a number does not."""
+    return f"{axis.rpartition('.')[2]} {label}" if leading_number(label) is not None else label
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    """Dotted keys and their values as JSON; an empty section is a value."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value)
+
+
+def _bare(value: str) -> str:
+    """JSON without the quotes of a mere string."""
+    loaded = json.loads(value)
+    return loaded if isinstance(loaded, str) else value
+
+
+def shared_settings(configs: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """What all configurations have alike."""
+    configs = [config for config in configs if config]
+    if not configs:
+        return {}
+    return {key: value for key, value in configs[0].items() if all(config.get(key) == value for config in configs)}
+
+
+# What the page shows of a run
+
+
+def accuracy_of(run: Run) -> dict[str, Any] | None:
+    """Percent: mean, ± over networks (None for one), how many."""
+    accuracy = run.result.get("accuracy")
+    if not accuracy or accuracy.get("mean") is None:
+        return None
+    std, networks = accuracy.get("std"), accuracy.get("by_network", [])
+    return {
+        "mean": 100 * accuracy["mean"],
+        "std": None if std is None else 100 * std,
+        "networks": len(networks),
+        "by_network": [f"{100 * each[-1]:.2f}" for each in networks],
+    }
+
+
+def thinned(points: Sequence[tuple[float, float | None]], most: int = POINTS) -> list[list[float | None]]:
+    """At most about ``most`` points, the first and the last among them, of 5 digits."""
+    stride = max(1, math.ceil((len(points) - 1) / (most - 1))) if points else 1
+    kept = [*points[:-1:stride], *points[-1:]]
+    return [[x, None if y is None else float(f"{y:.5g}")] for x, y in kept]
+
+
+def curves_of(run: Run) -> dict[str, Any]:
+    """Held-out accuracy in percent and matching loss over steps; a loss that was not finite is None."""
+    loss = [(row["condense/step"], row["condense/loss"]) for row in run.metrics if "condense/loss" in row]
+    held_out = [
+        (row["curve/step"], 100 * row["curve/held_out_accuracy"])
+        for row in run.metrics
+        if row.get("curve/held_out_accuracy") is not None
+    ]
+    if not held_out:
+        held_out = [(one["step"], 100 * one["held_out_accuracy"]) for one in run.result.get("curve") or ()]
+    pruned = next((row["curve/pruned_accuracy"] for row in run.metrics if row.get("curve/pruned_accuracy")), None)
+    return {
+        "accuracy": thinned(held_out),
+        "loss": thinned(loss),
+        "pruned": None if pruned is None else float(f"{100 * pruned:.5g}"),
+    }
+
+
+def pruning_of(run: Run) -> str:
+    """In words, how many of a class were dropped at which end."""
+    pruning = run.result.get("pruning") or {}
+    cut = pruning.get("cut_per_class")
+    if not cut:
+        return "nothing dropped" if pruning else ""
+    beta = pruning.get("beta")
+    if beta is None:
+        return f"{cut} of each class dropped"
+    hardest = hardest_count(beta, cut)
+    return f"dropped of each class: {hardest} hardest, {cut - hardest} easiest (β = {beta:g})"
+
+
+def histograms(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The AUM histogram of every run that has one, all of one kind of score over one range."""
+    found = []
+    for index, run in enumerate(runs):
+        aum = next((row["prune/aum"] for row in reversed(run.metrics) if "prune/aum" in row), None)
+        if aum and aum.get("counts"):
+            score = _bare(run.config.get("pruning.score", '"logit_margin"'))
+            found.append({"index": index, "run": run, "score": SCORES.get(score, score), **aum})
+    for one in found:
+        alike = [other["edges"] for other in found if other["score"] == one["score"]]
+        one["low"], one["high"] = min(edges[0] for edges in alike), max(edges[-1] for edges in alike)
+        one["bars"] = _bars(one["counts"], one["edges"], one["low"], one["high"])
+        one["zero"] = -one["low"] / (one["high"] - one["low"]) if one["low"] < 0 < one["high"] else None
+    return found
+
+
+def _bars(counts: Sequence[int], edges: Sequence[float], low: float, high: float) -> str:
+    """A histogram as one SVG path in a box of 200 x 60."""
+    tallest = max(counts) or 1
+    across = [200 * (edge - low) / (high - low) for edge in edges]
+    parts = []
+    for count, left, right in zip(counts, across, across[1:], strict=False):
+        if count:
+            parts.append(f"M{left:.1f} 60V{60 - 58 * count / tallest:.1f}H{right:.1f}V60Z")
+    return "".join(parts)
+
+
+def galleries(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], bool]:
+    """The pictures of every run that kept some, and whether any of them lost detail by being embedded."""
+    paths = {
+        index: [path for name in (OVER_BUDGET, CONDENSED) if run.folder and (path := run.folder / name).exists()]
+        for index, run in enumerate(runs)
+    }
+    allowed = PICTURE_CHARACTERS // max(1, sum(map(len, paths.values())))
+    found: list[dict[str, Any]] = []
+    for index, there in paths.items():
+        pictures = {path.name: picture for path in there if (picture := _embedded(path, allowed)) is not None}
+        if pictures:
+            found.append(
+                {"index": index, "run": runs[index], "before": pictures.get(OVER_BUDGET)}
+                | {"after": pictures.get(CONDENSED), "pruning": pruning_of(runs[index])}
+            )
+    lossy = any(one[key].lossy for one in found for key in ("before", "after") if one[key])
+    return found, lossy
+
+
+def _embedded(path: Path, allowed: int) -> Embedded | None:
+    try:
+        return embed(path, allowed)
+    except ArtifactError:  # cut short
+        return None
+
+
+def code_of(run: Run) -> str | None:
+    """The digest of its sources, of results older than that the commit."""
+    if not run.result:
+        return None
+    if code := run.result.get("code"):
+        return code
+    commit = run.result.get("commit")
+    return f"commit {commit[:12]}" if commit else "unknown"
+
+
+def summary(runs: Sequence[Run]) -> dict[str, Any]:
+    counted = Counter(run.state.status for run in runs)
+    seconds = Counter()
+    for run in runs:
+        seconds.update(run.result.get("wall_seconds") or {})
+    return {
+        "counts": [(status, counted[status]) for status in STATUSES if counted[status]],
+        "seconds": sum(seconds.values()),
+        "stages": seconds.most_common(4),
+        "devices": _tally(run.result.get("device") for run in runs),
+        "codes": _tally(map(code_of, runs)),
+        "data": _tally(
+            f"{data.get('name')} {str(data.get('fingerprint'))[:12]}" if (data := run.result.get("data")) else None
+            for run in runs
+        ),
+        "dirty": sum(bool(run.result.get("dirty")) for run in runs),
+    }
+
+
+def _tally(values: Iterable[str | None]) -> list[tuple[str, int]]:
+    return Counter(value for value in values if value is not None).most_common()
+
+
+def rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    accuracies = [accuracy_of(run) for run in runs]
+    reach = [
+        end for one in accuracies if one for end in (one["mean"] - (one["std"] or 0), one["mean"] + (one["std"] or 0))
+    ]
+    low, high = (min(reach), max(reach)) if reach else (0.0, 1.0)
+    return [
+        {
+            "index": index,
+            "run": run,
+            "status": run.state.status,
+            "accuracy": accuracy,
+            "place": _place(accuracy, low, high),
+            "result": run.result,
+            "images": run.result.get("images_per_class"),
+        }
+        for index, (run, accuracy) in enumerate(zip(runs, accuracies, strict=True))
+    ]
+
+
+def _place(accuracy: Mapping[str, Any] | None, low: float, high: float) -> dict[str, float] | None:
+    """Where in a box of 80 a run's accuracy and its spread lie among all."""
+    if accuracy is None or high <= low:
+        return None
+    spread = accuracy["std"] or 0.0
+    ends = (accuracy["mean"] - spread, accuracy["mean"], accuracy["mean"] + spread)
+    return {
+        name: round(4 + 72 * (end - low) / (high - low), 1)
+        for name, end in zip(("left", "mean", "right"), ends, strict=True)
+    }
+
+
+def provenance(run: Run, shared: Mapping[str, str]) -> list[tuple[str, str]]:
+    """What a run's result was made of and by, in words; what is not known is left out."""
+    found, data = run.result, run.result.get("data") or {}
+    commit = found.get("commit")
+    seeds = (found.get("accuracy") or {}).get("seeds") or []
+    packages = found.get("packages") or {}
+    accuracy = accuracy_of(run)
+    facts = [
+        ("Cell", run.cell if run.cell != run.run_id else None),
+        ("Run id", run.run_id),
+        ("Commit", f"{commit}{', with uncommitted changes' if found.get('dirty') else ''}" if commit else None),
+        ("Sources", found.get("code")),
+        ("Device", found.get("device") and f"{found['device']}, {'compiled' if found.get('compiled') else 'eager'}"),
+        ("Data", data.get("name") and f"{data['name']}, fingerprint {data.get('fingerprint')}"),
+        ("Notes on data", "; ".join(data.get("notes") or [])),
+        ("Network, profile", found.get("network") and f"{found['network']}, {found.get('profile')}"),
+        ("Seed", _bare(run.config["seed"]) if "seed" in run.config else None),
+        ("Seeds of networks", ", ".join(map(str, seeds))),
+        ("Accuracies, %", ", ".join(accuracy["by_network"]) if accuracy else None),
+        ("Pruning", pruning_of(run)),
+        ("Floats by tier", ", ".join(f"{tier} {count:,}" for tier, count in (found.get("tier_floats") or {}).items())),
+        ("Wall time", ", ".join(f"{name} {duration(s)}" for name, s in (found.get("wall_seconds") or {}).items())),
+        ("Python", found.get("python") and f"{found['python']}, {found.get('platform')}"),
+        ("Packages", ", ".join(f"{name} {version}" for name, version in packages.items())),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+# How numbers are written
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def size(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.0f} MiB"
+
+
+def leading_number(text: str | None) -> float | None:
+    """The number that ``text`` starts with, such as 36 of "36-40": what it is sorted by."""
+    found = re.match(r"\d+(\.\d+)?(e[+-]?\d+)?(?=$|-)", str(text or ""))
+    return float(found[0]) if found else None
+
+
+def render(found: Collection) -> str:
+    """The page."""
+    runs = found.runs
+    shared = shared_settings([run.config for run in runs]) if len(runs) > 1 else {}
+    shown, lossy = galleries(runs)
+    script, style = ((PAGE / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PAGE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"duration": duration, "size": size, "number": leading_number, "bare": _bare}
+    return environment.get_template("page.html").render(
+        title=found.title,
+        command=found.command,
+        axes=found.axes,
+        alike=found.alike,
+        summary=summary(runs),
+        rows=rows(runs),
+        charts=[{"name": run.name, **curves_of(run)} for run in runs],
+        histograms=histograms(runs),
+        galleries=shown,
+        lossy=lossy,
+        shared=shared,
+        provenance=[
+            {"run": run, "facts": provenance(run, shared)}
+            | {"own": {key: value for key, value in run.config.items() if shared.get(key) != value}}
+            for run in runs
+        ],
+        script=Markup(script),
+        style=Markup(style),
+        script_hash=_hash(script),
+        style_hash=_hash(style),
+    )
+
+
+def _hash(source: str) -> str:
+    """By which the page's policy knows its own script and style from any that a run's name may smuggle in."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a sweep's folder, or a folder of run folders")
+    parser.add_argument("--output", type=Path, metavar="FILE.html", help="instead of DIR/report.html")
+    given = parser.parse_args(arguments)
+    output = given.output or given.folder / "report.html"
+    page = render(collect(given.folder))
+    write_text(output, page)
+    print(f"{output}: {len(page.encode()) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Exception as error:
+        line, code = explain(error)
+        if line is None:
+            raise
+        print(line, file=sys.stderr)
+        sys.exit(code)
