@@ -26,8 +26,8 @@ class Embedded:
 def embed(path: Path, bytes_allowed: int) -> Embedded:
     """The picture of ``path`` as a ``data:`` address of about ``bytes_allowed`` characters.
 
-    As it is, if that fits; else as WebP, first without loss, then of falling quality, at last at half the side and so on
-    down to ``SMALLEST`` pixels. Raises ``ArtifactError`` naming a file that is not a picture.
+    As it is, if that fits; else as WebP, first without loss, then of falling quality, at last at half the side and so
+    on down to ``SMALLEST`` pixels. Raises ``ArtifactError`` naming a file that is not a picture.
     """
     try:
         with Image.open(path) as opened:

@@ -4,7 +4,7 @@ DIR is the folder of a sweep (``runs/sweeps/NAME``) or any folder of run folders
 itself: no network, no files beside it. It shows what lies in the run folders now, finished or not; nothing in it comes
 from the clock, so the same folders give the same bytes.
 
-Its size: pictures share ``PICTURE_CHARACTERS`` among them and are re-encoded to fit (``experiments/embedding.py``), curves
+Its size: pictures share ``PICTURE_CHARACTERS`` among them and are re-encoded to fit (experiments/embedding.py), curves
 are thinned to ``POINTS`` points. A page of 200 runs stays below 20 MB.
 """
 
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import yaml
 from markupsafe import Markup
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -80,7 +81,12 @@ class Run:
         if found is None and self.folder is not None and (self.folder / CONFIG).exists():
             try:
                 found = OmegaConf.to_container(OmegaConf.load(self.folder / CONFIG))
-            except (OSError, ValueError, OmegaConfBaseException):  # cut short: its state says what became of the run
+            except (
+                OSError,
+                ValueError,
+                yaml.YAMLError,
+                OmegaConfBaseException,
+            ):  # cut short: its state says what became of the run
                 found = None
         return dict(flat(found)) if isinstance(found, Mapping) else {}
 
