@@ -1,0 +1,454 @@
+"""Figures out of finished runs: ``python -m experiments.figures NAME ... --output DIR [KEY=VALUE ...]``.
+
+NAME is a file of experiments/tables/ with ``kind: figure``, KEY=VALUE are settings over its cells' as of sweep.py.
+Writes DIR/NAME.png and DIR/NAME.svg: the first of ``columns`` is the x axis, a row of the table is a line, the first of
+``shows`` is y; points are means, bars the standard deviation that tables show. With ``--against condense_hours`` (or
+another value of experiments/tables.py) any table is drawn as its first value against that one, as
+DIR/NAME-condense_hours.png and .svg.
+
+What is reported is a hollow grey marker, on no line. The same results give the same bytes of SVG. Needs the extra
+``figures``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from experiments.tables import VALUES, Entry, Filled, Value, fill, shown, sweep_of
+from hmn import results
+from hmn.checkpoint import atomic_write
+from hmn.cli import explain
+from hmn.config import one_of
+from hmn.errors import ArtifactError, ConfigError
+from hmn.sweeps.sweep import Sweep
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 150
+# Okabe & Ito's colours, which the colour-blind tell apart; yellow, too light on white, is left out.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+GREY = "#7a7a7a"
+STYLE = {
+    "font.family": "DejaVu Sans",  # that matplotlib brings
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#555555",
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5,
+    "errorbar.capsize": 2.5,
+    "figure.constrained_layout.use": True,
+    "svg.hashsalt": "hmn",  # else ids are drawn at random
+    "svg.fonttype": "path",
+}
+# Title of an axis of labels, and by what its numbers are multiplied.
+AXES = {
+    "beta": ("β: share of the cut taken from the hardest images", 1.0),
+    "classes": ("classes seen so far", 1.0),
+    "dropped": ("easiest images left out of each class, %", 100.0),
+    "ipc": ("storage in images per class", 1.0),
+    "over_budget": ("storage condensed beyond the budget, %", 100.0),
+}
+NAMES = {"ipc": "IPC"}
+REPORTED = ", reported"  # after the name of a line
+
+
+@dataclass(frozen=True)
+class Point:
+    x: float
+    y: float
+    x_std: float | None = None
+    y_std: float | None = None
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    name: str
+    points: tuple[Point, ...]  # where nothing is measured, y is NaN: no line leads across
+    reported: tuple[Point, ...] = ()
+
+    @property
+    def measured(self) -> list[Point]:
+        return [point for point in self.points if not math.isnan(point.y)]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes."""
+
+    title: str
+    x_title: str
+    y_title: str
+    lines: tuple[Line, ...]
+    ticks: tuple[str, ...] = ()  # of an x axis of words, which are at 0, 1, ...
+    log_x: bool = False
+
+
+def numbers(labels: Sequence[str]) -> list[float] | None:
+    """The labels as numbers, or ``None`` if one is a word."""
+    try:
+        return [float(label) for label in labels]
+    except ValueError:
+        return None
+
+
+def labelled(value: Value) -> str:
+    return f"{value.title}, {value.unit}" if value.unit else value.title
+
+
+def panels_of(filled: Filled, key: str) -> tuple[Panel, ...]:
+    """The value ``key`` over the first axis of the columns; the labels of further ones have a panel each."""
+    entries = [entry for entry in filled.entries if entry.value == key]
+    axis = filled.table.columns[0]
+    labels = list(dict.fromkeys(entry.column[0] for entry in entries))
+    values = numbers(labels)
+    title, factor = AXES.get(axis, (axis.replace("_", " "), 1.0))
+    places = list(map(float, range(len(labels)))) if values is None else [factor * value for value in values]
+    at = dict(zip(labels, places, strict=True))
+
+    def line(name: str, own: Sequence[Entry]) -> Line:
+        measured = [
+            Point(at[one.column[0]], one.measured.mean, None, one.measured.std)
+            if one.measured
+            else Point(at[one.column[0]], math.nan)
+            for one in own
+        ]
+        reported = [Point(at[one.column[0]], one.reported[0].number) for one in own if _reports(one)]
+        return Line(name, *(tuple(sorted(found, key=lambda point: point.x)) for found in (measured, reported)))
+
+    ticks = tuple(labels) if values is None else ()
+    return tuple(
+        Panel(named(filled.table.columns[1:], rest), title, labelled(VALUES[key]), _lines(filled, own, line), ticks)
+        for rest, own in _grouped(entries, lambda entry: entry.column[1:])
+    )
+
+
+def panels_against(filled: Filled, key: str, against: str) -> tuple[Panel, ...]:
+    """The value ``key`` against ``against`` of the same runs; a point for each of the last column labels."""
+    xs = {(entry.row, entry.column): entry.measured for entry in filled.entries if entry.value == against}
+    entries = [entry for entry in filled.entries if entry.value == key]
+
+    def line(name: str, own: Sequence[Entry]) -> Line:
+        points = [
+            Point(x.mean, entry.measured.mean, x.std, entry.measured.std, entry.column[-1])
+            for entry in own
+            if entry.measured and (x := xs[entry.row, entry.column])
+        ]
+        return Line(name, tuple(points))
+
+    heads = filled.table.columns[:-1]
+    panels = tuple(
+        Panel(named(heads, rest), labelled(VALUES[against]), labelled(VALUES[key]), _lines(filled, own, line))
+        for rest, own in _grouped(entries, lambda entry: entry.column[:-1])
+    )
+    found = [point.x for panel in panels for one in panel.lines for point in one.points]
+    spread = bool(found) and min(found) > 0 and max(found) > 10 * min(found)
+    return tuple(replace(panel, log_x=spread) for panel in panels)
+
+
+def instance_memory(filled: Filled) -> tuple[Panel, ...]:
+    """Images per class and accuracy, one above the other, against the floats of an instance memory."""
+    return tuple(
+        panel for key in ("images_per_class", "accuracy") for panel in panels_against(filled, key, "instance_floats")
+    )
+
+
+def continual(filled: Filled) -> tuple[Panel, ...]:
+    """Accuracy over the classes seen, and in the legend its average over all steps where all are measured."""
+    steps = len({entry.column for entry in filled.entries})
+
+    def with_average(line: Line) -> Line:
+        if len(line.measured) < steps:
+            return line
+        average = statistics.fmean(point.y for point in line.measured)
+        return replace(line, name=f"{line.name} ({average:.1f} on average)")
+
+    panels = panels_of(filled, filled.table.shows[0])
+    return tuple(replace(panel, lines=tuple(map(with_average, panel.lines))) for panel in panels)
+
+
+def named(axes: Sequence[str], labels: Sequence[str]) -> str:
+    """Labels that say what they are: a number does not."""
+    return ", ".join(
+        label if numbers([label]) is None else f"{NAMES.get(axis, axis.replace('_', ' '))} {label}"
+        for axis, label in zip(axes, labels, strict=True)
+        if label
+    )
+
+
+def _lines(filled: Filled, entries: Sequence[Entry], line: Callable[[str, Sequence[Entry]], Line]) -> tuple[Line, ...]:
+    rows = _grouped(entries, lambda entry: entry.row)
+    return tuple(line(named(filled.table.rows, row), own) for row, own in rows)
+
+
+def _grouped(
+    entries: Sequence[Entry], key: Callable[[Entry], tuple[str, ...]]
+) -> list[tuple[tuple[str, ...], list[Entry]]]:
+    """In the order in which keys first appear."""
+    found: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in entries:
+        found.setdefault(key(entry), []).append(entry)
+    return list(found.items())
+
+
+def _reports(entry: Entry) -> bool:
+    return bool(entry.reported) and entry.reported[0].number is not None
+
+
+# Drawing
+
+
+@contextlib.contextmanager
+def styled() -> Iterator[None]:
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+def draw(panels: Sequence[Panel], title: str, note: str, *, stacked: bool = False) -> Figure:
+    """All panels in one look: a row has the same colour and marker in each."""
+    from matplotlib.figure import Figure
+
+    down, across = (len(panels), 1) if stacked else (1, len(panels))
+    with styled():
+        figure = Figure(figsize=(1.6 + 4.2 * across, 0.9 + 2.9 * down))
+        grid = figure.subplots(down, across, sharex=stacked, squeeze=False)
+        names = list(dict.fromkeys(line.name for panel in panels for line in panel.lines))
+        for position, (axes, panel) in enumerate(zip(grid.flat, panels, strict=True)):
+            _draw_panel(axes, panel, names)
+            axes.set_title(panel.title)
+            if not stacked or position == down - 1:
+                axes.set_xlabel(panel.x_title)
+            axes.set_ylabel(panel.y_title)
+        _legend(figure, grid.flat)
+        figure.suptitle(title, x=0.02, ha="left", fontsize=11, fontweight="bold")
+        figure.supxlabel(note, x=0.02, ha="left", fontsize=7, color=GREY)
+    return figure
+
+
+def _draw_panel(axes: Axes, panel: Panel, names: Sequence[str]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    for line in panel.lines:
+        index = names.index(line.name)
+        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
+        if line.measured:
+            ys, xs = ([getattr(point, f"{axis}_std") or 0.0 for point in line.points] for axis in "yx")
+            axes.errorbar(
+                [point.x for point in line.points],
+                [point.y for point in line.points],
+                yerr=ys if any(ys) else None,
+                xerr=xs if any(xs) else None,
+                color=colour,
+                marker=marker,
+                elinewidth=1.0,
+                label=line.name,
+            )
+        for point in line.measured:
+            if point.label:
+                axes.annotate(point.label, (point.x, point.y), (5, 4), textcoords="offset points", size=7, color=colour)
+        if line.reported:
+            axes.plot(
+                [point.x for point in line.reported],
+                [point.y for point in line.reported],
+                linestyle="none",
+                marker=marker,
+                markersize=7,
+                markerfacecolor="none",
+                markeredgecolor=GREY,
+                label=f"{line.name}{REPORTED}",
+            )
+    if panel.ticks:
+        axes.set_xticks(range(len(panel.ticks)), panel.ticks, rotation=30 if len(panel.ticks) > 6 else 0)
+    if panel.log_x:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend(figure: Figure, every: Any) -> None:
+    """One for all panels, what is reported last."""
+    known = {}
+    for axes in every:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            known.setdefault(label, handle)
+    labels = sorted(known, key=lambda label: label.endswith(REPORTED))  # stable
+    figure.legend([known[label] for label in labels], labels, loc="outside right center")
+
+
+def galleries(sweep: Sweep) -> Figure:
+    """The kept pictures: a row of the table is a row, a column a column. Raises ``ConfigError`` if none is there."""
+    from matplotlib.figure import Figure
+
+    table = sweep.table
+    folders = {one.cell.name: one.folder for one in sweep.plan()}
+    cells = {}
+    for cell in shown(table):  # the first of those that are averaged over
+        place = tuple(named(axes, [cell.labels.get(axis, "") for axis in axes]) for axes in (table.rows, table.columns))
+        cells.setdefault(place, folders[cell.name])
+    rows, columns = (list(dict.fromkeys(place[part] for place in cells)) for part in (0, 1))
+    pictures = {place: picture for place, folder in cells.items() if (picture := _picture(folder)) is not None}
+    if not pictures:
+        raise ConfigError(f"{table.name}: none of its {len(cells)} runs is finished: {sweep.command}")
+    with styled():
+        figure = Figure(figsize=(0.6 + 2.3 * len(columns), 0.8 + 2.3 * len(rows)))
+        grid = figure.subplots(len(rows), len(columns), squeeze=False)
+        for place_row, row in enumerate(rows):
+            for place_column, column in enumerate(columns):
+                axes = grid[place_row, place_column]
+                _draw_picture(axes, pictures.get((row, column)), (row, column) in cells)
+                if place_row == 0:
+                    axes.set_title(column)
+                if place_column == 0:
+                    axes.set_ylabel(row, fontweight="bold")
+        figure.suptitle(_title(sweep), x=0.02, ha="left", fontsize=11, fontweight="bold")
+        missing = len(cells) - len(pictures)
+        note = "the first images of every class, a row each" + (f"; {missing} not measured yet" if missing else "")
+        figure.supxlabel(note, x=0.02, ha="left", fontsize=7, color=GREY)
+    return figure
+
+
+def _picture(folder: Path | None) -> Image.Image | None:
+    """The upper square of a finished run's picture."""
+    try:
+        if folder is None or results.read(folder) is None:
+            return None
+        with Image.open(folder / "condensed.png") as opened:
+            picture = opened.convert("RGB")
+    except (ArtifactError, OSError):  # another command tells of a damaged run
+        return None
+    return picture.crop((0, 0, picture.width, min(picture.height, max(picture.width, picture.height // 2))))
+
+
+def _draw_picture(axes: Axes, picture: Image.Image | None, expected: bool) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    if picture is not None:
+        axes.imshow(picture)
+        axes.set_anchor("NW")
+    elif expected:
+        axes.text(0.5, 0.5, "not measured", ha="center", va="center", color=GREY, transform=axes.transAxes)
+
+
+# From a table file to its two files
+
+SPECIAL: Mapping[str, Callable[[Filled], tuple[Panel, ...]]] = {
+    "instance_memory": instance_memory,
+    "continual": continual,
+    "continual_10": continual,
+}
+
+
+def figure_of(sweep: Sweep, *, against: str | None = None, mix: bool = False) -> tuple[Figure, str]:
+    """The figure of a sweep's table, and what it shows in words.
+
+    Raises ``ConfigError`` for a table that is none, and for one of which nothing is measured.
+    """
+    table = sweep.table
+    if against is not None:
+        one_of("--against", against, tuple(VALUES))
+        sweep = replace(sweep, table=replace(table, shows=(table.shows[0], against)))
+    elif table.kind != "figure":
+        raise ConfigError(
+            f"{table.name}: a table: python -m experiments.tables {table.name}, or --against condense_hours here"
+        )
+    elif table.shows[0] == "gallery":
+        return galleries(sweep), sweep.command
+    filled = fill(sweep, mix=mix)
+    if not any(entry.measured for entry in filled.entries):
+        raise ConfigError(f"{table.name}: nothing is measured yet: {sweep.command}")
+    if against is not None:
+        panels = panels_against(filled, *sweep.table.shows)
+    else:
+        panels = SPECIAL.get(table.name, lambda found: panels_of(found, table.shows[0]))(filled)
+    stacked = against is None and table.name == "instance_memory"
+    labelled_by = table.columns[-1] if stacked or against else ""
+    return draw(panels, _title(sweep), note_of(filled, labelled_by), stacked=stacked), "\n".join(filled.footer)
+
+
+def note_of(filled: Filled, labelled_by: str = "") -> str:
+    """How many runs a point is of, what is missing, and who reports what is reported."""
+    counts = sorted({entry.measured.n for entry in filled.entries if entry.measured and " x " in entry.measured.n})
+    parts = ["mean ± standard deviation"]
+    if counts:
+        parts[0] += f", condensations x networks: {', '.join(counts)}"
+    first = [entry for entry in filled.entries if entry.value == filled.table.shows[0]]
+    if missing := sum(entry.measured is None or bool(entry.gaps) for entry in first):
+        parts.append(f"{missing} of {len(first)} points not or not wholly measured yet")
+    if labelled_by:
+        parts.append(f"at the points: {NAMES.get(labelled_by, labelled_by.replace('_', ' '))}")
+    if sources := sorted({entry.reported[0].source for entry in first if _reports(entry)}):
+        parts.append(f"grey, hollow: reported by {' · '.join(sources)}")
+    return "\n".join(parts)
+
+
+def _title(sweep: Sweep) -> str:
+    smoke = any(argument.lstrip("+") == "debug=smoke" for argument in sweep.arguments)
+    return f"{sweep.table.title} (smoke variant: its numbers mean nothing)" if smoke else sweep.table.title
+
+
+def save(figure: Figure, stem: Path, description: str) -> list[Path]:
+    """PNG and SVG beside each other. Neither holds a date."""
+    paths = []
+    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+        paths.append(stem.with_name(f"{stem.name}.{kind}"))
+        stream = io.BytesIO()
+        with styled():
+            figure.savefig(stream, format=kind, dpi=DPI, metadata={**metadata, "Description": description})
+        with atomic_write(paths[-1]) as temporary:
+            temporary.write_bytes(stream.getvalue())
+    return paths
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="+", metavar="NAME|KEY=VALUE", help="files of experiments/tables; settings")
+    parser.add_argument("--output", type=Path, required=True, help="the folder to write to")
+    parser.add_argument("--against", metavar="VALUE", help="the x axis: a value of experiments/tables.py")
+    parser.add_argument("--mix", action="store_true", help="draw results of several code versions together")
+    given = parser.parse_intermixed_args(arguments)
+    overrides = [name for name in given.names if "=" in name]
+    for name in (name for name in given.names if "=" not in name):
+        figure, description = figure_of(sweep_of(name, overrides), against=given.against, mix=given.mix)
+        stem = name if given.against is None else f"{name}-{given.against}"
+        for path in save(figure, given.output / stem, description):
+            print(path)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Exception as error:
+        line, code = explain(error)
+        if line is None:
+            raise
+        print(line, file=sys.stderr)
+        sys.exit(code)
