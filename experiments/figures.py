@@ -411,7 +411,7 @@ def note_of(filled: Filled, labelled_by: str = "") -> str:
 
 
 def _title(sweep: Sweep) -> str:
-    smoke = any(argument.lstrip("+") == "debug=smoke" for argument in sweep.arguments)
+    smoke = any(override.startswith("debug=smoke") for cell in sweep.cells for override in cell.overrides)
     return f"{sweep.table.title} (smoke variant: its numbers mean nothing)" if smoke else sweep.table.title
 
 

@@ -280,11 +280,10 @@ def test_of_what_nothing_is_measured_nothing_is_drawn(table_files, name):
     [
         (["numbers"], "python -m experiments.tables numbers, or --against"),
         (["lines", "--against", "beauty"], "--against=beauty: must be one of"),
-        (["unheard_of"], "there are galleries, lines, numbers"),
+        (["unheard_of"], "galleries, lines, numbers"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused_in_one_line(table_files, arguments, told, monkeypatch):
-    monkeypatch.setattr(tables, "TABLES", table_files / "tables")
+def test_what_cannot_be_drawn_is_refused_in_one_line(table_files, arguments, told):
     with pytest.raises(ConfigError) as caught:
         figures.main([*arguments, "--output", "out"])
     assert told in str(caught.value) and len(str(caught.value).splitlines()) == 1
