@@ -18,6 +18,7 @@ import io
 import math
 import statistics
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -246,8 +247,7 @@ def draw(panels: Sequence[Panel], title: str, note: str, *, stacked: bool = Fals
                 axes.set_xlabel(panel.x_title)
             axes.set_ylabel(panel.y_title)
         _legend(figure, grid.flat)
-        figure.suptitle(title, x=0.02, ha="left", fontsize=11, fontweight="bold")
-        figure.supxlabel(note, x=0.02, ha="left", fontsize=7, color=GREY)
+        _head_and_foot(figure, title, note)
     return figure
 
 
@@ -292,6 +292,12 @@ def _draw_panel(axes: Axes, panel: Panel, names: Sequence[str]) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())
 
 
+def _head_and_foot(figure: Figure, title: str, note: str) -> None:
+    letters = int(figure.get_figwidth() / 0.1)  # of the title, a tenth of an inch each
+    figure.suptitle(textwrap.fill(title, letters), x=0.02, ha="left", fontsize=11, fontweight="bold")
+    figure.supxlabel(note, x=0.02, ha="left", fontsize=7, color=GREY)
+
+
 def _legend(figure: Figure, every: Any) -> None:
     """One for all panels, what is reported last."""
     known = {}
@@ -327,10 +333,9 @@ def galleries(sweep: Sweep) -> Figure:
                     axes.set_title(column)
                 if place_column == 0:
                     axes.set_ylabel(row, fontweight="bold")
-        figure.suptitle(_title(sweep), x=0.02, ha="left", fontsize=11, fontweight="bold")
         missing = len(cells) - len(pictures)
-        note = "the first images of every class, a row each" + (f"; {missing} not measured yet" if missing else "")
-        figure.supxlabel(note, x=0.02, ha="left", fontsize=7, color=GREY)
+        note = "a row per class: its first images" + (f"; {missing} not measured yet" if missing else "")
+        _head_and_foot(figure, _title(sweep), note)
     return figure
 
 

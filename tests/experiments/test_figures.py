@@ -148,6 +148,13 @@ def test_one_value_is_drawn_against_another_of_the_same_runs():
     assert axes.get_xscale() == "log" and [text.get_text() for text in axes.texts] == ["1", "10"]
 
 
+def test_a_long_title_stays_on_the_paper():
+    figure = draw([Panel("", "x", "y", (Line("a", (Point(1, 1),)),))], "mean accuracy of condensed sets " * 5, "")
+    figure.draw_without_rendering()
+    assert figure.get_suptitle().count("\n") >= 1
+    assert figure._suptitle.get_window_extent().x1 <= figure.bbox.x1
+
+
 def test_instance_memories_are_drawn_by_their_floats_images_above_accuracy():
     values = {"instance_floats": 32.0, "images_per_class": 78.0, "accuracy": 50.0}
     made = [entry("1", "2", number, None, value) for value, number in values.items()]
