@@ -26,8 +26,8 @@ HOSTILE = '</script><script>window.hit=1</script><img src=x onerror="window.hit=
 
 
 def a_sweep(runs: Path) -> Path:
-    """Five runs: three finished (accuracies 9, 10 and 80.5 %), one failed, one that waits for another's kept set."""
-    for name, accuracies in (("d-aaaa0001", [0.08, 0.10]), ("d-aaaa0002", [0.10]), ("d-aaaa0003", [0.80, 0.81])):
+    """Five runs: three finished (accuracies 9.5, 9.25 and 80.5 %), one failed, one that waits for another's kept set."""
+    for name, accuracies in (("d-aaaa0001", [0.08, 0.11]), ("d-aaaa0002", [0.0925]), ("d-aaaa0003", [0.80, 0.81])):
         steps = {"d-aaaa0001": 12, "d-aaaa0003": 600}.get(name, 0)
         write_run(runs / name, result(name, accuracies), losses=steps, pictures=bool(steps))
     write_failure(runs / "d-aaaa0004", f"ConfigError: {HOSTILE}", f"python run.py 'name={HOSTILE}'")
@@ -324,12 +324,12 @@ def test_the_page_renders(browser):
     assert len(texts(browser, "tbody.run")) == 5
     assert texts(browser, ".counts li") == ["3 done", "1 failed", "1 waiting"]
     assert texts(browser, "#shown") == ["5 runs"]
-    assert accuracies(browser) == ["9.00", "10.00", "80.50", "–", "–"]
+    assert accuracies(browser) == ["9.50", "9.25", "80.50", "–", "–"]
 
 
 def test_a_click_on_a_header_sorts_numbers_as_numbers_and_another_turns_it_round(browser):
     button, state = "th[data-key=accuracy] button", "th[data-key=accuracy]"
-    for direction, expected in (("descending", ["80.50", "10.00", "9.00"]), ("ascending", ["9.00", "10.00", "80.50"])):
+    for direction, expected in (("descending", ["80.50", "9.50", "9.25"]), ("ascending", ["9.25", "9.50", "80.50"])):
         click(browser, button)
         assert accuracies(browser) == [*expected, "–", "–"]  # what has none is last either way
         assert browser.find_element("css selector", state).get_attribute("aria-sort") == direction
@@ -431,6 +431,6 @@ def test_a_phone_sorts_by_a_menu(browser):
     click(browser, "#sort option[value='accuracy descending']")
     assert [text.splitlines()[-1].split()[0] for text in texts(browser, "td[data-key=accuracy]")][:3] == [
         "80.50",
-        "10.00",
-        "9.00",
+        "9.50",
+        "9.25",
     ]
