@@ -122,7 +122,10 @@ def labelled(value: Value) -> str:
 
 
 def panels_of(filled: Filled, key: str) -> tuple[Panel, ...]:
-    """The value ``key`` over the first axis of the columns; the labels of further ones have a panel each."""
+    """The value ``key`` over the first axis of the columns; the labels of further ones have a panel each.
+
+    So have those of the first axis of the rows, where one panel would have more lines than there are colours.
+    """
     entries = [entry for entry in filled.entries if entry.value == key]
     axis = filled.table.columns[0]
     labels = list(dict.fromkeys(entry.column[0] for entry in entries))
@@ -141,10 +144,12 @@ def panels_of(filled: Filled, key: str) -> tuple[Panel, ...]:
         reported = [Point(at[one.column[0]], one.reported[0].number) for one in own if _reports(one)]
         return Line(name, *(tuple(sorted(found, key=lambda point: point.x)) for found in (measured, reported)))
 
-    ticks = tuple(labels) if values is None else ()
+    rows = filled.table.rows
+    apart = int(len(rows) > 1 and len({entry.row for entry in entries}) > len(COLOURS))
+    heads, ticks = (*rows[:apart], *filled.table.columns[1:]), tuple(labels) if values is None else ()
     return tuple(
-        Panel(named(filled.table.columns[1:], rest), title, labelled(VALUES[key]), _lines(filled, own, line), ticks)
-        for rest, own in _grouped(entries, lambda entry: entry.column[1:])
+        Panel(named(heads, head), title, labelled(VALUES[key]), _lines(rows[apart:], own, line), ticks)
+        for head, own in _grouped(entries, lambda entry: (*entry.row[:apart], *entry.column[1:]))
     )
 
 
@@ -163,7 +168,9 @@ def panels_against(filled: Filled, key: str, against: str) -> tuple[Panel, ...]:
 
     heads = filled.table.columns[:-1]
     panels = tuple(
-        Panel(named(heads, rest), labelled(VALUES[against]), labelled(VALUES[key]), _lines(filled, own, line))
+        Panel(
+            named(heads, rest), labelled(VALUES[against]), labelled(VALUES[key]), _lines(filled.table.rows, own, line)
+        )
         for rest, own in _grouped(entries, lambda entry: entry.column[:-1])
     )
     found = [point.x for panel in panels for one in panel.lines for point in one.points]
@@ -180,10 +187,9 @@ def instance_memory(filled: Filled) -> tuple[Panel, ...]:
 
 def continual(filled: Filled) -> tuple[Panel, ...]:
     """Accuracy over the classes seen, and in the legend its average over all steps where all are measured."""
-    steps = len({entry.column for entry in filled.entries})
 
     def with_average(line: Line) -> Line:
-        if len(line.measured) < steps:
+        if len(line.measured) < len(line.points):
             return line
         average = statistics.fmean(point.y for point in line.measured)
         return replace(line, name=f"{line.name} ({average:.1f} on average)")
@@ -201,9 +207,12 @@ def named(axes: Sequence[str], labels: Sequence[str]) -> str:
     )
 
 
-def _lines(filled: Filled, entries: Sequence[Entry], line: Callable[[str, Sequence[Entry]], Line]) -> tuple[Line, ...]:
-    rows = _grouped(entries, lambda entry: entry.row)
-    return tuple(line(named(filled.table.rows, row), own) for row, own in rows)
+def _lines(
+    axes: Sequence[str], entries: Sequence[Entry], line: Callable[[str, Sequence[Entry]], Line]
+) -> tuple[Line, ...]:
+    """A line for each of the rows, named by the last of their labels, those of ``axes``."""
+    rows = _grouped(entries, lambda entry: entry.row[-len(axes) :])
+    return tuple(line(named(axes, row), own) for row, own in rows)
 
 
 def _grouped(
@@ -368,7 +377,6 @@ def _draw_picture(axes: Axes, picture: Image.Image | None, expected: bool) -> No
 SPECIAL: Mapping[str, Callable[[Filled], tuple[Panel, ...]]] = {
     "instance_memory": instance_memory,
     "continual": continual,
-    "continual_10": continual,
 }
 
 

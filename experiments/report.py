@@ -384,7 +384,7 @@ def _place(accuracy: Mapping[str, Any] | None, low: float, high: float) -> dict[
     }
 
 
-def provenance(run: Run, shared: Mapping[str, str]) -> list[tuple[str, str]]:
+def provenance(run: Run) -> list[tuple[str, str]]:
     """What a run's result was made of and by, in words; what is not known is left out."""
     found, data = run.result, run.result.get("data") or {}
     commit = found.get("commit")
@@ -404,12 +404,19 @@ def provenance(run: Run, shared: Mapping[str, str]) -> list[tuple[str, str]]:
         ("Seeds of networks", ", ".join(map(str, seeds))),
         ("Accuracies, %", ", ".join(accuracy["by_network"]) if accuracy else None),
         ("Pruning", pruning_of(run)),
+        ("Without its easiest", "; ".join(_without(row) for row in found.get("rows") or [])),
         ("Floats by tier", ", ".join(f"{tier} {count:,}" for tier, count in (found.get("tier_floats") or {}).items())),
         ("Wall time", ", ".join(f"{name} {duration(s)}" for name, s in (found.get("wall_seconds") or {}).items())),
         ("Python", found.get("python") and f"{found['python']}, {found.get('platform')}"),
         ("Packages", ", ".join(f"{name} {version}" for name, version in packages.items())),
     ]
     return [(name, value) for name, value in facts if value]
+
+
+def _without(row: Mapping[str, Any]) -> str:
+    """What ``mode=redundancy`` measured after one share."""
+    spread = "" if row["std"] is None else f" ± {100 * row['std']:.2f}"
+    return f"{row['dropped']:.0%} of each class: {100 * row['mean']:.2f}{spread} %"
 
 
 # How numbers are written
@@ -458,7 +465,7 @@ def render(found: Collection) -> str:
         lossy=lossy,
         shared=shared,
         provenance=[
-            {"run": run, "facts": provenance(run, shared)}
+            {"run": run, "facts": provenance(run)}
             | {"own": {key: value for key, value in run.config.items() if shared.get(key) != value}}
             for run in runs
         ],

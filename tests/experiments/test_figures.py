@@ -83,6 +83,19 @@ def test_further_columns_have_panels_of_their_own():
     ]
 
 
+def test_more_lines_than_colours_are_spread_over_panels():
+    rows = [f"{steps}/{method}" for steps in ("5", "10") for method in "ABCD"]
+    found = filled(*(entry(row, "20", 50) for row in rows), rows=("steps", "method"), columns=("classes",))
+    panels = panels_of(found, "accuracy")
+    assert [(one.title, [line.name for line in one.lines]) for one in panels] == [
+        ("steps 5", ["A", "B", "C", "D"]),
+        ("steps 10", ["A", "B", "C", "D"]),
+    ]
+    few = filled(*(entry(row, "20", 50) for row in rows[::2]), rows=("steps", "method"), columns=("classes",))
+    (panel,) = panels_of(few, "accuracy")
+    assert [line.name for line in panel.lines] == ["steps 5, A", "steps 5, C", "steps 10, A", "steps 10, C"]
+
+
 def drawn(panel: Panel) -> tuple[list, list]:
     """Lines of the axes with a marker: what is measured, what is reported."""
     (axes,) = draw([panel], "A figure", "").axes

@@ -26,7 +26,7 @@ HOSTILE = '</script><script>window.hit=1</script><img src=x onerror="window.hit=
 
 
 def a_sweep(runs: Path) -> Path:
-    """Five runs: three finished (accuracies 9.5, 9.25 and 80.5 %), one failed, one that waits for another's kept set."""
+    """Five runs: finished with 9.5, 9.25 and 80.5 %, failed, and one that waits for another's kept set."""
     for name, accuracies in (("d-aaaa0001", [0.08, 0.11]), ("d-aaaa0002", [0.0925]), ("d-aaaa0003", [0.80, 0.81])):
         steps = {"d-aaaa0001": 12, "d-aaaa0003": 600}.get(name, 0)
         write_run(runs / name, result(name, accuracies), losses=steps, pictures=bool(steps))
@@ -170,6 +170,14 @@ def test_what_pruning_dropped_is_said_in_words(tmp_path):
     write_run(tmp_path / "b", result("b", [0.5], pruning={"over_budget": 0.0, "cut_per_class": 0}))
     words = [report.pruning_of(run) for run in collect(tmp_path).runs]
     assert words == ["dropped of each class: 3 hardest, 7 easiest (β = 0.3)", "nothing dropped"]
+
+
+def test_what_was_measured_without_the_easiest_images_is_listed(tmp_path):
+    rows = [{"dropped": 0.1, "mean": 0.5, "std": 0.01}, {"dropped": 0.3, "mean": 0.25, "std": None}]
+    write_run(tmp_path / "a", result("a", [0.5], mode="redundancy", rows=rows))
+    (only,) = collect(tmp_path).runs
+    told = dict(report.provenance(only))["Without its easiest"]
+    assert told == "10% of each class: 50.00 ± 1.00 %; 30% of each class: 25.00 %"
 
 
 def test_histograms_of_one_kind_share_an_axis(tmp_path):
