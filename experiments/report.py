@@ -179,8 +179,13 @@ def _named(runs: Sequence[Run]) -> tuple[list[Run], list[str], dict[str, str]]:
     alike = {axis: label for axis, (label, *more) in labels.items() if not more}
     names = [" · ".join(_words(axis, run.labels[axis]) for axis in axes if axis in run.labels) for run in runs]
     twice = {name for name, count in Counter(names).items() if count > 1 or not name}
-    shown = [run.cell if name in twice else name for run, name in zip(runs, names, strict=True)]
+    shown = [_told_apart(run, name) if name in twice else name for run, name in zip(runs, names, strict=True)]
     return [replace(run, name=name) for run, name in zip(runs, shown, strict=True)], axes, alike
+
+
+def _told_apart(run: Run, name: str) -> str:
+    """A name that other runs have too, with the hash of the run's settings."""
+    return f"{name} · {run.run_id.rpartition('-')[2]}" if name and run.run_id else run.cell
 
 
 def _words(axis: str, label: str) -> str:

@@ -237,7 +237,7 @@
   function draw() {
     if (!find("#curves")) return;
     legend();
-    chart(find("#chart-accuracy"), "accuracy", { log: false, unit: " %" });
+    if (find("#chart-accuracy")) chart(find("#chart-accuracy"), "accuracy", { log: false, unit: " %" });
     chart(find("#chart-loss"), "loss", { log: true, unit: "" });
   }
 

@@ -76,6 +76,18 @@ def test_runs_that_labels_do_not_tell_apart_keep_their_ids(tmp_path):
     for name in ("x-1", "x-2"):
         write_run(tmp_path / name, result(name, [0.5]))
     assert [run.name for run in collect(tmp_path).runs] == ["x-1", "x-2"]
+    other = {**result("", [0.5])["config"], "seed": 7}
+    write_run(tmp_path / "x-3", result("x-3", [0.5], config=other))
+    assert [run.name for run in collect(tmp_path).runs] == ["seed 0 · 1", "seed 0 · 2", "seed 7"]
+
+
+def test_without_learning_curves_their_chart_is_left_out(browser, tmp_path):
+    metrics = write_run(tmp_path / "runs" / "a", result("a", [0.5]), losses=5) / "metrics.jsonl"
+    kept = [line for line in metrics.read_text().splitlines(keepends=True) if "curve/" not in line]
+    metrics.write_text("".join(kept))
+    report.main([str(tmp_path / "runs"), "--output", str(tmp_path / "page.html")])
+    browser.get((tmp_path / "page.html").as_uri())
+    assert browser.find_elements("css selector", "#chart-accuracy") == [] and lines(browser, "loss") == 1
 
 
 @pytest.mark.parametrize("made", ["nothing", "not JSON", '{"name": "x"}', '{"cells": 3}'])
