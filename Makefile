@@ -46,10 +46,10 @@ lock: ## rewrite requirements.lock from a fresh environment (with Python 3.11)
 	$(CHECK_PYTHON)
 	rm -rf build/lock
 	$(PYTHON) -m venv build/lock
-	build/lock/bin/python $(PIP_INSTALL) $(HELD) -e '.[dev,figures]'
+	build/lock/bin/python $(PIP_INSTALL) $(HELD) -e '.[dev]'
 	build/lock/bin/python -m pip freeze --all --exclude pip --exclude-editable > build/lock/frozen.txt
 	@{ echo "# Made by \`make lock\` with $$(build/lock/bin/python --version), not by hand."; \
-	echo "# Every package of hmn[dev,figures] and what they need, for Python >= 3.11. Neither the build of torch"; \
+	echo "# Every package of hmn[dev] and what they need, for Python >= 3.11. Neither the build of torch"; \
 	echo "# nor an index is named: pip takes the CPU build where that is offered, else the CUDA build with the CUDA"; \
 	echo "# packages that torch pins itself. No hashes, as wheels differ by platform."; \
 	sed -E -e 's/\+[A-Za-z0-9.]+$$//' -e '/^(nvidia-|cuda-|triton)/d' build/lock/frozen.txt; \
