@@ -154,17 +154,20 @@ def _failed(task: Task, folder: Path, attempts: int, error: str, code: int | Non
         "command": task.command,
         "code": code_version(),
     }
-    with contextlib.suppress(OSError):  # on a full disk the outcome is all that can be said
+    try:
         write_text(folder / FAILURE, json.dumps(kept, indent=2) + "\n")
+    except OSError as unkept:  # most often the disk is full, for which the run itself may not have found words
+        return Outcome(task.run_id, "failed", attempts, f"{error} ({FAILURE} is not kept: {unkept.strerror})")
     return Outcome(task.run_id, "failed", attempts, error)
 
 
 def _reason(code: int, log: Path) -> str:
     """What the log of a failed process ends with: its own line, or the first one of an unforeseen exception."""
     if code < 0:
-        name = signal.Signals(-code).name
+        known = -code in set(signal.Signals)  # most real-time signals have no name
+        name = signal.Signals(-code).name if known else f"signal {-code}"
         return f"killed by {name}" + (": most often the machine was out of memory" if name == "SIGKILL" else "")
-    text = log.read_text(encoding="utf-8", errors="replace").rpartition("\n$ ")[2]
+    _, _, text = log.read_text(encoding="utf-8", errors="replace").rpartition("\n$ ")[2].partition("\n")
     _, trace, unforeseen = text.rpartition("Traceback (most recent call last):\n")
     lines = [line for line in re.split(r"[\r\n]", unforeseen if trace else text) if line.strip()]
     if trace:
