@@ -32,9 +32,12 @@ def _task(raw: DictConfig) -> float | None:
     try:
         with distributed.one_output():
             return _run(raw)
-    except HmnError as error:
+    except Exception as error:
+        line, code = explain(error)
+        if line is None:
+            raise
         # Leaving by SystemExit keeps Hydra from printing lines of its own around this one.
-        distributed.exit_with(str(error), error.exit_code)
+        distributed.exit_with(line, code)
 
 
 def _run(raw: DictConfig) -> float | None:
@@ -101,7 +104,8 @@ def _lack(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
         return "no space left on the disk: free some, and the same command goes on from the last checkpoint"
     out = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    if out or (isinstance(error, RuntimeError) and re.search(r"can't allocate memory|not enough memory", text)):
+    said = re.search(r"can't allocate memory|not enough memory|bad_alloc", text)
+    if out or (isinstance(error, RuntimeError) and said):
         advice = "lower compute.memory_limit or compute.classes_per_call, or compute.networks_together"
         return f"out of memory: {advice}, and the same command goes on from the last checkpoint"
     return None

@@ -45,6 +45,8 @@ def read(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(result, dict):
+            raise ValueError
     except ValueError:
         raise ArtifactError(f"{path}: cut short or damaged: remove it, and the same command measures it anew") from None
     if result.get("schema_version") != SCHEMA_VERSION:

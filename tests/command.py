@@ -66,9 +66,11 @@ class Outcome:
 
 
 class Command:
-    """A started ``python run.py ARGUMENTS`` in ``folder``."""
+    """A started ``python run.py ARGUMENTS`` in ``folder``, or another ``program``."""
 
-    def __init__(self, folder: Path, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, folder: Path, arguments: Sequence[str], environment: Mapping[str, str], program: Path = ROOT / "run.py"
+    ) -> None:
         self.folder = folder
         # Beside the folder, whose files tests count.
         self._outputs = folder.with_name(f"{folder.name}.output-{next(_started)}")
@@ -76,7 +78,9 @@ class Command:
         for name in ("out", "err"):
             (self._outputs / name).touch()
         self.process = processes.Process(
-            target=_run, args=(str(folder), list(arguments), str(self._outputs), dict(environment)), daemon=True
+            target=_run,
+            args=(str(program), str(folder), list(arguments), str(self._outputs), dict(environment)),
+            daemon=True,
         )
         self.process.start()
 
@@ -129,14 +133,14 @@ def files_below(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-def _run(folder: str, arguments: list[str], outputs: str, environment: dict[str, str]) -> None:
+def _run(program: str, folder: str, arguments: list[str], outputs: str, environment: dict[str, str]) -> None:
     for descriptor, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(os.path.join(outputs, name), os.O_WRONLY), descriptor)
     os.chdir(folder)
     os.environ.update(environment)
-    sys.argv = ["run.py", *arguments]
+    sys.argv = [program, *arguments]
     try:
-        runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
+        runpy.run_path(program, run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # which a forked process leaves out
         for stream in (sys.stdout, sys.stderr):

@@ -15,10 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hmn.checkpoint import held, write_text
 from hmn.errors import Busy, ConfigError
-from hmn.results import ROOT, code_version
 
+# An engine starts a process for every run, which only waits for it: what needs torch, with its seconds and its memory,
+# is imported where it is used.
+PROGRAM = Path(__file__).resolve().parents[2] / "run.py"
 LOG = "log.txt"
 FAILURE = "failure.json"
 PARENT = "HMN_PARENT"  # the process that a run must not outlive
@@ -35,7 +36,7 @@ class Task:
     arguments: tuple[str, ...]  # of the program
     directory: str  # where it is started
     max_retries: int = 0
-    program: str = str(ROOT / "run.py")
+    program: str = str(PROGRAM)
 
     @property
     def command(self) -> str:
@@ -130,11 +131,21 @@ def _run(
 
 
 def _wait_for_other(folder: Path, stop: threading.Event) -> None:
+    from hmn.checkpoint import held
+
     while held(folder) and not stop.wait(POLL_SECONDS):
         pass
 
 
+def lost(task: Task, error: str) -> Outcome:
+    """A run whose engine is gone, so that no attempt could say how it ended."""
+    return _failed(task, Path(task.directory, task.folder), 1, error, None)
+
+
 def _failed(task: Task, folder: Path, attempts: int, error: str, code: int | None) -> Outcome:
+    from hmn.checkpoint import write_text
+    from hmn.results import code_version
+
     kept = {
         "run_id": task.run_id,
         "error": error,
@@ -143,17 +154,20 @@ def _failed(task: Task, folder: Path, attempts: int, error: str, code: int | Non
         "command": task.command,
         "code": code_version(),
     }
-    with contextlib.suppress(OSError):  # on a full disk the outcome is all that can be said
+    try:
         write_text(folder / FAILURE, json.dumps(kept, indent=2) + "\n")
+    except OSError as unkept:  # most often the disk is full, for which the run itself may not have found words
+        return Outcome(task.run_id, "failed", attempts, f"{error} ({FAILURE} is not kept: {unkept.strerror})")
     return Outcome(task.run_id, "failed", attempts, error)
 
 
 def _reason(code: int, log: Path) -> str:
     """What the log of a failed process ends with: its own line, or the first one of an unforeseen exception."""
     if code < 0:
-        name = signal.Signals(-code).name
+        known = -code in set(signal.Signals)  # most real-time signals have no name
+        name = signal.Signals(-code).name if known else f"signal {-code}"
         return f"killed by {name}" + (": most often the machine was out of memory" if name == "SIGKILL" else "")
-    text = log.read_text(encoding="utf-8", errors="replace").rpartition("\n$ ")[2]
+    _, _, text = log.read_text(encoding="utf-8", errors="replace").rpartition("\n$ ")[2].partition("\n")
     _, trace, unforeseen = text.rpartition("Traceback (most recent call last):\n")
     lines = [line for line in re.split(r"[\r\n]", unforeseen if trace else text) if line.strip()]
     if trace:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -19,6 +20,13 @@ from hmn.results import ROOT
 TABLES = ROOT / "experiments" / "tables"
 KINDS = ("table", "figure")
 ONLY = "only."
+KEYS = {  # of a table file, and what they hold; None: a text or null
+    **dict.fromkeys(("title", "reproduces", "kind", "reported")),
+    **dict.fromkeys(("expects", "axes"), dict),
+    **dict.fromkeys(("rows", "columns", "over", "shows", "base"), list),
+    **dict.fromkeys(("skip", "adjust", "cells", "artifacts", "smoke"), list),
+}
+KIND_NAMES = {dict: "mapping", list: "list"}
 
 # How an objective is made a matter of seconds, by the head of its option's name; all others by debug=smoke.
 SMOKE = {
@@ -91,7 +99,7 @@ def load_table(path: Path, overrides: Sequence[str] = ()) -> Table:
     overrides = [one for one in overrides if one not in smoke and not one.startswith(ONLY)]
     chosen = {axis: labels.split(",") for axis, labels in only.items()}
     try:
-        file = OmegaConf.to_container(OmegaConf.load(path))
+        file = _read(path)
         cells = tuple(_cells(file, overrides, chosen, bool(smoke)))
         table = Table(
             name=path.stem,
@@ -110,9 +118,26 @@ def load_table(path: Path, overrides: Sequence[str] = ()) -> Table:
         one_of("kind", table.kind, KINDS)
     except KeyError as error:
         raise ConfigError(f"{path}: has no {error.args[0]}") from None
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(f"{path}: line {error.problem_mark.line + 1}: {error.problem}") from None
     except (ConfigError, OSError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
     return table
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The file as plain values, of which every key is known and of its kind."""
+    file = OmegaConf.to_container(OmegaConf.load(path))
+    require("the file", isinstance(file, dict), type(file).__name__, "a mapping")
+    for key, value in file.items():
+        one_of("key", key, KEYS)
+        if (kind := KEYS[key]) is not None:
+            require(key, isinstance(value, kind), "null" if value is None else value, f"a {KIND_NAMES[kind]}")
+    for axis, labels in file.get("axes", {}).items():
+        require(f"axes.{axis}", isinstance(labels, dict), labels, "a mapping of labels to lists of overrides")
+        for label, overrides in labels.items():
+            require(f"axes.{axis}.{label}", isinstance(overrides, list), overrides, "a list of overrides")
+    return file
 
 
 def _axes(file: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:

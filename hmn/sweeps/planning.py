@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -14,10 +15,11 @@ from typing import Any
 import hydra
 
 from hmn import config, results
+from hmn.artifacts import CARD, sha256, tensors_file
 from hmn.checkpoint import write_text
 from hmn.cli import CONF, explain
 from hmn.config import Config, digest, require
-from hmn.errors import ArtifactError, ConfigError
+from hmn.errors import ArtifactError, ConfigError, Interrupted
 from hmn.plan import Plan, make_plan
 from hmn.sweeps.cells import Cell
 
@@ -59,14 +61,19 @@ def plan_cells(cells: Sequence[Cell], cache: Path | None = None) -> list[Planned
     planned: dict[str, Planned] = {}
     complaints: dict[str, list[str]] = {}  # the cells, by what they have in common to complain of
     for cell in sorted(cells, key=lambda cell: bool(cell.reads)):  # what is read comes first
-        key = digest({"overrides": list(cell.overrides)})
         try:
-            if cell.reads:
-                planned[cell.name] = _reading(cell, [planned[name] for name in cell.reads if name in planned])
+            read = [planned[name].folder if name in planned else None for name in cell.reads]
+            overrides = (*cell.overrides, *_artifact(read))
+            if not all(map(_finished, read)):
+                compose(overrides)  # its own settings are checked; without the kept sets there is no more to check
+                planned[cell.name] = Planned(cell, overrides, None, None)
                 continue
-            fresh[key] = known.get(key) or _figures(cell.overrides)
-            folder = Path(fresh[key]["folder"])
-            planned[cell.name] = Planned(cell, cell.overrides, **fresh[key] | {"folder": folder})
+            kept = _cards(overrides)
+            key = digest({"overrides": list(overrides), "kept": list(kept)})
+            fresh[key] = known.get(key) or _figures(overrides, kept)
+            planned[cell.name] = Planned(cell, overrides, **fresh[key] | {"folder": Path(fresh[key]["folder"])})
+        except Interrupted:  # no fault of the cell
+            raise
         except Exception as error:
             line, _ = explain(error)
             if line is None:
@@ -75,7 +82,8 @@ def plan_cells(cells: Sequence[Cell], cache: Path | None = None) -> list[Planned
     if complaints:
         raise ConfigError("\n".join(map(_complaint, complaints, complaints.values())))
     if cache is not None and fresh.keys() - known.keys():
-        write_text(cache, json.dumps({"version": version, "cells": known | fresh}) + "\n")
+        with contextlib.suppress(OSError):  # a full disk: next time it takes as long again, that is all
+            write_text(cache, json.dumps({"version": version, "cells": known | fresh}) + "\n")
     return [planned[cell.name] for cell in cells]
 
 
@@ -84,27 +92,32 @@ def _complaint(line: str, names: Sequence[str]) -> str:
     return f"{'; '.join(names[:SHOWN_NAMES])}{more}: {line}"
 
 
-def _reading(cell: Cell, read: Sequence[Planned]) -> Planned:
-    """A cell about kept sets: planned in full once they are all there."""
-    folders = [str(one.folder) for one in read]
-    there = len(read) == len(cell.reads) and all(_finished(one.folder) for one in read)
-    overrides = (*cell.overrides, f"artifact={folders[0] if len(folders) == 1 else '[' + ','.join(folders) + ']'}")
-    if there:
-        return Planned(cell, overrides, **_figures(overrides))
-    compose(overrides)  # its settings at least are checked
-    return Planned(cell, overrides, None, None)
+def _artifact(folders: Sequence[Path | None]) -> list[str]:
+    """The override that names the kept sets of a cell; of cells that wait or cannot be composed none is known yet."""
+    names = [str(folder or f"not_known_{position}") for position, folder in enumerate(folders)]
+    return [f"artifact={names[0]}" if len(names) == 1 else f"artifact=[{','.join(names)}]"] if names else []
 
 
-def _finished(folder: Path) -> bool:
+def _finished(folder: Path | None) -> bool:
     try:
-        return results.read(folder) is not None
+        return folder is not None and results.read(folder) is not None
     except ArtifactError:
         return False
 
 
-def _figures(overrides: Sequence[str]) -> dict[str, Any]:
+def _cards(overrides: Sequence[str]) -> tuple[str, ...]:
+    """Digests of the cards of the kept sets in ``overrides``: under the same name they may be made anew."""
+    named = next((one.partition("=")[2] for one in overrides if one.startswith("artifact=")), "")
+    digests = []
+    for path in filter(None, named.strip("[]").split(",")):
+        with contextlib.suppress(ArtifactError, OSError):  # which the plan complains of
+            digests.append(sha256(tensors_file(path).with_name(CARD)))
+    return tuple(digests)
+
+
+def _figures(overrides: Sequence[str], kept: tuple[str, ...] = ()) -> dict[str, Any]:
     seeds = [override.removeprefix("seed=") for override in overrides if override.startswith("seed=")]
-    plan = _plan(tuple(override for override in overrides if not override.startswith("seed=")))
+    plan = _plan(tuple(override for override in overrides if not override.startswith("seed=")), kept)
     flops = plan.expected_flops
     if seeds:
         plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, seed=_whole(seeds[-1])))
@@ -112,8 +125,11 @@ def _figures(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(overrides: tuple[str, ...]) -> Plan:
-    """Without the seed, by which alone most cells of a table differ: composing is what planning takes its time for."""
+def _plan(overrides: tuple[str, ...], kept: tuple[str, ...]) -> Plan:
+    """Without the seed, by which alone most cells of a table differ: composing is what planning takes its time for.
+
+    ``kept``, digests of cards, only tells plans apart that read other sets under the same names.
+    """
     return make_plan(compose(overrides), typed=overrides)
 
 

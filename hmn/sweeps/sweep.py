@@ -112,10 +112,11 @@ def launch(sweep: Sweep) -> Counter[str]:
     Raises ``ConfigError`` before anything runs if a cell cannot be composed, or if finished runs are of other sources;
     ``Busy`` if another process has this sweep; ``Interrupted`` on Ctrl-C, once what ran has saved its state.
     """
-    planned = sweep.plan()
     try:
-        with exclusive(sweep.folder, what="this sweep"), _stoppable():
-            return _launch(sweep, planned)
+        with _stoppable():
+            planned = sweep.plan()  # what cannot be composed leaves no folder
+            with exclusive(sweep.folder, what="this sweep"):
+                return _launch(sweep, planned)
     except Busy as error:
         raise Busy(f"{error}; what it does: {status_command(sweep)}") from None
     except Interrupted as error:
@@ -128,7 +129,8 @@ def status_command(sweep: Sweep) -> str:
 
 
 def _launch(sweep: Sweep, planned: Sequence[Planned]) -> Counter[str]:
-    _refuse_mixtures(sweep, planned)
+    if _set_aside_others(sweep, planned):
+        planned = sweep.plan()  # cells that read them wait now
     tried: set[str] = set()
     while True:
         write_text(sweep.folder / FILE, json.dumps(description(sweep, planned), indent=2) + "\n")
@@ -205,19 +207,19 @@ def accuracy(result: dict[str, Any]) -> str:
     return f"{100 * measured['mean']:.2f}{spread} %"
 
 
-def _refuse_mixtures(sweep: Sweep, planned: Sequence[Planned]) -> None:
-    """Results of other sources than today's: refused, kept or set aside, by ``sweep.other_code``."""
+def _set_aside_others(sweep: Sweep, planned: Sequence[Planned]) -> bool:
+    """Results of other sources than today's: refused, kept or set aside, by ``sweep.other_code``; whether any were."""
     others = {}
     for run_id, one in by_run(planned).items():
         found = state.read(one.folder)
         if found.result is not None and (code := found.result.get("code", "unknown")) != results.code_version():
             others[run_id] = (code, one.folder)
     if not others or sweep.settings.other_code == "keep":
-        return
+        return False
     if sweep.settings.other_code == "repeat":
         for code, folder in others.values():
             (folder / results.FILE).rename(folder / f"result-{code}.json")
-        return
+        return True
     codes = ", ".join(sorted({code for code, _ in others.values()}))
     raise ConfigError(
         f"{len(others)} finished runs are of other sources ({codes}, now {results.code_version()}): "
@@ -227,10 +229,17 @@ def _refuse_mixtures(sweep: Sweep, planned: Sequence[Planned]) -> None:
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
-    """Within the block a signal to stop is raised as ``Interrupted``, which closes the launcher."""
+    """Within the block the first signal to stop is raised as ``Interrupted``, which closes the launcher.
+
+    Further ones change nothing: what runs has been asked to save its state, and is waited for.
+    """
+    asked = False
 
     def interrupt(signum: int, _frame: FrameType | None) -> None:
-        raise Interrupted(f"stopped by {signal.Signals(signum).name}", signum)
+        nonlocal asked
+        if not asked:
+            asked = True
+            raise Interrupted(f"stopped by {signal.Signals(signum).name}", signum)
 
     previous = {signum: signal.signal(signum, interrupt) for signum in STOP_SIGNALS}
     try:

@@ -61,19 +61,30 @@ def launch(tasks: Sequence[Task], settings: LocalConfig) -> Launched:
     stop, outcomes, waiting = threading.Event(), queue.SimpleQueue(), deque(tasks)
 
     def work(slot: Slot) -> None:
-        with contextlib.suppress(IndexError):  # nothing waits any more
-            while not stop.is_set():
+        try:
+            while waiting and not stop.is_set():
                 with slot.taken(stop) as descriptor:
-                    if descriptor is not None:
-                        outcomes.put(attempt(waiting.popleft(), slot.environment, stop, keep_open=[descriptor]))
+                    if descriptor is None or (task := next_task()) is None:
+                        return
+                    outcomes.put(attempt(task, slot.environment, stop, keep_open=[descriptor]))
+        except Exception as error:  # nobody else would hear of it, and the sweep would wait for ever
+            outcomes.put(error)
+
+    def next_task() -> Task | None:
+        with contextlib.suppress(IndexError):  # another slot took the last one
+            return waiting.popleft()
+        return None
 
     threads = [threading.Thread(target=work, args=(slot,)) for slot in slots(settings)]
-    for thread in threads:
-        thread.start()
     try:
+        for thread in threads:
+            thread.start()
         for _ in tasks:
-            yield outcomes.get()
+            if isinstance(outcome := outcomes.get(), Exception):
+                raise outcome
+            yield outcome
     finally:
         stop.set()
         for thread in threads:
-            thread.join()
+            if thread.ident is not None:  # a signal may come before all are started
+                thread.join()

@@ -1,0 +1,275 @@
+"""What cells will be, before anything runs: all complaints at once, run ids, and what is remembered of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from hmn import results
+from hmn.artifacts import save
+from hmn.errors import ConfigError, Interrupted
+from hmn.sweeps import planning
+from hmn.sweeps.cells import Cell
+from hmn.sweeps.planning import Planned, by_run, plan_cells
+from tests.command import TINY, planned
+
+CPU = "compute.device=cpu"
+
+
+def cell(name: str, *overrides: str, reads: tuple[str, ...] = ()) -> Cell:
+    return Cell(name, {"name": name}, (CPU, *overrides), reads)
+
+
+@pytest.fixture
+def composed(monkeypatch) -> list[tuple[str, ...]]:
+    """What is composed while the test runs; nothing is remembered from before."""
+    seen = []
+    real = planning.compose
+    monkeypatch.setattr(planning, "compose", lambda overrides: seen.append(tuple(overrides)) or real(overrides))
+    planning._plan.cache_clear()
+    return seen
+
+
+# Runs
+
+
+def test_a_cell_is_the_run_of_the_command_with_its_settings():
+    (one,) = plan_cells([cell("a", "memory=ipc10", "seed=3")])
+    plan = planned(CPU, "memory=ipc10", "seed=3")
+    assert (one.run_id, one.folder, one.overrides) == (plan.run_id, plan.folder, (CPU, "memory=ipc10", "seed=3"))
+    assert one.budget_floats == 10 * 10 * 64 == plan.storage.budget_floats
+    assert one.stored_floats == plan.storage.stored_floats(10) <= one.budget_floats
+    assert one.images_per_class == plan.storage.images_per_class
+    assert (one.steps, one.flops) == (plan.matching_steps, plan.expected_flops)
+
+
+def test_a_cell_that_stores_nothing_has_no_budget():
+    (one,) = plan_cells([cell("a", "mode=full_data")])
+    assert (one.budget_floats, one.stored_floats, one.images_per_class, one.steps) == (None, None, None, None)
+    assert one.flops == planned(CPU, "mode=full_data").expected_flops > 0
+
+
+SEEDED = (
+    *((), ("mode=full_data",), ("mode=random_subset", "memory=ipc10"), ("container=coreset",), ("pruning=none",)),
+    ("container=multiformation", "objective=idc"),
+)
+
+
+@pytest.mark.parametrize("own", SEEDED, ids=" ".join)
+def test_seeds_are_planned_without_composing_each(composed, own):
+    """And to the same end: only the run id knows the seed."""
+    cells = [cell(str(seed), f"seed={seed}", *own) for seed in (0, 1, 17)] + [cell("none", *own)]
+    found = plan_cells(cells)
+    assert len(composed) == 1
+    for one in found:
+        plan = planned(*one.cell.overrides)
+        assert (one.run_id, one.folder, one.flops) == (plan.run_id, plan.folder, plan.expected_flops)
+    assert len({one.run_id for one in found}) == 3
+    assert found[0].run_id == found[3].run_id  # seed 0, given or not
+
+
+def test_cells_that_are_one_run_are_one_run():
+    found = plan_cells([cell("a", "seed=1"), cell("b", "seed=1", "compute.threads=3"), cell("c", "seed=2")])
+    assert [one.cell.name for one in by_run(found).values()] == ["a", "c"]
+
+
+# Complaints
+
+
+def test_all_that_cannot_be_composed_is_said_at_once():
+    cells = [
+        cell("right", "seed=1"),
+        cell("wrong seed", "seed=-1"),
+        cell("wrong option", "dataset=mnist"),
+        *(cell(f"wrong {share}", "pruning.over_budget=2", f"seed={share}") for share in range(7)),
+        cell("unknown key", "memory.pages=3"),
+    ]
+    with pytest.raises(ConfigError) as error:
+        plan_cells(cells)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 4
+    assert lines[0] == "wrong seed: seed=-1: must be at least 0"
+    assert lines[1].startswith("wrong option: dataset=mnist: must be one of ")
+    several = "; ".join(f"wrong {share}" for share in range(5))
+    assert lines[2].startswith(f"{several} and 2 more: pruning.over_budget=2")
+    assert lines[3].startswith("unknown key: memory.pages: unknown key; memory has images_per_class")
+
+
+def test_a_table_with_a_wrong_cell_is_not_remembered(tmp_path):
+    with pytest.raises(ConfigError):
+        plan_cells([cell("right"), cell("wrong", "seed=x")], tmp_path / "plan.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_the_program_is_no_complaint(monkeypatch):
+    monkeypatch.setattr(planning, "compose", lambda overrides: {}["key"])
+    planning._plan.cache_clear()
+    with pytest.raises(KeyError):
+        plan_cells([cell("a")])
+
+
+def test_a_signal_to_stop_is_no_complaint(monkeypatch):
+    def stopped(overrides):
+        raise Interrupted("stopped by SIGINT", 2)
+
+    monkeypatch.setattr(planning, "compose", stopped)
+    planning._plan.cache_clear()
+    with pytest.raises(Interrupted):
+        plan_cells([cell("a")])
+
+
+# What is remembered
+
+
+def test_what_is_known_is_not_composed_again(tmp_path, composed):
+    cells = [cell("a", "seed=1"), cell("b", "memory=ipc10")]
+    found = plan_cells(cells, tmp_path / "plan.json")
+    assert len(composed) == 2
+    planning._plan.cache_clear()
+    assert plan_cells(cells, tmp_path / "plan.json") == found
+    assert plan_cells([dataclasses.replace(cells[1], name="c")], tmp_path / "plan.json")[0].run_id == found[1].run_id
+    assert len(composed) == 2
+    plan_cells([*cells, cell("d", "memory=ipc50")], tmp_path / "plan.json")
+    assert len(composed) == 3
+    assert len(json.loads((tmp_path / "plan.json").read_text())["cells"]) == 3
+
+
+def test_what_is_known_of_other_sources_is_not_used(tmp_path, composed, monkeypatch):
+    plan_cells([cell("a")], tmp_path / "plan.json")
+    planning._plan.cache_clear()
+    planning._version.cache_clear()
+    monkeypatch.setattr(results, "code_version", lambda: "0123456789ab")
+    plan_cells([cell("a")], tmp_path / "plan.json")
+    assert len(composed) == 2
+    planning._version.cache_clear()
+
+
+def test_what_is_known_of_other_settings_files_is_not_used(tmp_path, composed, monkeypatch):
+    plan_cells([cell("a")], tmp_path / "plan.json")
+    before = planning._version()
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "config.yaml").write_text("seed: 1\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(planning, "CONF", tmp_path / "conf")
+        planning._version.cache_clear()
+        changed = planning._version()
+        (tmp_path / "conf" / "config.yaml").write_text("seed: 2\n")
+        planning._version.cache_clear()
+        assert len({before, changed, planning._version()}) == 3
+    planning._plan.cache_clear()
+    plan_cells([cell("a")], tmp_path / "plan.json")  # which still says changed
+    assert len(composed) == 2
+    planning._version.cache_clear()
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"version": 1', "[]", "null", '{"cells": {}}'])
+def test_a_damaged_memory_is_made_anew(tmp_path, text):
+    (tmp_path / "plan.json").write_text(text)
+    (one,) = plan_cells([cell("a")], tmp_path / "plan.json")
+    assert one.run_id == planned(CPU).run_id
+    assert len(json.loads((tmp_path / "plan.json").read_text())["cells"]) == 1
+
+
+def test_a_disk_without_space_only_costs_the_memory(tmp_path, monkeypatch):
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(planning, "write_text", full)
+    (one,) = plan_cells([cell("a")], tmp_path / "plan.json")
+    assert one.run_id == planned(CPU).run_id
+
+
+# Cells about the kept sets of others
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """Finishes a run: its folder, with a kept set of this content."""
+    monkeypatch.chdir(tmp_path)
+    plan = planned(*TINY)
+
+    def finish(one: Planned, content: str = "a") -> None:
+        data = {"channels": plan.data.channels, "image_size": plan.data.image_size}
+        data |= {
+            "config": dataclasses.asdict(plan.config.dataset),
+            "class_names": ["0", "1"],
+            "mean": [0.0],
+            "std": [1.0],
+        }
+        save(one.folder, plan.container(1), {"budget": {}, "data": data, "sha256": content})
+        results.write(one.folder, {"accuracy": {"mean": 0.5, "std": None}})
+
+    return finish
+
+
+def reader(name: str, *reads: str, overrides: tuple[str, ...] = ("network.width=8",)) -> Cell:
+    return cell(name, "mode=evaluate", *overrides, reads=reads)
+
+
+def test_a_cell_waits_for_what_it_reads(kept):
+    cells = [reader("evaluated", "made"), cell("made", *TINY)]
+    evaluated, made = plan_cells(cells)
+    assert (evaluated.run_id, evaluated.folder) == (None, None)
+    assert evaluated.overrides == (*cells[0].overrides, f"artifact={made.folder}")
+    assert list(by_run([evaluated, made])) == [made.run_id]
+    kept(made)
+    evaluated, again = plan_cells(cells)
+    assert again == made
+    plan = planned(*evaluated.overrides)
+    assert (evaluated.run_id, evaluated.flops) == (plan.run_id, plan.expected_flops)
+    assert evaluated.run_id.startswith("digits-evaluate-")
+
+
+def test_a_damaged_result_is_as_good_as_none(kept):
+    cells = [cell("made", *TINY), reader("evaluated", "made")]
+    made, _ = plan_cells(cells)
+    kept(made)
+    (made.folder / results.FILE).write_text("{")
+    assert plan_cells(cells)[1].run_id is None
+
+
+def test_another_kept_set_is_another_run(kept, tmp_path, composed):
+    """Whether it is remembered by this process or in the file."""
+    cells = [cell("made", *TINY), reader("evaluated", "made")]
+    made, _ = plan_cells(cells, tmp_path / "plan.json")
+    ids = []
+    for content in "aba":
+        kept(made, content)
+        _, evaluated = plan_cells(cells, tmp_path / "plan.json")
+        assert evaluated.run_id == planning.make_plan(planning.compose(evaluated.overrides), evaluated.overrides).run_id
+        ids.append(evaluated.run_id)
+    assert ids[0] == ids[2] != ids[1]
+    before = len(composed)
+    planning._plan.cache_clear()
+    assert plan_cells(cells, tmp_path / "plan.json")[1].run_id == ids[0]
+    assert len(composed) == before
+
+
+def test_the_settings_of_a_waiting_cell_are_checked(kept):
+    cells = [cell("made", *TINY), reader("evaluated", "made", overrides=("evaluation.epochs=0",))]
+    with pytest.raises(ConfigError, match="^evaluated: evaluation.epochs=0: must be at least 1$"):
+        plan_cells(cells)
+
+
+def test_what_reads_a_wrong_cell_is_not_complained_of_for_it(kept):
+    cells = [cell("made", "seed=-1"), cell("other", "seed=-1"), reader("evaluated", "made", "other")]
+    with pytest.raises(ConfigError) as error:
+        plan_cells(cells)
+    assert str(error.value) == "made; other: seed=-1: must be at least 0"
+
+
+def test_what_reads_a_waiting_cell_waits(kept):
+    cells = [cell("made", *TINY), reader("evaluated", "made"), reader("again", "evaluated")]
+    assert [one.run_id is None for one in plan_cells(cells)] == [False, True, True]
+
+
+def test_a_missing_card_is_a_complaint(kept):
+    cells = [cell("made", *TINY), reader("evaluated", "made")]
+    made, _ = plan_cells(cells)
+    kept(made)
+    (made.folder / "card.json").unlink()
+    with pytest.raises(ConfigError, match="^evaluated: .*card.json: missing"):
+        plan_cells(cells)

@@ -1,0 +1,143 @@
+"""What has become of a run, by what lies in its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from hmn import results
+from hmn.checkpoint import LOCK, exclusive
+from hmn.sweeps import state
+from hmn.sweeps.attempt import FAILURE
+from hmn.tracking import METRICS_FILE
+
+RESULT = {"accuracy": {"mean": 0.5, "std": None}}
+FAILED = {"error": "a line", "command": "python run.py seed=1"}
+
+
+def records(folder: Path, *metrics: dict) -> None:
+    (folder / METRICS_FILE).write_text("".join(json.dumps(record) + "\n" for record in metrics))
+
+
+def checkpoint(folder: Path) -> None:
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "condense.pt").touch()
+
+
+def failure(folder: Path) -> None:
+    (folder / FAILURE).write_text(json.dumps(FAILED))
+
+
+def test_a_run_without_a_folder_waits(tmp_path):
+    assert state.read(None) == state.read(tmp_path / "none") == state.State("waiting")
+
+
+def test_a_run_that_left_nothing_but_its_lock_waits(tmp_path):
+    """It was stopped before its first checkpoint."""
+    with exclusive(tmp_path):
+        pass
+    records(tmp_path)
+    assert state.read(tmp_path) == state.State("waiting")
+
+
+def test_a_result_is_all_that_counts(tmp_path):
+    """Whatever else lies there: a launcher may have been killed before it removed what an earlier attempt left."""
+    failure(tmp_path)
+    checkpoint(tmp_path)
+    result = results.write(tmp_path, RESULT)
+    with exclusive(tmp_path):
+        assert state.read(tmp_path) == state.State("done", result)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", '{"schema_version": 1, "accuracy"', "\0" * 64, '{"schema_version": 2}', "[]"]
+)
+def test_a_result_that_cannot_be_read_is_damaged(tmp_path, text):
+    (tmp_path / results.FILE).write_text(text)
+    found = state.read(tmp_path)
+    assert (found.status, found.result) == ("damaged", None)
+    assert found.error.startswith(f"{tmp_path / results.FILE}: ")
+
+
+def test_a_run_that_is_held_runs_whatever_the_last_one_left(tmp_path):
+    failure(tmp_path)
+    checkpoint(tmp_path)
+    records(tmp_path, {"condense/step": 30, "condense/steps_per_second": 4.0, "condense/loss": 1.5})
+    with exclusive(tmp_path):
+        found = state.read(tmp_path)
+    assert (found.status, found.stage, found.step) == ("running", "condense", 30)
+    assert found.seconds_left(110) == 20.0
+    assert found.seconds_left(None) is None
+    assert state.read(tmp_path).status == "failed"
+
+
+def test_looking_at_a_run_does_not_make_it_busy(tmp_path):
+    """A look must not hold the folder that a run is about to hold."""
+    (tmp_path / LOCK).touch()
+    before = len(os.listdir("/proc/self/fd"))
+    state.read(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before
+    with exclusive(tmp_path):
+        assert state.read(tmp_path).status == "running"
+
+
+def test_a_failed_run_says_why_and_how_to_repeat_it(tmp_path):
+    failure(tmp_path)
+    checkpoint(tmp_path)
+    found = state.read(tmp_path)
+    assert (found.status, found.error, found.command) == ("failed", FAILED["error"], FAILED["command"])
+
+
+@pytest.mark.parametrize("kept", [0, 1, -1])
+def test_a_failure_that_was_cut_short_is_none(tmp_path, kept):
+    (tmp_path / FAILURE).write_text(json.dumps(FAILED)[:kept])
+    assert state.read(tmp_path).status == "waiting"
+    checkpoint(tmp_path)
+    assert state.read(tmp_path).status == "interrupted"
+
+
+STAGES = {
+    "fit": ({"fit/step": 7}, 7),
+    "condense": ({"condense/step": 3, "condense/loss": 1.0}, 3),
+    "curve": ({"curve/step": 20, "curve/held_out_accuracy": 0.5}, 20),
+    "prune": ({"prune/candidate": 2, "prune/beta": 0.5}, 2),
+    "evaluate": ({"evaluate/network": 4, "evaluate/accuracy": 0.5}, 4),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_last_record_of_a_stage_tells_where_it_is(tmp_path, stage):
+    checkpoint(tmp_path)
+    record, step = STAGES[stage]
+    records(tmp_path, {"condense/step": 1}, record, {"something/else": 1})
+    found = state.read(tmp_path)
+    assert (found.status, found.stage, found.step, found.steps_per_second) == ("interrupted", stage, step, None)
+    assert found.seconds_left(100) is None
+
+
+def test_a_line_that_is_being_written_is_not_read(tmp_path):
+    checkpoint(tmp_path)
+    records(tmp_path, {"condense/step": 1})
+    with (tmp_path / METRICS_FILE).open("a") as metrics:
+        metrics.write('{"condense/step": 2')
+    assert state.read(tmp_path).step == 1
+
+
+def test_of_long_metrics_only_the_end_is_read(tmp_path, monkeypatch):
+    """What lies before it could as well be damaged."""
+    checkpoint(tmp_path)
+    records(tmp_path, *({"condense/step": step} for step in range(1000)))
+    text = (tmp_path / METRICS_FILE).read_text()
+    (tmp_path / METRICS_FILE).write_text("\0" * (len(text) - 100) + text[-100:])
+    monkeypatch.setattr(state, "TAIL_BYTES", 100)
+    assert state.read(tmp_path).step == 999
+
+
+def test_an_end_that_cuts_its_only_line_tells_nothing(tmp_path, monkeypatch):
+    checkpoint(tmp_path)
+    records(tmp_path, {"prune/aum": "x" * 200})
+    monkeypatch.setattr(state, "TAIL_BYTES", 100)
+    assert state.read(tmp_path) == state.State("interrupted")

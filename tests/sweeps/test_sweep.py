@@ -1,0 +1,406 @@
+"""The loop of a sweep: what it starts, what it leaves alone, what it says, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from hmn import checkpoint, results
+from hmn.checkpoint import exclusive
+from hmn.config.sweeps import LocalConfig
+from hmn.sweeps import cells, planning
+from hmn.sweeps.launchers import local
+from tests.sweeps.launched import SETTINGS, STEPS, THREE, Launched, described
+
+ALL = list(range(STEPS))
+
+
+def begins(sweep: Launched) -> dict[str, int]:
+    return {seed: sweep.events(seed).count("begin") for seed in "012"}
+
+
+# What is started
+
+
+def test_a_sweep_makes_each_run_and_a_second_launch_none(sweep, here):
+    ended = here(sweep)
+    assert (ended.code, ended.err) == (0, "")
+    assert sorted(ended.lines) == sorted(
+        [*(f"done     seed={seed}: {100 * sweep.table()[seed][0]:.2f} %" for seed in "012"), "3 runs: 3 done"]
+    )
+    assert sweep.steps() == dict.fromkeys("012", ALL)
+    before = sweep.ledger()
+    again = here(sweep)
+    assert (again.code, again.out, again.err) == (0, "3 runs: 3 done\n", "")
+    assert sweep.ledger() == before
+
+
+def test_more_seeds_are_another_sweep_that_makes_only_what_is_new(sweep, here, known):
+    here(sweep)
+    more = Launched(sweep.where, known, (*SETTINGS, "seed=0,1,2,3"))
+    assert more.folder != sweep.folder
+    ended = here(more)
+    assert (ended.code, ended.lines[-1]) == (0, "4 runs: 4 done")
+    assert begins(sweep) == {"0": 1, "1": 1, "2": 1}
+    assert more.steps()["3"] == ALL
+
+
+def test_the_launchers_own_settings_are_not_of_the_sweep():
+    name = described(*SETTINGS, THREE).name
+    assert described("launcher.slots=5", *SETTINGS[:2], THREE, "sweep.on_failure=stop").name == name
+    assert described(*reversed(SETTINGS), THREE).name == name
+    assert described(*SETTINGS, "seed=0,1").name != name
+
+
+def test_the_sweeps_folder_says_what_was_asked_for(sweep, here):
+    here(sweep)
+    told = json.loads((sweep.folder / "sweep.json").read_text())
+    assert (told["name"], told["title"], told["code"]) == (sweep.folder.name, sweep.folder.name, results.code_version())
+    assert told["command"] == "python sweep.py " + " ".join((*SETTINGS, THREE))
+    assert [cell["name"] for cell in told["cells"]] == ["seed=0", "seed=1", "seed=2"]
+    for seed, cell in zip("012", told["cells"], strict=True):
+        assert cell["labels"] == {"seed": seed}
+        assert cell["overrides"] == [*SETTINGS[:2], f"seed={seed}"]
+        assert sweep.where / cell["folder"] == sweep.folders[seed]
+        assert cell["run_id"] == sweep.folders[seed].name
+
+
+def arguments(sweep: Launched, seed: str) -> str:
+    log = (sweep.folders[seed] / "log.txt").read_text()
+    return log[log.index("$ ") :].splitlines()[0]
+
+
+def test_a_sweeps_runs_are_one_group_of_w_and_b(sweep, here):
+    here(sweep)
+    command = " ".join(("$ python run.py", *SETTINGS[:2], "seed=1", f"tracking.group={sweep.folder.name}"))
+    assert arguments(sweep, "1").startswith(command)
+
+
+def test_another_group_of_w_and_b_is_kept(tmp_path, here):
+    sweep = Launched(tmp_path, "", (*SETTINGS, "seed=0,1", "tracking.group=mine"))
+    here(sweep)
+    assert arguments(sweep, "1").count("tracking.group=") == 1
+    assert "tracking.group=mine" in arguments(sweep, "1")
+
+
+# Failures
+
+
+def test_a_run_that_fails_once_is_tried_again(sweep, here):
+    sweep.order({"1": {"fail": [2, "bad luck", 1], "times": 1}})
+    ended = here(sweep)
+    assert (ended.code, ended.err, ended.lines[-1]) == (0, "", "3 runs: 3 done")
+    assert begins(sweep) == {"0": 1, "1": 2, "2": 1}
+    assert sweep.steps()["1"] == ALL
+
+
+@pytest.mark.parametrize("retries", [0, 1, 3])
+def test_a_run_that_fails_each_time_fails_alone_and_is_repeated_by_the_next_launch(sweep, here, retries):
+    sweep.order({"1": {"fail": [2, "bad luck", 1]}})
+    ended = here(sweep, f"sweep.max_retries={retries}")
+    assert (ended.code, ended.lines[-1]) == (1, "3 runs: 2 done, 1 failed")
+    assert "failed   seed=1: bad luck" in ended.lines
+    assert begins(sweep) == {"0": 1, "1": 1 + retries, "2": 1}
+    status = here(sweep, command="status")
+    assert [line.split() for line in status.lines[2:5]] == [
+        ["seed=1", "failed", "bad", "luck"],
+        *([f"seed={seed}", "done", f"{100 * sweep.table()[seed][0]:.2f}", "%"] for seed in "02"),
+    ]
+    assert status.lines[-2:] == ["to repeat what failed by hand:", f"seed=1: {arguments(sweep, '1')[2:]}"]
+    sweep.order({})
+    ended = here(sweep, f"sweep.max_retries={retries}")
+    assert (ended.code, ended.lines[-1]) == (0, "3 runs: 3 done")
+    assert begins(sweep) == {"0": 1, "1": 2 + retries, "2": 1}
+    assert sweep.steps()["1"] == ALL
+
+
+def test_with_on_failure_stop_nothing_starts_after_a_failure(sweep, here):
+    sweep.order({"0": {"fail": [1, "bad luck", 1]}})
+    ended = here(sweep, "launcher.slots=1", "sweep.on_failure=stop", "sweep.max_retries=0")
+    assert (ended.code, ended.lines) == (1, ["failed   seed=0: bad luck", "3 runs: 2 waiting, 1 failed"])
+    assert begins(sweep) == {"0": 1, "1": 0, "2": 0}
+
+
+def test_with_on_failure_stop_what_runs_is_stopped_and_goes_on_later(sweep, here):
+    sweep.order({"0": {"hang": 1}, "1": {"fail": [3, "bad luck", 1]}})
+    ended = here(sweep, "sweep.on_failure=stop", "sweep.max_retries=0")
+    assert (ended.code, ended.lines[-1]) == (1, "3 runs: 1 waiting, 1 interrupted, 1 failed")
+    assert sweep.events("0")[-1] == "exit 143"
+    sweep.nothing_is_left_behind()
+    sweep.order({})
+    assert here(sweep).code == 0
+    assert sweep.steps() == dict.fromkeys("012", ALL)
+
+
+def test_a_run_that_ends_well_without_a_result_has_failed(sweep, here):
+    sweep.order({"1": {"fail": [2, "", 0]}})
+    ended = here(sweep)
+    assert ended.code == 1
+    (failed,) = [line for line in ended.lines if line.startswith("failed")]
+    assert failed.startswith(f"failed   seed=1: it ended well but left no result in {Path('runs')}")
+    assert begins(sweep)["1"] == 1
+
+
+def test_what_goes_wrong_with_the_slots_ends_the_sweep(sweep, here):
+    """An error of the launcher's own is no reason to wait for ever."""
+    (sweep.temporary / f"hmn-slots-{os.getuid()}").write_text("")
+    with pytest.raises(FileExistsError):
+        here(sweep)
+    assert sweep.ledger() == []
+
+
+# Other sources
+
+
+@pytest.fixture
+def mixed(sweep, here) -> Launched:
+    """Run 1 is finished, under other sources."""
+    sweep.order({"0": {"fail": [0, "later", 2]}, "1": {"code": "0123456789ab"}, "2": {"fail": [0, "later", 2]}})
+    here(sweep)
+    sweep.order({})
+    return sweep
+
+
+def test_results_of_other_sources_are_refused(mixed, here):
+    before = mixed.ledger()
+    ended = here(mixed)
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == (
+        f"1 finished runs are of other sources (0123456789ab, now {results.code_version()}): "
+        "sweep.other_code=keep leaves them beside the new ones, sweep.other_code=repeat measures them anew\n"
+    )
+    assert mixed.ledger() == before
+
+
+def test_results_of_other_sources_are_kept_if_told_to(mixed, here):
+    ended = here(mixed, "sweep.other_code=keep")
+    assert (ended.code, ended.lines[-1]) == (0, "3 runs: 3 done")
+    assert mixed.events("1").count("done") == 1
+    assert results.read(mixed.folders["1"])["code"] == "0123456789ab"
+
+
+def test_results_of_other_sources_are_measured_anew_if_told_to(mixed, here):
+    ended = here(mixed, "sweep.other_code=repeat")
+    assert (ended.code, ended.lines[-1]) == (0, "3 runs: 3 done")
+    assert mixed.events("1").count("done") == 2
+    assert results.read(mixed.folders["1"])["code"] == results.code_version()
+    aside = json.loads((mixed.folders["1"] / "result-0123456789ab.json").read_text())
+    assert aside["code"] == "0123456789ab"
+    assert here(mixed).code == 0
+
+
+# Cells that read others' kept sets
+
+TABLE = """
+title: Made and evaluated
+reproduces: nothing
+kind: table
+expects: {hours: 0, device: one CPU, memory_gb: 1}
+rows: [network]
+columns: [seed]
+shows: [accuracy]
+base: [compute.device=cpu, tracking=disabled]
+axes:
+  network: {wide: [mode=evaluate, network.width=8], own: []}
+  half: {A: [memory=ipc1, seed=0], B: [memory=ipc10, seed=1]}
+artifacts: [{when: {network: wide}, from: {network: own}}]
+"""
+
+
+@pytest.fixture
+def reading(tmp_path, monkeypatch) -> Launched:
+    """Two cells that make kept sets, and two that evaluate them; those of A have seed 0, those of B seed 1."""
+    (tmp_path / "reading.yaml").write_text(TABLE)
+    monkeypatch.setattr(cells, "TABLES", tmp_path)
+    described.cache_clear()
+    sweep = Launched(tmp_path / "here", "", ("experiment=reading", "launcher.slots=2"))
+    sweep.environment["STUB_KEPT"] = kept_set("SUM")
+    yield sweep
+    described.cache_clear()
+
+
+def kept_set(sha256: str) -> str:
+    """The files of a kept set as a stub leaves them, which is named by what it computed."""
+    config = {"kind": "digits", "name": None, "image_size": 8, "channels": 1, "test_fraction": 0.2}
+    data = {"class_names": ["0", "1"], "mean": [0.0], "std": [1.0], "channels": 1, "image_size": 8, "config": config}
+    card = {"schema_version": 1, "sha256": sha256, "container": {}, "budget": {}, "data": data}
+    return json.dumps({"condensed.safetensors": "", "card.json": json.dumps(card)})
+
+
+def test_cells_that_read_kept_sets_follow_them_in_one_launch(reading, here):
+    reading.order({"1": {"fail": [1, "bad luck", 1], "times": 1}})
+    plan = here(reading, command="plan")
+    assert plan.code == 0
+    assert [line.split()[:3] for line in plan.lines[2:4]] == [
+        ["wide/A", "after", "own/A"],
+        ["wide/B", "after", "own/B"],
+    ]
+    assert plan.lines[7] == "4 runs: 4 waiting"
+    ended = here(reading)
+    assert (ended.code, ended.err, ended.lines[-1]) == (0, "", "4 runs: 4 done")
+    order = [line.split()[1].rstrip(":") for line in ended.lines[:-1]]
+    assert sorted(order[:2]) == ["own/A", "own/B"]
+    assert sorted(order[2:]) == ["wide/A", "wide/B"]
+    told = {cell["name"]: cell for cell in json.loads((reading.folder / "sweep.json").read_text())["cells"]}
+    assert told["wide/A"]["overrides"][-1] == f"artifact={told['own/A']['folder']}"
+    assert told["wide/A"]["run_id"].startswith("digits-evaluate-")
+    before = reading.ledger()
+    assert here(reading).out == "4 runs: 4 done\n"
+    assert reading.ledger() == before
+
+
+def test_a_cell_whose_kept_set_fails_waits_for_it(reading, here):
+    reading.order({"0": {"fail": [1, "bad luck", 2]}})
+    ended = here(reading)
+    assert (ended.code, ended.lines[-1]) == (1, "4 runs: 2 done, 1 waiting, 1 failed")
+    status = here(reading, command="status")
+    assert ["wide/A", "waiting", "for", "own/A"] in [line.split() for line in status.lines]
+    reading.order({})
+    ended = here(reading)
+    assert (ended.code, ended.lines[-1]) == (0, "4 runs: 4 done")
+
+
+def test_a_kept_set_that_is_made_anew_is_evaluated_anew(reading, here):
+    """The evaluation of the one before, which the run id names, is not taken for it."""
+    reading.order({"0": {"code": "0123456789ab"}, "1": {"code": "0123456789ab"}})
+    assert here(reading).code == 0
+    first = run_ids(reading)
+    reading.order({})
+    reading.environment["STUB_KEPT"] = kept_set("another-SUM")
+    ended = here(reading, "sweep.other_code=repeat")
+    assert (ended.code, ended.lines[-1]) == (0, "4 runs: 4 done")
+    again = run_ids(reading)
+    assert {name for name in first if again[name] == first[name]} == {"own/A", "own/B"}
+
+
+def run_ids(sweep: Launched) -> dict[str, str]:
+    return {cell["name"]: cell["run_id"] for cell in json.loads((sweep.folder / "sweep.json").read_text())["cells"]}
+
+
+# What is said
+
+
+def test_the_plan_lists_every_cell_and_what_is_left(sweep, here):
+    ended = here(sweep, command="plan")
+    assert (ended.code, ended.err) == (0, "")
+    assert ended.lines[0].split() == ["cell", "run", "status", "images/class", "floats", "steps", "TFLOP"]
+    (one, *_) = planning.plan_cells(described(*sweep.settings).cells)
+    floats = [f"{one.stored_floats:,}", "of", f"{one.budget_floats:,}"]
+    numbers = [str(one.images_per_class), *floats, str(one.steps), f"{one.flops / 1e12:,.1f}"]
+    assert [line.split() for line in ended.lines[2:5]] == [
+        [f"seed={seed}", sweep.folders[seed].name, "waiting", *numbers] for seed in "012"
+    ]
+    left = f"{3 * one.flops / 1e15:,.3f} PFLOP"
+    assert ended.lines[6:] == ["3 runs: 3 waiting", f"left to compute: {left}; hours are known once a run is finished"]
+    assert sweep.ledger() == []
+
+
+def test_the_plan_expects_hours_by_the_runs_that_are_done(sweep, here):
+    """Each stub says that it took 2 seconds."""
+    sweep.order({"1": {"fail": [0, "later", 2]}, "2": {"fail": [0, "later", 2]}})
+    here(sweep)
+    (one, *_) = planning.plan_cells(described(*sweep.settings).cells)
+    ended = here(sweep, command="plan")
+    rate = f"{one.flops / 2 / 1e9:,.1f} GFLOP/s"
+    said = f"{2 * one.flops / 1e15:,.3f} PFLOP, {4 / 3600:.1f} hours of one slot at the {rate} of the 1 finished runs"
+    assert ended.lines[-2:] == ["3 runs: 1 done, 2 failed", f"left to compute: {said}"]
+
+
+def test_status_shows_steps_and_what_is_left_of_runs_that_run(sweep, here):
+    """A stub tells of 2 steps a second; the plan counts the steps of the run that it stands for."""
+    sweep.order({"0": {"hang": 2}, "1": {"hang": 1}, "2": {"hang": 1}})
+    launcher = sweep.start()
+    launcher.wait_for(sweep.hanging("0", "1"))
+    ended = here(sweep, command="status")
+    (one, *_) = planning.plan_cells(described(*sweep.settings).cells)
+    seconds = (one.steps - 2) // 2
+    left = f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+    assert ended.lines[0].split() == ["cell", "status"]
+    assert ended.lines[2].split() == ["seed=0", "running", "condense", "2", "of", f"{one.steps},", left, "left"]
+    assert [line.split()[:2] for line in ended.lines[3:5]] == [["seed=1", "running"], ["seed=2", "waiting"]]
+    assert ended.lines[-1] == "3 runs: 1 waiting, 2 running"
+    os.kill(launcher.process.pid, signal.SIGTERM)
+    launcher.finish()
+    assert here(sweep, command="status").lines[-1] == "3 runs: 1 waiting, 2 interrupted"
+
+
+def test_results_are_those_of_finished_cells(sweep, here):
+    ended = here(sweep, command="results")
+    assert (ended.code, len(ended.lines)) == (1, 2)
+    sweep.order({"1": {"fail": [0, "later", 2]}})
+    here(sweep)
+    ended = here(sweep, command="results")
+    assert ended.code == 0
+    assert [line.split() for line in ended.lines[2:]] == [
+        [f"seed={seed}", "1", "640", f"{100 * sweep.table()[seed][0]:.2f}", "%", sweep.folders[seed].name]
+        for seed in "02"
+    ]
+    listed = json.loads(here(sweep, "--json", command="results").out)
+    assert [(one["cell"], one["labels"], one["run_id"]) for one in listed] == [
+        (f"seed={seed}", {"seed": seed}, sweep.folders[seed].name) for seed in "02"
+    ]
+
+
+# Refusals
+
+
+def test_a_sweep_that_cannot_run_leaves_nothing_behind(tmp_path, here):
+    sweep = Launched(tmp_path / "here", "", (*SETTINGS[:2], "seed=0,x,-1"))
+    (sweep.folder / "plan.json").unlink()
+    sweep.folder.rmdir()
+    ended = here(sweep)
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == "seed=x: seed=x: must be at least 0\nseed=-1: seed=-1: must be at least 0\n"
+    assert not sweep.folder.exists()
+
+
+def test_a_sweep_that_another_process_has_is_refused(sweep, here, monkeypatch):
+    monkeypatch.setattr(checkpoint, "LOOK_SECONDS", 0)
+    with exclusive(sweep.folder):
+        ended = here(sweep)
+    assert (ended.code, ended.out) == (75, "")
+    assert len(ended.err.splitlines()) == 1
+    assert ended.err.endswith("; what it does: python sweep.py status " + " ".join((*SETTINGS, THREE)) + "\n")
+    assert sweep.ledger() == []
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_planning_can_be_stopped_too(sweep, here, monkeypatch, signum):
+    """Which may take minutes: it is no cell's fault, and the line is the one of any stop."""
+    (sweep.folder / "plan.json").unlink()
+    planning._plan.cache_clear()
+    monkeypatch.setattr(planning, "compose", lambda overrides: os.kill(os.getpid(), signum))
+    before = [signal.getsignal(one) for one in checkpoint.STOP_SIGNALS]
+    ended = here(sweep)
+    assert (ended.code, ended.out) == (128 + signum, "")
+    again = "python sweep.py " + " ".join((*SETTINGS, THREE))
+    assert ended.err == f"stopped by {signum.name}; the same command goes on: {again}\n"
+    assert [signal.getsignal(one) for one in checkpoint.STOP_SIGNALS] == before
+
+
+# Slots
+
+
+def test_slots_without_a_gpu_share_the_machines_threads(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    found = local.slots(LocalConfig(gpus=0, slots=3))
+    assert [slot.name for slot in found] == ["cpu-0", "cpu-1", "cpu-2"]
+    assert [slot.environment for slot in found] == [{"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "5"}] * 3
+    assert local.slots(LocalConfig(gpus=0, threads=9))[0].environment["OMP_NUM_THREADS"] == "9"
+    assert local.slots(LocalConfig(gpus=0, slots=40))[0].environment["OMP_NUM_THREADS"] == "1"
+
+
+def test_each_gpu_has_its_slots_and_each_is_taken_once_before_any_twice(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,7")
+    monkeypatch.setattr(local.torch.cuda, "device_count", lambda: 2)
+    found = local.slots(LocalConfig(slots_per_gpu=2, slots=9, threads=1))
+    assert [(slot.name, slot.environment["CUDA_VISIBLE_DEVICES"]) for slot in found] == [
+        *(("gpu3-0", "3"), ("gpu7-0", "7"), ("gpu3-1", "3"), ("gpu7-1", "7")),
+    ]
+    assert [slot.name for slot in local.slots(LocalConfig(gpus=1, threads=1))] == ["gpu3-0"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert [slot.name for slot in local.slots(LocalConfig(threads=1))] == ["gpu0-0", "gpu1-0"]
