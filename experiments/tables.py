@@ -24,10 +24,12 @@ from typing import Any
 from hmn.checkpoint import write_text
 from hmn.cli import explain
 from hmn.errors import ConfigError
+from hmn.results import held_out_accuracy
 from hmn.sweeps import state
-from hmn.sweeps.cells import Cell, Table, table_file
+from hmn.sweeps.cells import Cell
 from hmn.sweeps.planning import Planned, by_run
 from hmn.sweeps.sweep import Sweep, of_arguments
+from hmn.sweeps.table import Table, table_file
 
 REPORTED = Path(__file__).resolve().parent / "reported.csv"
 PAPER = "Zheng et al., ECCV 2024"  # whose number is shown where several sources have one
@@ -57,10 +59,7 @@ def _networks(result: Mapping[str, Any]) -> list[float]:
 
 
 def _held_out(result: Mapping[str, Any]) -> list[float] | None:
-    """Of what is kept: after pruning, else at the end of the learning curve."""
-    found = result.get("pruning", {}).get("held_out_accuracy")
-    if found is None and result.get("curve"):
-        found = result["curve"][-1]["held_out_accuracy"]
+    found = held_out_accuracy(result)
     return None if found is None else [100 * found]
 
 

@@ -29,8 +29,9 @@ from hmn.config.sweeps import LocalConfig
 from hmn.errors import Busy, ConfigError, Interrupted
 from hmn.sweeps import launchers, state
 from hmn.sweeps.attempt import Outcome, Task
-from hmn.sweeps.cells import Cell, Table, grid, load_table, table_file
+from hmn.sweeps.cells import Cell, grid
 from hmn.sweeps.planning import Planned, by_run, compose, plan_cells
+from hmn.sweeps.table import Table, load_table, table_file
 
 FILE = "sweep.json"
 PLANS = "plan.json"

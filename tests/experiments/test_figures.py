@@ -15,8 +15,7 @@ from experiments import figures, tables
 from experiments.figures import Line, Panel, Point, continual, draw, instance_memory, panels_against, panels_of, save
 from experiments.tables import Entry, Filled, Measured, Reported, sweep_of
 from hmn.errors import ConfigError
-from hmn.sweeps import cells
-from hmn.sweeps.cells import Table
+from hmn.sweeps.table import Table
 from tests.experiments.fabricated import noise, result, write_run
 
 PAPER = (Reported(71.0, None, "71.0", "Zheng et al., ECCV 2024", "", ""),)
@@ -229,7 +228,7 @@ axes:
 def table_files(tmp_path, monkeypatch) -> Path:
     """A folder with the tables ``lines``, ``numbers`` and ``galleries``, and nothing measured."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cells, "TABLES", tmp_path / "tables")
+    monkeypatch.setattr("hmn.sweeps.table.TABLES", tmp_path / "tables")
     published = {"table": "test", "method": "A", "number": "71", "std": "", "unit": "%", "source": "Someone"}
     published |= {"protocol": "", "note": "", "dataset": "", "ipc": "", "network": ""}
     monkeypatch.setattr(tables, "read_reported", lambda: [published])

@@ -8,8 +8,9 @@ from omegaconf import OmegaConf
 from experiments.tables import VALUES, read_reported, reported_for, shown
 from hmn.data.official import IMAGENET10
 from hmn.plan import Plan
-from hmn.sweeps.cells import TABLES, Cell, Table, load_table, table_file
+from hmn.sweeps.cells import Cell
 from hmn.sweeps.planning import plan_cells
+from hmn.sweeps.table import TABLES, Table, load_table, table_file
 
 NAMES = sorted(path.stem for path in TABLES.glob("*.yaml"))
 DRAWN = {"gallery"}  # shown by figures alone

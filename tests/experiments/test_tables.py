@@ -20,10 +20,11 @@ from experiments.tables import VALUES, Filled, csv_text, escaped, fill, latex, m
 from hmn import results
 from hmn.checkpoint import write_text
 from hmn.errors import ConfigError
-from hmn.sweeps import cells, state
+from hmn.sweeps import state
 from hmn.sweeps.attempt import FAILURE
-from hmn.sweeps.cells import Cell, Table
+from hmn.sweeps.cells import Cell
 from hmn.sweeps.planning import Planned
+from hmn.sweeps.table import Table
 
 COMMAND = "python sweep.py experiment=small"
 AXES = {
@@ -418,7 +419,7 @@ axes:
 
 def test_the_command_writes_all_three_files_and_names_the_sweep(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cells, "TABLES", tmp_path)
+    monkeypatch.setattr("hmn.sweeps.table.TABLES", tmp_path)
     (tmp_path / "tiny.yaml").write_text(TABLE_FILE, encoding="utf-8")
     sweep = tables.sweep_of("tiny", ["debug=smoke"])
     planned = sweep.plan()
@@ -436,7 +437,7 @@ def test_the_command_writes_all_three_files_and_names_the_sweep(tmp_path, monkey
 
 
 def test_an_unknown_table_is_answered_with_those_there_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(cells, "TABLES", tmp_path)
+    monkeypatch.setattr("hmn.sweeps.table.TABLES", tmp_path)
     (tmp_path / "tiny.yaml").touch()
     with pytest.raises(ConfigError, match="tinny: no file of experiments/tables; there are tiny"):
         tables.sweep_of("tinny", [])

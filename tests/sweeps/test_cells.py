@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hmn.errors import ConfigError
-from hmn.sweeps.cells import Cell, grid, last_of_each, load_table, smoked
+from hmn.sweeps.cells import Cell, grid
+from hmn.sweeps.table import last_of_each, load_table, smoked
 
 # Grids
 

@@ -12,7 +12,7 @@ import pytest
 from hmn import checkpoint, results
 from hmn.checkpoint import exclusive
 from hmn.config.sweeps import LocalConfig
-from hmn.sweeps import cells, planning
+from hmn.sweeps import planning
 from hmn.sweeps.launchers import local
 from tests.sweeps.launched import SETTINGS, STEPS, THREE, Launched, described
 
@@ -215,7 +215,7 @@ artifacts: [{when: {network: wide}, from: {network: own}}]
 def reading(tmp_path, monkeypatch) -> Launched:
     """Two cells that make kept sets, and two that evaluate them; those of A have seed 0, those of B seed 1."""
     (tmp_path / "reading.yaml").write_text(TABLE)
-    monkeypatch.setattr(cells, "TABLES", tmp_path)
+    monkeypatch.setattr("hmn.sweeps.table.TABLES", tmp_path)
     described.cache_clear()
     sweep = Launched(tmp_path / "here", "", ("experiment=reading", "launcher.slots=2"))
     sweep.environment["STUB_KEPT"] = kept_set("SUM")

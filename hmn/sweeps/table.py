@@ -1,0 +1,226 @@
+"""Table files: which cells a table or figure is made of, and how they are laid out in it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hmn.config import one_of, require
+from hmn.errors import ConfigError
+from hmn.results import ROOT
+from hmn.sweeps.cells import Cell
+
+TABLES = ROOT / "experiments" / "tables"
+KINDS = ("table", "figure")
+ONLY = "only."
+KEYS = {  # of a table file, and what they hold; None: a text or null
+    **dict.fromkeys(("title", "reproduces", "kind", "reported")),
+    **dict.fromkeys(("expects", "axes"), dict),
+    **dict.fromkeys(("rows", "columns", "over", "shows", "base"), list),
+    **dict.fromkeys(("skip", "adjust", "cells", "artifacts", "smoke"), list),
+}
+KIND_NAMES = {dict: "mapping", list: "list"}
+
+# How an objective is made a matter of seconds, by the head of its option's name; all others by debug=smoke.
+SMOKE = {
+    "dc": "smoke_synthetic",
+    "dsa": "smoke_synthetic",
+    "distribution_matching": "smoke_distribution",
+    "idm": "smoke_distribution",
+    "trajectory_matching": "smoke_trajectory",
+    "mtt": "smoke_trajectory",
+    "bptt": "smoke_bptt",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table or figure: which runs it is made of, and how they are laid out in it."""
+
+    name: str
+    title: str
+    reproduces: str
+    kind: str
+    expects: dict[str, Any]  # estimates: hours, device, memory_gb
+    rows: tuple[str, ...]  # axes
+    columns: tuple[str, ...]
+    over: tuple[str, ...]  # axes over which mean and spread are taken
+    shows: tuple[str, ...]
+    reported: str | None
+    axes: dict[str, dict[str, list[str]]]  # label -> overrides, by axis
+    cells: tuple[Cell, ...]
+
+
+def table_file(name: str) -> Path:
+    return TABLES / f"{name}.yaml"
+
+
+def load_table(path: Path, overrides: Sequence[str] = ()) -> Table:
+    """The table of a file, ``overrides`` added to every cell.
+
+    Among them, ``debug=smoke`` asks for the smoke variant and ``only.AXIS=LABEL,LABEL`` for a part of the cells. Raises
+    ``ConfigError`` naming the file and what in it cannot be used.
+    """
+    smoke = [override for override in overrides if override.lstrip("+") == "debug=smoke"]
+    only = dict(one.removeprefix(ONLY).split("=", 1) for one in overrides if one.startswith(ONLY) and "=" in one)
+    overrides = [one for one in overrides if one not in smoke and not one.startswith(ONLY)]
+    chosen = {axis: labels.split(",") for axis, labels in only.items()}
+    try:
+        file = _read(path)
+        cells = tuple(_cells(file, overrides, chosen, bool(smoke)))
+        table = Table(
+            name=path.stem,
+            title=file["title"],
+            reproduces=file["reproduces"],
+            kind=file["kind"],
+            expects=file["expects"],
+            rows=tuple(file["rows"]),
+            columns=tuple(file["columns"]),
+            over=tuple(file.get("over", ())),
+            shows=tuple(file["shows"]),
+            reported=file.get("reported"),
+            axes=_axes(file),
+            cells=cells,
+        )
+        one_of("kind", table.kind, KINDS)
+    except KeyError as error:
+        raise ConfigError(f"{path}: has no {error.args[0]}") from None
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(f"{path}: line {error.problem_mark.line + 1}: {error.problem}") from None
+    except (ConfigError, OSError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
+    return table
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The file as plain values, of which every key is known and of its kind."""
+    file = OmegaConf.to_container(OmegaConf.load(path))
+    require("the file", isinstance(file, dict), type(file).__name__, "a mapping")
+    for key, value in file.items():
+        one_of("key", key, KEYS)
+        if (kind := KEYS[key]) is not None:
+            require(key, isinstance(value, kind), "null" if value is None else value, f"a {KIND_NAMES[kind]}")
+    for axis, labels in file.get("axes", {}).items():
+        require(f"axes.{axis}", isinstance(labels, dict), labels, "a mapping of labels to lists of overrides")
+        for label, overrides in labels.items():
+            require(f"axes.{axis}.{label}", isinstance(overrides, list), overrides, "a list of overrides")
+    return file
+
+
+def _axes(file: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
+    return {
+        axis: {str(label): list(overrides) for label, overrides in labels.items()}
+        for axis, labels in file.get("axes", {}).items()
+    }
+
+
+def _cells(
+    file: Mapping[str, Any], overrides: Sequence[str], only: Mapping[str, list[str]], smoke: bool
+) -> Iterator[Cell]:
+    axes = _axes(file)
+    known = axes.keys() | {axis for one in file.get("cells", ()) for axis in one["labels"]}
+    rules = [*file.get("skip", ()), *(one["when"] for key in ("adjust", "smoke") for one in file.get(key, ()))]
+    for rule in rules:
+        require("skip, adjust, smoke", rule.keys() <= known, ", ".join(rule.keys() - known), f"of {', '.join(known)}")
+    made = list(_made(file, axes))
+    for axis, labels in only.items():
+        found = {own[axis] for own, _ in made if axis in own}
+        require(f"{ONLY}{axis}", found >= set(labels), ",".join(labels), f"of {', '.join(sorted(found))}")
+    dropped = list(file.get("skip", ()))
+    if smoke:
+        dropped += [rule["when"] for rule in file.get("smoke", ()) if rule.get("skip")]
+        first = {axis: next(iter(axes[axis])) for axis in file.get("over", ()) if axis in axes}
+        made = [
+            (own, settings) for own, settings in made if all(own.get(axis, one) == one for axis, one in first.items())
+        ]
+    made = [(own, settings) for own, settings in made if not any(_matches(own, rule) for rule in dropped)]
+    names = ["/".join(own.values()) for own, _ in made]
+    require("cells", len(set(names)) == len(names), next((n for n in names if names.count(n) > 1), ""), "there once")
+    by_labels = {frozenset(own.items()): name for (own, _), name in zip(made, names, strict=True)}
+    cells = []
+    for (labels, own), name in zip(made, names, strict=True):
+        adjusted = _set(file.get("adjust", ()), labels)
+        settings = last_of_each([*file.get("base", ()), *own, *adjusted, *overrides])
+        if smoke:
+            settings = last_of_each([*smoked(settings), *_set(file.get("smoke", ()), labels)])
+        cells.append(Cell(name, labels, tuple(settings), _reads(file, labels, by_labels)))
+    wanted = {cell.name for cell in cells if _matches(cell.labels, only)}
+    wanted |= {name for cell in cells if cell.name in wanted for name in cell.reads}
+    return (cell for cell in cells if cell.name in wanted)
+
+
+def _made(
+    file: Mapping[str, Any], axes: Mapping[str, Mapping[str, list[str]]]
+) -> Iterator[tuple[dict[str, str], list[str]]]:
+    """Labels and own overrides, of the grid and beside it."""
+    for values in itertools.product(*axes.values()) if axes else ():
+        labels = dict(zip(axes, values, strict=True))
+        yield labels, [item for axis, label in labels.items() for item in axes[axis][label]]
+    for one in file.get("cells", ()):
+        yield {axis: str(label) for axis, label in one["labels"].items()}, list(one["set"])
+
+
+def _set(rules: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> list[str]:
+    return [item for rule in rules if _matches(labels, rule["when"]) for item in rule.get("set", ())]
+
+
+def _matches(labels: Mapping[str, str], rule: Mapping[str, Any]) -> bool:
+    """Whether the labels are those of ``rule``, which may list several for an axis."""
+    return all(
+        labels.get(axis) in map(str, wanted if isinstance(wanted, list) else [wanted]) for axis, wanted in rule.items()
+    )
+
+
+def _reads(
+    file: Mapping[str, Any], labels: Mapping[str, str], by_labels: Mapping[frozenset[tuple[str, str]], str]
+) -> tuple[str, ...]:
+    found = []
+    for rule in file.get("artifacts", ()):
+        if not _matches(labels, rule["when"]):
+            continue
+        choices = {axis: wanted if isinstance(wanted, list) else [wanted] for axis, wanted in rule["from"].items()}
+        for values in itertools.product(*choices.values()):
+            wanted = {**labels, **dict(zip(choices, map(str, values), strict=True))}
+            name = by_labels.get(frozenset(wanted.items()))
+            require("artifacts", name is not None, "/".join(wanted.values()), "a cell of this table")
+            found.append(name)
+    return tuple(found)
+
+
+def last_of_each(overrides: Sequence[str]) -> list[str]:
+    """Of several values of one key the last, at the place of the first: Hydra takes an option only once."""
+    chosen: dict[str, str] = {}
+    for override in overrides:
+        chosen[override.split("=")[0].lstrip("+")] = override
+    return list(chosen.values())
+
+
+def smoked(overrides: Sequence[str]) -> list[str]:
+    """The same run in seconds: on digits, with the smoke settings of its objective; its accuracy means nothing."""
+    settings = dict(override.split("=", 1) for override in overrides)
+    objective = settings.get("objective", "gradient_matching")
+    debug = SMOKE.get(objective, SMOKE.get(objective.split("_")[0], "smoke"))
+    kept = []
+    for key, value in settings.items():
+        section, _, field = key.partition(".")
+        if section == "dataset" and field not in ("", "class_order", "class_range"):
+            continue  # of the data set that digits stand in for
+        if key.startswith(("objective.", "evaluation.", "network.", "pruning.score_", "pruning.search_")):
+            continue  # what the smoke settings are instead of
+        if key in ("experiment", "debug") or key.startswith("compute."):
+            continue
+        if key == "dataset":
+            value = "digits"
+        if key == "objective" and objective.startswith("mtt_"):
+            value = "trajectory_matching"
+        kept.append(f"{key}={value}")
+    if "dataset" not in settings:
+        kept.append("dataset=digits")
+    return [*kept, f"debug={debug}"]
