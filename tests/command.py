@@ -9,11 +9,13 @@ import itertools
 import multiprocessing
 import os
 import runpy
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import hydra
 from omegaconf import DictConfig
@@ -22,6 +24,7 @@ from torch.distributed import TCPStore
 from hmn import config
 from hmn.config import Config
 from hmn.plan import Plan, make_plan
+from hmn.sweeps.attempt import PARENT
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
@@ -88,8 +91,12 @@ class Command:
         self.process.join(WAIT_SECONDS)
         assert not self.process.is_alive(), "still running"
         code = self.process.exitcode
+        return Outcome(code if code >= 0 else 128 - code, *self.outputs(), files_below(self.folder))
+
+    def outputs(self) -> tuple[str, str]:
+        """What it has said so far on stdout and stderr."""
         out, err = ((self._outputs / name).read_text() for name in ("out", "err"))
-        return Outcome(code if code >= 0 else 128 - code, out, err, files_below(self.folder))
+        return out, err
 
     def wait_for(self, seen: Callable[[], bool]) -> None:
         """Until ``seen()`` or the process has ended."""
@@ -97,6 +104,35 @@ class Command:
         while not seen() and self.process.is_alive():
             assert time.monotonic() < until, "waited in vain"
             time.sleep(0.001)
+
+
+class Forked:
+    """In the place of ``subprocess.Popen`` for the run of a sweep: it has imported torch already."""
+
+    def __init__(
+        self, command: Sequence[str], *, cwd: str, env: Mapping[str, str], stdout: BinaryIO, **_unused: object
+    ) -> None:
+        _, program, *arguments = command
+        environment = {name: value for name, value in env.items() if os.environ.get(name) != value and name != PARENT}
+        self._command, self._log = Command(Path(cwd), arguments, environment, Path(program)), stdout
+
+    @property
+    def returncode(self) -> int | None:
+        return self._command.process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._command.process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("run.py", timeout)
+        if not self._log.closed:
+            self._log.write("".join(self._command.outputs()).encode())
+        return self.returncode
+
+    def terminate(self) -> None:
+        self._command.process.terminate()
+
+    def kill(self) -> None:
+        self._command.process.kill()
 
 
 def start(folder: Path, *arguments: str, **environment: str) -> Command:

@@ -1,0 +1,45 @@
+"""Every table file as a person would use it, in its smoke variant: swept, rendered, drawn and shown on a page."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+
+import pytest
+
+from experiments import figures, report, tables
+from hmn.sweeps import attempt
+from hmn.sweeps.sweep import launch, of_arguments
+from hmn.sweeps.table import TABLES
+from tests.command import Forked
+
+NAMES = sorted(path.stem for path in TABLES.glob("*.yaml"))
+SETTINGS = ("debug=smoke", "tracking=disabled", "compute.device=cpu", "launcher.slots=2", "launcher.threads=1")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One for all tables, which have runs in common."""
+    return tmp_path_factory.mktemp("smoke")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_the_smoke_variant_of_every_table_runs_and_is_rendered(name, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))  # whose slots are nobody else's
+    monkeypatch.setattr(attempt.subprocess, "Popen", Forked)
+    sweep = of_arguments([f"experiment={name}", *SETTINGS], "")
+    counts = launch(sweep)
+    told = json.loads((sweep.folder / "sweep.json").read_text())
+    assert counts["done"] == counts.total() == len({cell["run_id"] for cell in told["cells"]}), counts
+    report.main([str(sweep.folder), "--output", f"{name}.html"])
+    assert sweep.table.title in (folder / f"{name}.html").read_text()
+    if sweep.table.kind == "table":
+        tables.main([name, *SETTINGS, "--output", "rendered"])
+        text = (folder / "rendered" / f"{name}.md").read_text()
+        assert tables.SMOKE in text
+        assert "python sweep.py" not in text.split("\n\n")[1], "a cell of the table is missing"
+    else:
+        figures.main([name, *SETTINGS, "--output", "rendered"])
+        assert (folder / "rendered" / f"{name}.png").stat().st_size > 5000
