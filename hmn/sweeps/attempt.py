@@ -15,10 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hmn.checkpoint import held, write_text
 from hmn.errors import Busy, ConfigError
-from hmn.results import ROOT, code_version
 
+# An engine starts a process for every run, which only waits for it: what needs torch, with its seconds and its memory,
+# is imported where it is used.
+PROGRAM = Path(__file__).resolve().parents[2] / "run.py"
 LOG = "log.txt"
 FAILURE = "failure.json"
 PARENT = "HMN_PARENT"  # the process that a run must not outlive
@@ -35,7 +36,7 @@ class Task:
     arguments: tuple[str, ...]  # of the program
     directory: str  # where it is started
     max_retries: int = 0
-    program: str = str(ROOT / "run.py")
+    program: str = str(PROGRAM)
 
     @property
     def command(self) -> str:
@@ -72,6 +73,8 @@ def attempt(
             code = _run(task, folder, environment or {}, stop, keep_open)
             if code == 0:
                 return Outcome(task.run_id, "done", attempts)
+            if code - 128 in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # somebody else asked it to stop
+                break
             if code == Busy.exit_code:  # that one's result is as good as ours
                 attempts -= 1
                 _wait_for_other(folder, stop)
@@ -130,11 +133,21 @@ def _run(
 
 
 def _wait_for_other(folder: Path, stop: threading.Event) -> None:
+    from hmn.checkpoint import held
+
     while held(folder) and not stop.wait(POLL_SECONDS):
         pass
 
 
+def lost(task: Task, error: str) -> Outcome:
+    """A run whose engine is gone, so that no attempt could say how it ended."""
+    return _failed(task, Path(task.directory, task.folder), 1, error, None)
+
+
 def _failed(task: Task, folder: Path, attempts: int, error: str, code: int | None) -> Outcome:
+    from hmn.checkpoint import write_text
+    from hmn.results import code_version
+
     kept = {
         "run_id": task.run_id,
         "error": error,
