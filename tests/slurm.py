@@ -10,7 +10,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol")
@@ -29,9 +29,11 @@ def running(cpus: int) -> Iterator[None]:
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     for name in ("state", "spool", "log"):
         (folder / name).mkdir()
-    with _daemons(folder, cpus) as conf, _environment("SLURM_CONF", str(conf)):
-        yield
-    shutil.rmtree(folder)
+    try:
+        with _daemons(folder, cpus) as conf, _environment("SLURM_CONF", str(conf)):
+            yield
+    finally:
+        shutil.rmtree(folder)
 
 
 @contextlib.contextmanager
@@ -55,6 +57,7 @@ def _daemons(folder: Path, cpus: int) -> Iterator[Path]:
                 _wait_until(lambda ready=ready: ready(folder), folder)
             yield conf
         finally:
+            _says(folder, "scancel", "--user=root")  # what a failed test left
             for daemon in reversed(daemons):
                 daemon.terminate()
                 daemon.wait(WAIT_SECONDS)
@@ -113,7 +116,7 @@ def _says(folder: Path, *command: str) -> str:
     return subprocess.run(command, env=environment, capture_output=True, text=True).stdout
 
 
-def _wait_until(ready, folder: Path) -> None:
+def _wait_until(ready: Callable[[], bool], folder: Path) -> None:
     until = time.monotonic() + WAIT_SECONDS
     while not ready():
         assert time.monotonic() < until, "\n".join(path.read_text() for path in (folder / "log").iterdir())

@@ -65,22 +65,19 @@ class SubmititConfig(LauncherConfig):
     gpus: int = 0
     memory_gb: float = 16.0
     partition: str | None = None
-    options: dict[str, Any] = field(
-        default_factory=dict
-    )  # more of sbatch's as submitit names them: account, qos, setup
+    # More of sbatch's, as submitit names them: account, qos, setup.
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         one_of("launcher.cluster", self.cluster, ("slurm", "local"))
         at_least("launcher", 1, self, "timeout_minutes", "at_once", "cpus")
         at_least("launcher", 0, self, "gpus")
-        rule = f"below launcher.timeout_minutes={self.timeout_minutes}"
-        require(
-            "launcher.notice_seconds", 0 < self.notice_seconds < 60 * self.timeout_minutes, self.notice_seconds, rule
-        )
-        local = self.cluster == "local"  # which gives every job the same GPUs, and knows of no queue
-        require("launcher.gpus", not (local and self.gpus), self.gpus, "0 for launcher.cluster=local")
-        require("launcher.partition", not (local and self.partition), self.partition, "null for launcher.cluster=local")
-        require("launcher.options", not (local and self.options), self.options, "empty for launcher.cluster=local")
+        notice, limit = self.notice_seconds, f"below launcher.timeout_minutes={self.timeout_minutes}"
+        require("launcher.notice_seconds", 0 < notice < 60 * self.timeout_minutes, notice, limit)
+        slurm = self.cluster == "slurm"  # local gives every job the same GPUs, and knows of no queue
+        require("launcher.gpus", slurm or not self.gpus, self.gpus, "0 for launcher.cluster=local")
+        require("launcher.partition", slurm or not self.partition, self.partition, "null for launcher.cluster=local")
+        require("launcher.options", slurm or not self.options, self.options, "empty for launcher.cluster=local")
         positive("launcher", self, "memory_gb")
 
 

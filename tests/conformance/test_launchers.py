@@ -264,6 +264,11 @@ def test_ray_names_the_gpus_of_a_run(cluster: cluster_utils.Cluster, tmp_path: P
     assert {line["CUDA_VISIBLE_DEVICES"] for line in events(tmp_path, "stop")} == {"0", "1"}
 
 
+def test_more_than_this_machine_has_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^launcher.cpus=1000: must be at most \d+, what this machine has$"):
+        do([stub(tmp_path, "a", "pass")], RayConfig(cpus=1000))
+
+
 def test_ray_that_is_not_there_is_said_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^launcher.address=127.0.0.1:1: no Ray cluster [^\n]+ refused$"):
         do([stub(tmp_path, "a", "pass")], RayConfig(address="127.0.0.1:1"))
@@ -324,6 +329,7 @@ def slurm_cluster() -> Iterator[None]:
 @pytest.fixture
 def on_slurm(slurm_cluster: None, monkeypatch: pytest.MonkeyPatch) -> SubmititConfig:
     monkeypatch.setattr("hmn.sweeps.launchers.submitit.QUEUE_SECONDS", 0.5)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # which sbatch hands on to jobs
     return SubmititConfig(cpus=1, memory_gb=0.25, at_once=2, timeout_minutes=10)
 
 
@@ -358,6 +364,7 @@ def test_slurm_does_so_many_jobs_at_once_and_none_after_the_end(on_slurm: Submit
         do([stub(tmp_path, name, "wait", "go") for name in "abc"], on_slurm)
     assert not slurm_jobs()
     assert [line["event"] for line in events(tmp_path)] == ["start", "start", "saved", "saved"]
+    assert {(line["CUDA_VISIBLE_DEVICES"], line["OMP_NUM_THREADS"]) for line in events(tmp_path)} == {("", "1")}
     (tmp_path / "go").touch()
     outcomes = do([stub(tmp_path, name, "wait", "go") for name in "abc"], on_slurm)
     assert {outcome.status for outcome in outcomes.values()} == {"done"}

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent import futures
 from concurrent.futures import Future
 
+from hmn.config.checks import require
 from hmn.config.sweeps import RayConfig
 from hmn.errors import ConfigError
 from hmn.sweeps.attempt import Outcome, Task, attempt, lost
@@ -99,7 +100,7 @@ def _environment(settings: RayConfig) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _connected(settings: RayConfig) -> Iterator[None]:
-    """Connected to the cluster of ``settings.address``, or to one of our own that ends with the block.
+    """Within the block, the cluster of ``settings.address`` answers, or one of our own that ends with it.
 
     Raises ``ConfigError`` if it does not answer, or if no run could ever be placed on our own.
     """
@@ -120,7 +121,8 @@ def _connected(settings: RayConfig) -> Iterator[None]:
         line = str(error).strip().splitlines()[0]
         raise ConfigError(f"launcher.address={address}: no Ray cluster of this kind answers: {line}") from None
     finally:
-        signal.signal(signal.SIGTERM, handler)  # Ray has put its own in its place
+        if signal.getsignal(signal.SIGTERM) is not handler:  # Ray has put its own in its place
+            signal.signal(signal.SIGTERM, handler)
     try:
         if not address:
             _check_fits(settings)
@@ -132,5 +134,4 @@ def _connected(settings: RayConfig) -> Iterator[None]:
 def _check_fits(settings: RayConfig) -> None:
     has = ray.cluster_resources()
     for key, wanted, found in (("cpus", settings.cpus, has.get("CPU", 0)), ("gpus", settings.gpus, has.get("GPU", 0))):
-        if wanted > found:
-            raise ConfigError(f"launcher.{key}: is {wanted:g}, must be at most {found:g}, what this machine has")
+        require(f"launcher.{key}", wanted <= found, f"{wanted:g}", f"at most {found:g}, what this machine has")
