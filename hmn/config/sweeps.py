@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
-from hmn.config.checks import at_least, one_of, positive
+from hmn.config.checks import at_least, one_of, positive, require
 
 
 @dataclass(kw_only=True)
@@ -41,7 +41,7 @@ class RayConfig(LauncherConfig):
     NAME: ClassVar[str] = "ray"
 
     name: str = "ray"
-    address: str | None = None  # of a running cluster; null: RAY_ADDRESS, else one is started on this machine
+    address: str | None = None  # HOST:PORT of a cluster's head, or auto; null: RAY_ADDRESS, else one of this machine
     cpus: float = 1.0  # of each run
     gpus: float = 0.0  # of each run; a fraction shares one GPU
 
@@ -59,17 +59,25 @@ class SubmititConfig(LauncherConfig):
     name: str = "submitit"
     cluster: str = "slurm"  # local: processes of this machine, to try it
     timeout_minutes: int = 1440  # a run that is cut off is queued again and goes on
+    notice_seconds: int = 120  # before the time limit, in which it saves its state
     at_once: int = 16  # jobs of this sweep that may run at the same time
     cpus: int = 4
     gpus: int = 0
     memory_gb: float = 16.0
     partition: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)  # more of submitit's, slurm_account say
+    # More of sbatch's, as submitit names them: account, qos, setup.
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         one_of("launcher.cluster", self.cluster, ("slurm", "local"))
         at_least("launcher", 1, self, "timeout_minutes", "at_once", "cpus")
         at_least("launcher", 0, self, "gpus")
+        notice, limit = self.notice_seconds, f"below launcher.timeout_minutes={self.timeout_minutes}"
+        require("launcher.notice_seconds", 0 < notice < 60 * self.timeout_minutes, notice, limit)
+        slurm = self.cluster == "slurm"  # local gives every job the same GPUs, and knows of no queue
+        require("launcher.gpus", slurm or not self.gpus, self.gpus, "0 for launcher.cluster=local")
+        require("launcher.partition", slurm or not self.partition, self.partition, "null for launcher.cluster=local")
+        require("launcher.options", slurm or not self.options, self.options, "empty for launcher.cluster=local")
         positive("launcher", self, "memory_gb")
 
 

@@ -73,6 +73,8 @@ def attempt(
             code = _run(task, folder, environment or {}, stop, keep_open)
             if code == 0:
                 return Outcome(task.run_id, "done", attempts)
+            if code - 128 in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # somebody else asked it to stop
+                break
             if code == Busy.exit_code:  # that one's result is as good as ours
                 attempts -= 1
                 _wait_for_other(folder, stop)

@@ -1,0 +1,137 @@
+"""Runs as tasks of a Ray cluster, whose nodes share the file system that the run folders are on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import queue
+import signal
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+from concurrent.futures import Future
+
+from hmn.config.checks import require
+from hmn.config.sweeps import RayConfig
+from hmn.errors import ConfigError
+from hmn.sweeps.attempt import Outcome, Task, attempt, lost
+from hmn.sweeps.launchers import Launched
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reads it while it is imported, and reports to its makers
+try:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+except ImportError:
+    raise ConfigError("launcher=ray: Ray is not installed: pip install 'hmn[ray]'") from None
+
+ANSWER_SECONDS = 10.0
+NODES_LOST = 10  # at most, under one run, before it counts as failed
+OBJECT_STORE_BYTES = 100 << 20  # of a cluster of our own, where no tensor travels
+# Ray's monitor would kill and repeat a run that is out of memory without end; the system's own way ends it once, and
+# `attempt` says so. Ray also lets its workers give way to every other process, as if there were such.
+OWN_CLUSTER = {"memory_monitor_refresh_ms": 0, "worker_niceness": 0}
+
+
+@ray.remote(num_cpus=0)
+class _Flag:
+    """Whether the launcher was closed. Ray's own way to cancel would interrupt a run instead of letting it save."""
+
+    def __init__(self) -> None:
+        self._raised = asyncio.Event()
+
+    async def set(self) -> None:
+        self._raised.set()
+
+    async def is_set(self) -> bool:
+        return self._raised.is_set()
+
+    async def wait(self) -> None:
+        await self._raised.wait()
+
+
+@ray.remote(max_retries=NODES_LOST)  # that are Ray's only for a worker that is gone: `attempt` repeats what failed
+def _run(task: Task, environment: dict[str, str], flag: ray.actor.ActorHandle) -> Outcome:
+    # Never `ray.get` in here: a task that blocks in it lends its CPUs to another one.
+    stop = threading.Event()
+    if flag.is_set.remote().future().result():  # before this one's turn came
+        stop.set()
+    closed = flag.wait.remote()
+    closed.future().add_done_callback(lambda _: stop.set())
+    try:
+        return attempt(task, environment, stop)
+    finally:
+        ray.cancel(closed)  # the worker does further runs
+
+
+def launch(tasks: Sequence[Task], settings: RayConfig) -> Launched:
+    with _connected(settings):
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        flag = _Flag.options(scheduling_strategy=here).remote()
+        run = _run.options(num_cpus=settings.cpus, num_gpus=settings.gpus)
+        environment = _environment(settings)
+        # While Ray itself waits it swallows what a signal's handler raises.
+        ended: queue.SimpleQueue[Future[Outcome]] = queue.SimpleQueue()
+        running = {run.remote(task, environment, flag).future(): task for task in tasks}
+        for future in running:
+            future.add_done_callback(ended.put)
+        try:
+            while running:
+                future = ended.get()
+                yield _outcome(future, running.pop(future))
+        finally:
+            flag.set.remote()
+            futures.wait(running)
+
+
+def _outcome(future: Future[Outcome], task: Task) -> Outcome:
+    try:
+        return future.result()
+    except ray.exceptions.RayError as error:
+        return lost(task, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
+
+
+def _environment(settings: RayConfig) -> dict[str, str]:
+    """Ray names a run's GPUs itself, but hides none from one that has none."""
+    hidden = {} if settings.gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    return {"OMP_NUM_THREADS": str(max(1, int(settings.cpus))), **hidden}
+
+
+@contextlib.contextmanager
+def _connected(settings: RayConfig) -> Iterator[None]:
+    """Within the block, the cluster of ``settings.address`` answers, or one of our own that ends with it.
+
+    Raises ``ConfigError`` if it does not answer, or if no run could ever be placed on our own.
+    """
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    own = {
+        "include_dashboard": False,
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "_system_config": OWN_CLUSTER,
+    }
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        if address and ":" in address:  # where nothing answers Ray ends the whole process, after a minute
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
+        # What runs print goes to their own logs, and Ray's own lines nowhere.
+        ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else own))
+    except (OSError, ValueError, RuntimeError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise ConfigError(f"launcher.address={address}: no Ray cluster of this kind answers: {line}") from None
+    finally:
+        if signal.getsignal(signal.SIGTERM) is not handler:  # Ray has put its own in its place
+            signal.signal(signal.SIGTERM, handler)
+    try:
+        if not address:
+            _check_fits(settings)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_fits(settings: RayConfig) -> None:
+    has = ray.cluster_resources()
+    for key, wanted, found in (("cpus", settings.cpus, has.get("CPU", 0)), ("gpus", settings.gpus, has.get("GPU", 0))):
+        require(f"launcher.{key}", wanted <= found, f"{wanted:g}", f"at most {found:g}, what this machine has")

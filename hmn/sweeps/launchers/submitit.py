@@ -1,0 +1,222 @@
+"""Runs as jobs of a SLURM cluster through submitit; its local executor stands in for one to try it.
+
+submitit itself, not Hydra's launcher over it (hydra-submitit-launcher): that one says nothing before all jobs have
+ended, lets the first failed one hide the rest, and composes in the job, where
+a signal to save goes to no run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from hmn.config.sweeps import SubmititConfig
+from hmn.errors import ConfigError
+from hmn.sweeps.attempt import Outcome, Task, attempt, lost
+from hmn.sweeps.launchers import Launched
+
+# By which SLURM tells all processes of a job of a time limit or of another's job, runs too: one that they know.
+os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # for the jobs
+try:
+    import submitit
+
+    submitit.JobEnvironment.USR_SIG = "USR1"  # where something has imported it before
+except ImportError:
+    raise ConfigError("launcher=submitit: submitit is not installed: pip install 'hmn[slurm]'") from None
+
+POLL_SECONDS = 0.5  # of the files that jobs leave
+QUEUE_SECONDS = 15.0  # between two questions to SLURM, which all its users share
+TIME_LIMITS = 100  # that a run may come to, one after another, before it counts as failed
+CLOSED = "closed"  # the file that tells jobs to stop
+
+
+class Run(submitit.helpers.Checkpointable):
+    """One run in its job. Cut off by its time limit or for another's job, it saves, and the same job comes again."""
+
+    def __call__(self, task: Task, environment: Mapping[str, str], closed: Path) -> Outcome:
+        requeue = signal.getsignal(signal.SIGUSR1)  # submitit's handler, which does not return
+        asked: set[int] = set()
+        for signum in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(signum, lambda signum, _frame: asked.add(signum))  # what it interrupts may hold any lock
+        with _watching(lambda: asked or closed.exists()) as stop:
+            outcome = attempt(task, environment, stop)
+        if outcome.status != "stopped" or closed.exists():
+            return outcome
+        if signal.SIGUSR1 in asked:
+            requeue(signal.SIGUSR1, None)
+        sys.exit(128 + signal.SIGTERM)  # without a result: SLURM has queued the job again, or it was cancelled
+
+
+@contextlib.contextmanager
+def _watching(asked: Callable[[], object]) -> Iterator[threading.Event]:
+    """Yields what is set once ``asked()``."""
+    stop, over = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set() and not over.wait(POLL_SECONDS):
+            if asked():
+                stop.set()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield stop
+    finally:
+        over.set()
+        watcher.join()
+
+
+def launch(tasks: Sequence[Task], settings: SubmititConfig) -> Launched:
+    if not tasks:
+        return
+    runs_dir = Path(tasks[0].directory, tasks[0].folder).parent
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    # What submitit hands over goes through files. A folder for each launch: the local executor's job ids come again.
+    folder = Path(tempfile.mkdtemp(prefix="submitit-", dir=runs_dir))
+    lost_any = False
+    jobs = _Jobs(folder, settings, tasks)
+    try:
+        while jobs.left():
+            for job, task in jobs.ended():
+                outcome = _outcome(job, task)
+                lost_any |= outcome is None
+                yield outcome or lost(task, f"its {settings.cluster} job {job.job_id} ended early: {job.paths.stderr}")
+    finally:
+        jobs.close()
+        if not lost_any:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _outcome(job: submitit.Job, task: Task) -> Outcome | None:
+    """``None`` if the job is gone without a result."""
+    if not job.paths.result_pickle.exists():
+        return None
+    try:
+        return job.result()
+    except submitit.core.utils.FailedJobError as error:
+        return lost(task, _last_line(str(error).split("-" * 22)[1]))  # between such lines is the trace
+
+
+class _Jobs:
+    """The jobs of one launch. SLURM is given all at once and starts ``at_once``; the local executor would start all."""
+
+    def __init__(self, folder: Path, settings: SubmititConfig, tasks: Sequence[Task]) -> None:
+        self._closed = folder / CLOSED
+        self._environment = _environment(settings)
+        self._executor = _executor(folder, settings)
+        self._slurm = settings.cluster == "slurm"
+        self._at_once = len(tasks) if self._slurm else settings.at_once
+        self._waiting = deque(tasks)
+        self._running: dict[submitit.Job, Task] = {}
+        self._unknown: set[submitit.Job] = set()  # to SLURM, when it was last asked
+        self._ask_at = 0.0
+
+    def left(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def ended(self) -> list[tuple[submitit.Job, Task]]:
+        """Those that have ended since the last call; none if that is so for a moment."""
+        self._submit()
+        found = self._ended()
+        if not found:
+            time.sleep(POLL_SECONDS)
+        return [(job, self._running.pop(job)) for job in found]
+
+    def close(self) -> None:
+        """Have what runs save and end; what has not begun never does."""
+        self._closed.touch()
+        while self._present():
+            if self._slurm:
+                subprocess.run(["scancel", "--state=PENDING", *{_array(job) for job in self._running}], check=False)
+            time.sleep(POLL_SECONDS)
+
+    def _submit(self) -> None:
+        count = min(self._at_once - len(self._running), len(self._waiting))
+        if count <= 0:
+            return
+        tasks = [self._waiting.popleft() for _ in range(count)]
+        # Ctrl-C is the launcher's, but the terminal sends it to the local executor's processes too, unless blocked.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            jobs = self._executor.map_array(Run(), tasks, [self._environment] * count, [self._closed] * count)
+        except (submitit.core.utils.FailedJobError, OSError) as error:
+            raise ConfigError(f"launcher: the jobs cannot be submitted: {_last_line(str(error))}") from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        self._running.update(zip(jobs, tasks, strict=True))
+
+    def _ended(self) -> list[submitit.Job]:
+        if not self._slurm:
+            return [job for job in self._running if job.done()]
+        with_result = [job for job in self._running if job.paths.result_pickle.exists()]
+        if with_result or time.monotonic() < self._ask_at:
+            return with_result
+        self._ask_at = time.monotonic() + QUEUE_SECONDS
+        # A result takes a while to be seen through a network's file system.
+        unknown = set(self._running).difference(self._present())
+        gone, self._unknown = unknown & self._unknown, unknown
+        return list(gone)
+
+    def _present(self) -> list[submitit.Job]:
+        """Those that wait or run. Of submitit's own question only clusters that keep accounts know the answer."""
+        if not self._slurm:
+            return [job for job in self._running if not job.done()]
+        answer = subprocess.run(
+            ["squeue", "--me", "--noheader", "--array", "--format=%i"], capture_output=True, text=True
+        )
+        known = set(answer.stdout.split())
+        return [job for job in self._running if answer.returncode or job.job_id in known]
+
+
+def _array(job: submitit.Job) -> str:
+    return job.job_id.partition("_")[0]
+
+
+def _environment(settings: SubmititConfig) -> dict[str, str]:
+    """SLURM names a job's GPUs itself, but need not hide any from one that asked for none."""
+    hidden = {} if settings.gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    return {"OMP_NUM_THREADS": str(settings.cpus), **hidden}
+
+
+def _executor(folder: Path, settings: SubmititConfig) -> submitit.Executor:
+    """Raises ``ConfigError`` where there is no such cluster, or for options that submitit does not know."""
+    if settings.cluster == "local":
+        executor = submitit.LocalExecutor(folder, max_num_timeout=TIME_LIMITS)
+        executor.update_parameters(timeout_min=settings.timeout_minutes, signal_delay_s=settings.notice_seconds)
+        return executor
+    try:
+        executor = submitit.SlurmExecutor(folder, max_num_timeout=TIME_LIMITS)
+    except RuntimeError as error:
+        raise ConfigError(f"launcher.cluster=slurm: {_last_line(str(error))}") from None
+    parameters = {
+        "job_name": "hmn",
+        "time": settings.timeout_minutes,
+        "signal_delay_s": settings.notice_seconds,
+        "array_parallelism": settings.at_once,
+        "cpus_per_task": settings.cpus,
+        "gpus_per_node": settings.gpus or None,
+        "mem": f"{math.ceil(1024 * settings.memory_gb)}M",
+        "partition": settings.partition,
+        "additional_parameters": {"requeue": True},
+        "srun_args": [f"--cpus-per-task={settings.cpus}"],  # which a job's step no longer has by itself (SLURM 22.05)
+    }
+    try:
+        executor.update_parameters(**parameters | settings.options)
+    except ValueError as error:
+        raise ConfigError(f"launcher.options: {str(error).splitlines()[0]}") from None
+    return executor
+
+
+def _last_line(text: str) -> str:
+    return text.strip().rpartition("\n")[2]
