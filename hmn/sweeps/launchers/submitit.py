@@ -1,8 +1,7 @@
 """Runs as jobs of a SLURM cluster through submitit; its local executor stands in for one to try it.
 
 submitit itself, not Hydra's launcher over it (hydra-submitit-launcher): that one says nothing before all jobs have
-ended, lets the first failed one hide the rest, and composes in the job, where
-a signal to save goes to no run.
+ended, lets the first failed one hide the rest, and composes in the job, where a signal to save goes to no run.
 """
 
 from __future__ import annotations
