@@ -7,7 +7,10 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
 
 from hmn import distributed
 from hmn.cli import explain
@@ -15,6 +18,7 @@ from hmn.errors import ConfigError
 from hmn.report import text_table
 from hmn.sweeps import state
 from hmn.sweeps.attempt import end_with_parent
+from hmn.sweeps.pace import flops_per_second
 from hmn.sweeps.planning import Planned, by_run
 from hmn.sweeps.search import search
 from hmn.sweeps.sweep import Sweep, accuracy, counts, launch, of_arguments, status_command
@@ -88,33 +92,43 @@ def _with_command(arguments: Sequence[str]) -> list[str]:
 
 
 def plan_text(sweep: Sweep, planned: Sequence[Planned]) -> str:
-    """Every cell with its run, and what all of them cost together."""
+    """Every cell with its run and what it is expected to cost, and what all that is left costs together."""
+    runs = by_run(planned)
+    done = {run_id: found.result for run_id, one in runs.items() if (found := state.read(one.folder)).result}
+    rate, whence = _rate(sweep, runs, done)
     rows = []
-    for one in planned:
+    for number, one in enumerate(planned, start=1):
         found = state.read(one.folder).status
         used = f"{one.stored_floats:,} of {one.budget_floats:,}" if one.budget_floats else ""
-        numbers = [str(one.images_per_class or ""), used, str(one.steps or ""), f"{one.flops / 1e12:,.1f}"]
-        rows.append([one.cell.name, one.run_id or "after " + "; ".join(one.cell.reads), found, *numbers])
-    header = ["cell", "run", "status", "images/class", "floats", "steps", "TFLOP"]
-    return "\n".join([text_table(header, rows), "", summary(counts(planned)), _cost(sweep, planned)])
-
-
-def _cost(sweep: Sweep, planned: Sequence[Planned]) -> str:
-    """Expected hours of what is left, by the rate of what is done."""
-    runs = by_run(planned)
-    states = {run_id: state.read(one.folder) for run_id, one in runs.items()}
-    done = {run_id: found.result for run_id, found in states.items() if found.status == "done"}
-    left = sum(one.flops for run_id, one in runs.items() if run_id not in done)
-    seconds = sum(sum(result["wall_seconds"].values()) for result in done.values())
-    text = f"left to compute: {left / 1e15:,.3f} PFLOP"
-    if seconds and left:
-        rate = sum(runs[run_id].flops for run_id in done) / seconds
-        hours = left / rate / 3600
-        return (
-            f"{text}, {hours:.1f} hours of one slot at the {rate / 1e9:,.1f} GFLOP/s of the {len(done)} finished runs"
+        cost = (
+            [str(one.steps or ""), _shown(one.flops / 1e12), _shown(one.flops / rate / 3600)] if one.flops else [""] * 3
         )
-    expected = f"; the table's file expects {sweep.table.expects}" if sweep.table else ""
-    return text + ("; hours are known once a run is finished" if left else "") + expected
+        name = one.run_id or "after " + "; ".join(one.cell.reads)
+        rows.append([str(number), one.cell.name, name, found, str(one.images_per_class or ""), used, *cost])
+    header = ["", "cell", "run", "status", "images/class", "floats", "steps", "TFLOP", "hours"]
+    left = sum(one.flops for run_id, one in runs.items() if run_id not in done) / rate / 3600
+    lines = [text_table(header, rows), "", summary(counts(planned))]
+    lines.append(f"left: about {_shown(left)} hours of one slot, at {rate / 1e9:,.1f} GFLOP/s, {whence}")
+    if any(one.run_id is None for one in planned):
+        lines.append("beside those of runs that read kept sets which are not there yet")
+    if sweep.table is not None:
+        expected = ", ".join(f"{key} {value}" for key, value in sweep.table.expects.items())
+        lines.append(f"experiments/tables/{sweep.table.name}.yaml expects: {expected}")
+    return "\n".join(lines)
+
+
+def _rate(sweep: Sweep, runs: Mapping[str, Planned], done: Mapping[str, dict[str, Any]]) -> tuple[float, str]:
+    """Operations per second of one slot, and how they are known."""
+    seconds = sum(sum(result["wall_seconds"].values()) for result in done.values())
+    flops = sum(runs[run_id].flops for run_id in done)
+    if seconds and flops:
+        return flops / seconds, f"as the {len(done)} finished runs took"
+    cuda = torch.cuda.is_available() and getattr(sweep.launcher, "gpus", None) != 0
+    return flops_per_second(torch.device("cuda" if cuda else "cpu")), "by one timed convolution"
+
+
+def _shown(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _status(sweep: Sweep, every: float | None) -> int:
