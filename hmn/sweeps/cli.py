@@ -100,12 +100,11 @@ def plan_text(sweep: Sweep, planned: Sequence[Planned]) -> str:
     for number, one in enumerate(planned, start=1):
         found = state.read(one.folder).status
         used = f"{one.stored_floats:,} of {one.budget_floats:,}" if one.budget_floats else ""
-        cost = (
-            [str(one.steps or ""), _shown(one.flops / 1e12), _shown(one.flops / rate / 3600)] if one.flops else [""] * 3
-        )
-        name = one.run_id or "after " + "; ".join(one.cell.reads)
-        rows.append([str(number), one.cell.name, name, found, str(one.images_per_class or ""), used, *cost])
-    header = ["", "cell", "run", "status", "images/class", "floats", "steps", "TFLOP", "hours"]
+        cost = [one.steps or "", _shown(one.flops / 1e12), _shown(one.flops / rate / 3600)] if one.flops else [""] * 3
+        run = one.run_id or "after " + "; ".join(one.cell.reads)
+        name = f"{number:{len(str(len(planned)))}}  {one.cell.name}"
+        rows.append([name, run, found, str(one.images_per_class or ""), used, *map(str, cost)])
+    header = ["cell", "run", "status", "images/class", "floats", "steps", "TFLOP", "hours"]
     left = sum(one.flops for run_id, one in runs.items() if run_id not in done) / rate / 3600
     lines = [text_table(header, rows), "", summary(counts(planned))]
     lines.append(f"left: about {_shown(left)} hours of one slot, at {rate / 1e9:,.1f} GFLOP/s, {whence}")
@@ -171,7 +170,9 @@ def _detail(found: state.State, one: Planned) -> str:
         return found.error
     if found.stage is None:
         return ""
-    of = f" of {one.steps}" if found.stage == "condense" and one.steps else ""
+    if found.stage != "condense":
+        return found.stage
+    of = f" of {one.steps}" if one.steps else ""
     left = found.seconds_left(one.steps)
     until = f", {_duration(left)} left" if left is not None and found.status == "running" else ""
     return f"{found.stage} {found.step}{of}{until}"
