@@ -56,7 +56,8 @@ def test_a_run_gets_its_arguments_directory_environment_and_a_log(task):
     assert [path.name for path in folder(made).iterdir()] == [LOG]
 
 
-def test_the_log_shows_what_was_printed_at_once(task):
+def test_the_log_shows_what_was_printed_at_once(task, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     made = task("print('here'); time.sleep(1000)")
     stop = threading.Event()
     thread = threading.Thread(target=attempt, args=(made, None, stop))

@@ -275,6 +275,7 @@ def test_a_kept_set_that_is_made_anew_is_evaluated_anew(reading, here):
     assert (ended.code, ended.lines[-1]) == (0, "4 runs: 4 done")
     again = run_ids(reading)
     assert {name for name in first if again[name] == first[name]} == {"own/A", "own/B"}
+    assert begins(reading) == {"0": 4, "1": 4, "2": 0}  # each was made and evaluated twice
 
 
 def run_ids(sweep: Launched) -> dict[str, str]:
