@@ -202,6 +202,15 @@ def test_a_run_that_does_not_stop_is_killed_after_a_while(task, monkeypatch):
     assert not alive(pid)
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_run_that_somebody_else_stopped_is_not_started_again(task, signum):
+    """It has said that it goes on later; a launcher that wanted it to go on now would not have stopped it."""
+    made = task(f"sys.exit({128 + signum})", max_retries=3)
+    assert attempt(made) == Outcome("run-1", "stopped", 1)
+    assert starts(made) == 1
+    assert not (folder(made) / FAILURE).exists()
+
+
 def test_a_run_that_is_done_when_it_is_asked_to_stop_is_done(task):
     made = task(STOPPABLE.replace("128 + signum", "0"))
     assert stopped(made)[0] == Outcome("run-1", "done", 1)

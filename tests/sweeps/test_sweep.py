@@ -12,7 +12,7 @@ import pytest
 from hmn import checkpoint, results
 from hmn.checkpoint import exclusive
 from hmn.config.sweeps import LocalConfig
-from hmn.sweeps import planning
+from hmn.sweeps import cli, planning
 from hmn.sweeps.launchers import local
 from tests.sweeps.launched import SETTINGS, STEPS, THREE, Launched, described
 
@@ -235,7 +235,7 @@ def test_cells_that_read_kept_sets_follow_them_in_one_launch(reading, here):
     reading.order({"1": {"fail": [1, "bad luck", 1], "times": 1}})
     plan = here(reading, command="plan")
     assert plan.code == 0
-    assert [line.split()[:3] for line in plan.lines[2:4]] == [
+    assert [line.split()[1:4] for line in plan.lines[2:4]] == [
         ["wide/A", "after", "own/A"],
         ["wide/B", "after", "own/B"],
     ]
@@ -285,19 +285,32 @@ def run_ids(sweep: Launched) -> dict[str, str]:
 # What is said
 
 
-def test_the_plan_lists_every_cell_and_what_is_left(sweep, here):
+def test_the_plan_lists_every_cell_and_what_is_left(sweep, here, monkeypatch):
+    """Before anything is done hours are those of a rate that is timed on the spot: here 1e9 operations a second."""
+    monkeypatch.setattr(cli, "flops_per_second", lambda device: 1e9)
     ended = here(sweep, command="plan")
     assert (ended.code, ended.err) == (0, "")
-    assert ended.lines[0].split() == ["cell", "run", "status", "images/class", "floats", "steps", "TFLOP"]
+    assert ended.lines[0].split() == ["cell", "run", "status", "images/class", "floats", "steps", "TFLOP", "hours"]
     (one, *_) = planning.plan_cells(described(*sweep.settings).cells)
+    rows = [line.split() for line in ended.lines[2:5]]
     floats = [f"{one.stored_floats:,}", "of", f"{one.budget_floats:,}"]
-    numbers = [str(one.images_per_class), *floats, str(one.steps), f"{one.flops / 1e12:,.1f}"]
-    assert [line.split() for line in ended.lines[2:5]] == [
-        [f"seed={seed}", sweep.folders[seed].name, "waiting", *numbers] for seed in "012"
+    sizes = [f"{one.images_per_class}", *floats, f"{one.steps}"]
+    assert [row[:-2] for row in rows] == [
+        [f"{number}", f"seed={seed}", sweep.folders[seed].name, "waiting", *sizes]
+        for number, seed in enumerate("012", start=1)
     ]
-    left = f"{3 * one.flops / 1e15:,.3f} PFLOP"
-    assert ended.lines[6:] == ["3 runs: 3 waiting", f"left to compute: {left}; hours are known once a run is finished"]
+    for row in rows:
+        assert number_of(row[-2]) == pytest.approx(one.flops / 1e12, rel=0.01)
+        assert number_of(row[-1]) == pytest.approx(one.flops / 1e9 / 3600, rel=0.01)
+    assert ended.lines[6] == "3 runs: 3 waiting"
+    hours = number_of(ended.lines[7].removeprefix("left: about ").split()[0])
+    assert hours == pytest.approx(3 * one.flops / 1e9 / 3600, rel=0.01)
+    assert ended.lines[7].endswith(" hours of one slot, at 1.0 GFLOP/s, by one timed convolution")
     assert sweep.ledger() == []
+
+
+def number_of(text: str) -> float:
+    return float(text.replace(",", ""))
 
 
 def test_the_plan_expects_hours_by_the_runs_that_are_done(sweep, here):
@@ -307,8 +320,8 @@ def test_the_plan_expects_hours_by_the_runs_that_are_done(sweep, here):
     (one, *_) = planning.plan_cells(described(*sweep.settings).cells)
     ended = here(sweep, command="plan")
     rate = f"{one.flops / 2 / 1e9:,.1f} GFLOP/s"
-    said = f"{2 * one.flops / 1e15:,.3f} PFLOP, {4 / 3600:.1f} hours of one slot at the {rate} of the 1 finished runs"
-    assert ended.lines[-2:] == ["3 runs: 1 done, 2 failed", f"left to compute: {said}"]
+    said = f"left: about {4 / 3600:.3g} hours of one slot, at {rate}, as the 1 finished runs took"
+    assert ended.lines[-2:] == ["3 runs: 1 done, 2 failed", said]
 
 
 def test_status_shows_steps_and_what_is_left_of_runs_that_run(sweep, here):
