@@ -25,6 +25,10 @@ class ArtifactError(HmnError, ValueError):
     exit_code = 2
 
 
+class Damaged(ArtifactError):
+    """A result that was cut short: the same run measures it anew."""
+
+
 class Diverged(HmnError, ArithmeticError):
     """A loss or parameter that is no longer finite."""
 

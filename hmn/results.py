@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from hmn.checkpoint import write_text
-from hmn.errors import ArtifactError
+from hmn.errors import ArtifactError, Damaged
 
 SCHEMA_VERSION = 1
 FILE = "result.json"
@@ -39,7 +39,10 @@ def write(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The folder's result, or ``None`` before it is finished. Raises ``ArtifactError`` for another schema version."""
+    """The folder's result, or ``None`` before it is finished.
+
+    Raises ``Damaged`` for one that was cut short and ``ArtifactError`` for another schema version.
+    """
     path = folder / FILE
     if not path.exists():
         return None
@@ -48,7 +51,7 @@ def read(folder: Path) -> dict[str, Any] | None:
         if not isinstance(result, dict):
             raise ValueError
     except ValueError:
-        raise ArtifactError(f"{path}: cut short or damaged: remove it, and the same command measures it anew") from None
+        raise Damaged(f"{path}: cut short or damaged: remove it, and the same command measures it anew") from None
     if result.get("schema_version") != SCHEMA_VERSION:
         version = result.get("schema_version")
         raise ArtifactError(f"{path}: schema version {version}, this program reads {SCHEMA_VERSION}: move the run away")

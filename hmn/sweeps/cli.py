@@ -86,9 +86,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _with_command(arguments: Sequence[str]) -> list[str]:
-    named = any(argument in COMMANDS for argument in arguments)
-    asks = any(argument in ("-h", "--help") for argument in arguments)
-    return [*arguments] if named or asks else ["launch", *arguments]
+    """The command first, wherever it was typed."""
+    named = [argument for argument in arguments if argument in COMMANDS][:1]
+    if not named and any(argument in ("-h", "--help") for argument in arguments):
+        return [*arguments]
+    return [*(named or ["launch"]), *(argument for argument in arguments if argument not in named)]
 
 
 def plan_text(sweep: Sweep, planned: Sequence[Planned]) -> str:

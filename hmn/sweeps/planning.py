@@ -19,7 +19,7 @@ from hmn.artifacts import CARD, sha256, tensors_file
 from hmn.checkpoint import write_text
 from hmn.cli import CONF, explain
 from hmn.config import Config, digest, require
-from hmn.errors import ArtifactError, ConfigError, Interrupted
+from hmn.errors import ArtifactError, ConfigError, Damaged, Interrupted
 from hmn.plan import Plan, make_plan
 from hmn.sweeps.cells import Cell
 
@@ -101,7 +101,7 @@ def _artifact(folders: Sequence[Path | None]) -> list[str]:
 def _finished(folder: Path | None) -> bool:
     try:
         return folder is not None and results.read(folder) is not None
-    except ArtifactError:
+    except Damaged:
         return False
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from hmn import results
 from hmn.checkpoint import held
-from hmn.errors import ArtifactError
+from hmn.errors import Damaged
 from hmn.sweeps.attempt import FAILURE
 from hmn.tracking import METRICS_FILE
 
@@ -35,12 +35,15 @@ class State:
 
 
 def read(folder: Path | None) -> State:
-    """The state of the run of ``folder``; one whose folder is not known yet waits."""
+    """The state of the run of ``folder``; one whose folder is not known yet waits.
+
+    Raises ``ArtifactError`` for a result of another schema version, which nobody should lose.
+    """
     if folder is None or not folder.exists():
         return State("waiting")
     try:
         result = results.read(folder)
-    except ArtifactError as error:
+    except Damaged as error:
         return State("damaged", error=str(error))
     if result is not None:
         return State("done", result)

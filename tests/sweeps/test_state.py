@@ -10,6 +10,7 @@ import pytest
 
 from hmn import results
 from hmn.checkpoint import LOCK, exclusive
+from hmn.errors import ArtifactError
 from hmn.sweeps import state
 from hmn.sweeps.attempt import FAILURE
 from hmn.tracking import METRICS_FILE
@@ -52,8 +53,15 @@ def test_a_result_is_all_that_counts(tmp_path):
         assert state.read(tmp_path) == state.State("done", result)
 
 
+def test_a_result_of_another_schema_version_is_neither_lost_nor_read(tmp_path):
+    (tmp_path / "result.json").write_text('{"schema_version": 2}')
+    with pytest.raises(ArtifactError, match="schema version 2"):
+        state.read(tmp_path)
+    assert (tmp_path / "result.json").exists()
+
+
 @pytest.mark.parametrize(
-    "text", ["", "{", '{"schema_version": 1, "accuracy"', "\0" * 64, '{"schema_version": 2}', "[]"]
+    "text", ["", "{", '{"schema_version": 1, "accuracy"', "\0" * 64, "[]"]
 )
 def test_a_result_that_cannot_be_read_is_damaged(tmp_path, text):
     (tmp_path / results.FILE).write_text(text)

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import queue
+import sys
 import tempfile
 import threading
 from collections import deque
@@ -34,10 +35,14 @@ class Slot:
         folder = Path(tempfile.gettempdir()) / f"hmn-slots-{os.getuid()}"
         folder.mkdir(exist_ok=True, mode=0o700)
         with (folder / self.name).open("a") as lock:
+            said = False
             while not stop.is_set():
                 with contextlib.suppress(BlockingIOError):
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
+                if not said:
+                    print(f"{self.name}: waiting for a run of another sweep", file=sys.stderr)
+                said = True
                 stop.wait(POLL_SECONDS)
             yield None if stop.is_set() else lock.fileno()
 
