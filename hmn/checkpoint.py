@@ -21,7 +21,7 @@ from hmn.errors import ArtifactError, Busy, Interrupted
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LOCK = ".lock"
-LOOK_SECONDS = 1.0  # a look at who holds a folder holds it for an instant itself
+LOOK_SECONDS = 0.1  # a look at who holds a folder holds it for an instant itself
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from hmn.config import ComputeConfig, GradientMatchingConfig, HmnConfig
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
 from hmn.data.datasets import RealData, Split
 from hmn.data.preprocess import Normalise
-from hmn.errors import ConfigError
+from hmn.errors import Busy, ConfigError, Lost
 from hmn.evaluate import Images, Judge, evaluate
 from hmn.matching import ClassMatching
 from hmn.networks.convnet import ConvNet
@@ -454,7 +454,7 @@ def test_a_run_that_another_process_works_on_is_refused_once(tmp_path):
     command.wait_for(seen(tmp_path, "condense"))
     with start_several(tmp_path, 2, *STAGES) as commands:
         codes, (line,) = end(commands)
-    assert codes == [1, 1]
+    assert codes == [Busy.exit_code, Lost.exit_code]
     assert line.endswith("another process is working on this run; wait for it or stop it")
     assert command.finish().code == 0
 

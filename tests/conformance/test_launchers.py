@@ -49,8 +49,10 @@ def cluster() -> Iterator[cluster_utils.Cluster]:
     made = cluster_utils.Cluster()
     # Runs that give way to all other processes take long on a machine with others.
     made.add_node(num_cpus=0, include_dashboard=False, _system_config={"worker_niceness": 0}, **STORE)
-    for cpus, gpus in ((3, 2), (2, 0)):
-        made.add_node(num_cpus=cpus, num_gpus=gpus, **STORE)  # Ray believes in any number of GPUs
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # Ray believes in any number of GPUs, but for this
+        for cpus, gpus in ((3, 2), (2, 0)):
+            made.add_node(num_cpus=cpus, num_gpus=gpus, **STORE)
     yield made
     made.shutdown()
 

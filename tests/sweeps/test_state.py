@@ -60,9 +60,7 @@ def test_a_result_of_another_schema_version_is_neither_lost_nor_read(tmp_path):
     assert (tmp_path / "result.json").exists()
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", '{"schema_version": 1, "accuracy"', "\0" * 64, "[]"]
-)
+@pytest.mark.parametrize("text", ["", "{", '{"schema_version": 1, "accuracy"', "\0" * 64, "[]"])
 def test_a_result_that_cannot_be_read_is_damaged(tmp_path, text):
     (tmp_path / results.FILE).write_text(text)
     found = state.read(tmp_path)
