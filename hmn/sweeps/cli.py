@@ -129,6 +129,8 @@ def _rate(sweep: Sweep, runs: Mapping[str, Planned], done: Mapping[str, dict[str
 
 
 def _shown(number: float) -> str:
+    if 0 < number < 0.01:
+        return "<0.01"
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import json
 import os
 import re
@@ -24,14 +25,15 @@ from tqdm import tqdm
 
 from hmn import results
 from hmn.checkpoint import STOP_SIGNALS, exclusive, write_text
-from hmn.config import Config, LauncherConfig, SweepConfig, digest
+from hmn.cli import CONF
+from hmn.config import Config, LauncherConfig, SweepConfig, digest, require
 from hmn.config.sweeps import LocalConfig
 from hmn.errors import Busy, ConfigError, Interrupted
 from hmn.sweeps import launchers, state
 from hmn.sweeps.attempt import Outcome, Task
 from hmn.sweeps.cells import Cell, grid
 from hmn.sweeps.planning import Planned, by_run, compose, plan_cells
-from hmn.sweeps.table import Table, load_table, table_file
+from hmn.sweeps.table import Table, load_table, table_file, table_names
 
 FILE = "sweep.json"
 PLANS = "plan.json"
@@ -66,11 +68,21 @@ def of_arguments(arguments: Sequence[str], command: str) -> Sweep:
     own = [argument for argument in arguments if _section(argument) in OWN]
     asked = [argument for argument in arguments if argument not in own]
     named = next((a.partition("=")[2] for a in asked if a.startswith("experiment=")), None)
+    if named is not None:
+        _check_experiment(named)
     if named is None or not table_file(named).exists():
         return _sweep("sweep", grid(asked), own, asked, command)
     added = [argument for argument in asked if not argument.startswith("experiment=")]
     table = load_table(table_file(named), added)
     return _sweep(named, table.cells, own, added, command, table)
+
+
+def _check_experiment(named: str) -> None:
+    tables, settings = table_names(), sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+    near = difflib.get_close_matches(named, tables + settings, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    rule = f"a table, {', '.join(tables)}, or settings, {', '.join(settings)}{hint}"
+    require("experiment", set(named.split(",")) <= {*tables, *settings, "null"}, named, rule)
 
 
 def _section(argument: str) -> str:

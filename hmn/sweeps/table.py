@@ -62,6 +62,10 @@ def table_file(name: str) -> Path:
     return TABLES / f"{name}.yaml"
 
 
+def table_names() -> list[str]:
+    return sorted(path.stem for path in TABLES.glob("*.yaml"))
+
+
 def load_table(path: Path, overrides: Sequence[str] = ()) -> Table:
     """The table of a file, ``overrides`` added to every cell.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,10 @@ import pytest
 from hmn import checkpoint, results
 from hmn.checkpoint import exclusive
 from hmn.config.sweeps import LocalConfig
+from hmn.errors import ConfigError
 from hmn.sweeps import cli, planning
 from hmn.sweeps.launchers import local
+from hmn.sweeps.sweep import of_arguments
 from tests.sweeps.launched import SETTINGS, STEPS, THREE, Launched, described
 
 ALL = list(range(STEPS))
@@ -126,7 +130,13 @@ def test_with_on_failure_stop_nothing_starts_after_a_failure(sweep, here):
 
 
 def test_with_on_failure_stop_what_runs_is_stopped_and_goes_on_later(sweep, here):
-    sweep.order({"0": {"hang": 1}, "1": {"fail": [3, "bad luck", 1]}})
+    def fail_once_the_other_hangs() -> None:
+        while "hangs" not in sweep.events("0"):
+            time.sleep(0.005)
+        (sweep.stub / "go-1").touch()
+
+    sweep.order({"0": {"hang": 1}, "1": {"hang": 2, "fail": [3, "bad luck", 1]}})
+    threading.Thread(target=fail_once_the_other_hangs, daemon=True).start()
     ended = here(sweep, "sweep.on_failure=stop", "sweep.max_retries=0")
     assert (ended.code, ended.lines[-1]) == (1, "3 runs: 1 waiting, 1 interrupted, 1 failed")
     assert sweep.events("0")[-1] == "exit 143"
@@ -320,7 +330,7 @@ def test_the_plan_expects_hours_by_the_runs_that_are_done(sweep, here):
     (one, *_) = planning.plan_cells(described(*sweep.settings).cells)
     ended = here(sweep, command="plan")
     rate = f"{one.flops / 2 / 1e9:,.1f} GFLOP/s"
-    said = f"left: about {4 / 3600:.3g} hours of one slot, at {rate}, as the 1 finished runs took"
+    said = f"left: about <0.01 hours of one slot, at {rate}, as the 1 finished runs took"
     assert ended.lines[-2:] == ["3 runs: 1 done, 2 failed", said]
 
 
@@ -418,3 +428,8 @@ def test_each_gpu_has_its_slots_and_each_is_taken_once_before_any_twice(monkeypa
     assert [slot.name for slot in local.slots(LocalConfig(gpus=1, threads=1))] == ["gpu3-0"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert [slot.name for slot in local.slots(LocalConfig(threads=1))] == ["gpu0-0", "gpu1-0"]
+
+
+def test_a_misspelt_table_is_told_the_nearest():
+    with pytest.raises(ConfigError, match=r"experiment=main_tabel: .* did you mean main_table\?$"):
+        of_arguments(["experiment=main_tabel"], "")

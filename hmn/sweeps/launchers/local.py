@@ -71,9 +71,13 @@ def launch(tasks: Sequence[Task], settings: LocalConfig) -> Launched:
                 with slot.taken(stop) as descriptor:
                     if descriptor is None or (task := next_task()) is None:
                         return
-                    outcomes.put(attempt(task, slot.environment, stop, keep_open=[descriptor]))
+                    outcome, seen = attempt(task, slot.environment, stop, keep_open=[descriptor]), threading.Event()
+                    outcomes.put((outcome, seen))
+                # Whoever asked may end the sweep for it: the next run does not begin before.
+                while not stop.is_set() and not seen.wait(POLL_SECONDS):
+                    pass
         except Exception as error:  # nobody else would hear of it, and the sweep would wait for ever
-            outcomes.put(error)
+            outcomes.put((error, threading.Event()))
 
     def next_task() -> Task | None:
         with contextlib.suppress(IndexError):  # another slot took the last one
@@ -85,9 +89,11 @@ def launch(tasks: Sequence[Task], settings: LocalConfig) -> Launched:
         for thread in threads:
             thread.start()
         for _ in tasks:
-            if isinstance(outcome := outcomes.get(), Exception):
+            outcome, seen = outcomes.get()
+            if isinstance(outcome, Exception):
                 raise outcome
             yield outcome
+            seen.set()
     finally:
         stop.set()
         for thread in threads:
