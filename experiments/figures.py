@@ -17,7 +17,6 @@ import contextlib
 import io
 import math
 import statistics
-import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from PIL import Image
 from experiments.tables import VALUES, Entry, Filled, Value, fill, shown, sweep_of
 from hmn import results
 from hmn.checkpoint import atomic_write
-from hmn.cli import explain
+from hmn.cli import in_one_line
 from hmn.config import one_of
 from hmn.errors import ArtifactError, ConfigError
 from hmn.sweeps.sweep import Sweep
@@ -457,11 +456,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Exception as error:
-        line, code = explain(error)
-        if line is None:
-            raise
-        print(line, file=sys.stderr)
-        sys.exit(code)
+    in_one_line(main)

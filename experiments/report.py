@@ -17,7 +17,6 @@ import json
 import math
 import re
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments.embedding import Embedded, embed
 from hmn import results
 from hmn.checkpoint import write_text
-from hmn.cli import explain
+from hmn.cli import in_one_line
 from hmn.errors import ArtifactError, ConfigError
 from hmn.prune import hardest_count
 from hmn.sweeps import state
@@ -498,11 +497,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Exception as error:
-        line, code = explain(error)
-        if line is None:
-            raise
-        print(line, file=sys.stderr)
-        sys.exit(code)
+    in_one_line(main)

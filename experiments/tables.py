@@ -14,7 +14,6 @@ import itertools
 import shlex
 import statistics
 import string
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hmn.checkpoint import write_text
-from hmn.cli import explain
+from hmn.cli import in_one_line
 from hmn.errors import ConfigError
 from hmn.results import held_out_accuracy
 from hmn.sweeps import state
@@ -526,11 +525,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Exception as error:
-        line, code = explain(error)
-        if line is None:
-            raise
-        print(line, file=sys.stderr)
-        sys.exit(code)
+    in_one_line(main)

@@ -7,7 +7,7 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import hydra
@@ -84,6 +84,18 @@ def is_sweep(arguments: Sequence[str]) -> bool:
     """Whether it is our own launcher's: a multirun for which nothing is asked of Hydra, another sweeper say."""
     flags = {argument for argument in arguments if argument.startswith("-")}
     return bool(flags) and flags <= set(MULTIRUN) and not any(a.startswith("hydra") for a in arguments)
+
+
+def in_one_line(program: Callable[[], object]) -> None:
+    """Do ``program``; what a person can mend ends the process with its one line."""
+    try:
+        program()
+    except Exception as error:
+        line, code = explain(error)
+        if line is None:
+            raise
+        print(line, file=sys.stderr)
+        sys.exit(code)
 
 
 def explain(error: BaseException) -> tuple[str | None, int]:

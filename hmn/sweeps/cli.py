@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hmn import distributed
-from hmn.cli import explain
+from hmn.cli import in_one_line
 from hmn.errors import ConfigError
 from hmn.report import text_table
 from hmn.sweeps import state
@@ -29,14 +29,7 @@ ORDER = ("failed", "running", "interrupted", "damaged", "waiting", "done")
 
 def main() -> None:
     end_with_parent()
-    try:
-        sys.exit(run(sys.argv[1:]))
-    except Exception as error:
-        line, code = explain(error)
-        if line is None:
-            raise
-        print(line, file=sys.stderr)
-        sys.exit(code)
+    in_one_line(lambda: sys.exit(run(sys.argv[1:])))
 
 
 def run(arguments: Sequence[str]) -> int:
