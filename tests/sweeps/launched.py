@@ -14,6 +14,7 @@ from typing import Any
 
 from hmn import results
 from hmn.sweeps.cells import grid
+from hmn.sweeps.launchers import local
 from hmn.sweeps.planning import plan_cells
 from hmn.sweeps.sweep import PLANS, Sweep, of_arguments
 from tests.command import WAIT_SECONDS, Command, Outcome
@@ -131,6 +132,11 @@ def alive(pid: int) -> bool:
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     return False
+
+
+def complaints(outcome: Outcome) -> str:
+    """What it said on stderr, but for what it waited for on a busy machine."""
+    return "".join(line for line in outcome.err.splitlines(True) if not line.rstrip().endswith(local.WAITING))
 
 
 def wait_until(seen: Callable[[], bool]) -> None:

@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,9 @@ import torch
 from hmn import results
 from hmn.checkpoint import held
 from hmn.cli import explain
+from hmn.sweeps.launchers import local
 from tests.command import ROOT, TINY, Command, Outcome, run
-from tests.sweeps.launched import SETTINGS, STEPS, THREE, Launched, alive, wait_until
+from tests.sweeps.launched import SETTINGS, STEPS, THREE, Launched, alive, complaints, wait_until
 
 AT_STEP_2 = {seed: {"hang": 2} for seed in "012"}
 
@@ -25,7 +28,7 @@ AT_STEP_2 = {seed: {"hang": 2} for seed in "012"}
 def undisturbed(tmp_path_factory, known) -> dict[str, tuple[float, str]]:
     sweep = Launched(tmp_path_factory.mktemp("undisturbed"), known)
     outcome = sweep.finish()
-    assert (outcome.code, outcome.err) == (0, "")
+    assert (outcome.code, complaints(outcome)) == (0, "")
     assert outcome.out.splitlines()[-1] == "3 runs: 3 done"
     assert sweep.steps() == {seed: list(range(STEPS)) for seed in "012"}
     return sweep.table()
@@ -35,7 +38,7 @@ def finished(sweep: Launched, undisturbed: dict[str, tuple[float, str]], **envir
     """The same command again: it ends well, with the table of the undisturbed sweep, and leaves nothing behind."""
     sweep.go()
     outcome = sweep.finish(**environment)
-    assert (outcome.code, outcome.err) == (0, "")
+    assert (outcome.code, complaints(outcome)) == (0, "")
     assert outcome.out.splitlines()[-1] == "3 runs: 3 done"
     assert sweep.table() == undisturbed
     assert "two in a slot" not in [event for _, _, event in sweep.ledger()]
@@ -95,8 +98,21 @@ def test_the_next_launcher_need_not_wait_until_all_have_stopped(sweep, undisturb
     sweep.go()
     (sweep.stub / "stop").touch()
     outcome = again.finish()
-    assert (outcome.code, outcome.err) == (0, "")
+    assert (outcome.code, complaints(outcome)) == (0, "")
     finished(sweep, undisturbed)
+
+
+def test_a_launcher_says_what_it_waits_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(local, "PATIENCE_SECONDS", 0.0)
+    stop = threading.Event()
+    slot = local.Slot("cpu-0", {})
+    with slot.taken(stop):
+        waiting = threading.Thread(target=lambda: slot.taken(stop).__enter__())
+        waiting.start()
+        wait_until(lambda: local.WAITING in capsys.readouterr().err)
+        stop.set()
+        waiting.join()
 
 
 def waits_for_slots(launcher: Command, count: int) -> bool:
@@ -115,7 +131,7 @@ def test_a_run_that_is_killed_goes_on_from_its_checkpoint(sweep, undisturbed):
     os.kill(pid_of(sweep, "1"), signal.SIGKILL)
     sweep.go()
     outcome = launcher.finish()
-    assert (outcome.code, outcome.err) == (0, "")
+    assert (outcome.code, complaints(outcome)) == (0, "")
     assert sweep.table() == undisturbed
     assert sweep.events("1").count("begin") == 2
     assert sweep.steps()["1"] == list(range(STEPS))
@@ -229,7 +245,7 @@ def test_two_launchers_of_one_sweep_at_once(sweep, undisturbed):
     other.wait_for(sweep.hanging("0", "1"))
     sweep.go()
     outcome = other.finish()
-    assert (outcome.code, outcome.err) == (0, "")
+    assert (outcome.code, complaints(outcome)) == (0, "")
     assert sweep.table() == undisturbed
     assert [sweep.events(seed).count("begin") for seed in "012"] == [1, 1, 1]
 
@@ -247,7 +263,7 @@ def test_two_sweeps_that_share_a_run_make_it_once(tmp_path, known, undisturbed):
     both[0].wait_for(lambda: "exit 75" in first.events("1"))
     first.go()
     outcomes = [one.finish() for one in both]
-    assert [(outcome.code, outcome.err) for outcome in outcomes] == [(0, ""), (0, "")]
+    assert [(outcome.code, complaints(outcome)) for outcome in outcomes] == [(0, ""), (0, "")]
     for outcome in outcomes:
         *ends, sums = outcome.out.splitlines()
         assert (sums, [line.split()[0] for line in ends]) == ("2 runs: 2 done", ["done", "done"])
@@ -273,7 +289,7 @@ def test_a_run_that_another_sweep_gave_up_is_taken_over(tmp_path, known, undistu
     os.kill(giving_up.process.pid, signal.SIGTERM)
     assert giving_up.finish().code == 128 + signal.SIGTERM
     outcome = taking_over.finish()
-    assert (outcome.code, outcome.err) == (0, "")
+    assert (outcome.code, complaints(outcome)) == (0, "")
     assert second.table() == {seed: undisturbed[seed] for seed in "12"}
     assert first.steps()["1"] == list(range(STEPS))
 
@@ -289,7 +305,7 @@ def test_two_launchers_share_the_slots_of_one_machine(tmp_path, known):
         here.go(running(here)[0])
         wait_until(lambda done=done: [event for _, _, event in here.ledger()].count("done") == done + 1)
     outcomes = [one.finish() for one in launchers]
-    assert [(outcome.code, outcome.err) for outcome in outcomes] == [(0, ""), (0, "")]
+    assert [(outcome.code, complaints(outcome)) for outcome in outcomes] == [(0, ""), (0, "")]
     assert [event for _, _, event in here.ledger()].count("begin") == 6
     assert "two in a slot" not in [event for _, _, event in here.ledger()]
 

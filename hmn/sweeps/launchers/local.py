@@ -9,6 +9,7 @@ import queue
 import sys
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ import torch
 from hmn.config.sweeps import LocalConfig
 from hmn.sweeps.attempt import POLL_SECONDS, Task, attempt
 from hmn.sweeps.launchers import Launched
+
+PATIENCE_SECONDS = 10.0  # until it is said what is waited for
+WAITING = "waiting for the run that has this slot, of another sweep or still saving its state"
 
 
 @dataclass(frozen=True)
@@ -35,14 +39,14 @@ class Slot:
         folder = Path(tempfile.gettempdir()) / f"hmn-slots-{os.getuid()}"
         folder.mkdir(exist_ok=True, mode=0o700)
         with (folder / self.name).open("a") as lock:
-            said = False
+            begun, said = time.monotonic(), False
             while not stop.is_set():
                 with contextlib.suppress(BlockingIOError):
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
-                if not said:
-                    print(f"{self.name}: waiting for a run of another sweep", file=sys.stderr)
-                said = True
+                if not said and time.monotonic() - begun > PATIENCE_SECONDS:
+                    sys.stderr.write(f"{self.name}: {WAITING}\n")  # at once: other slots may say it too
+                    said = True
                 stop.wait(POLL_SECONDS)
             yield None if stop.is_set() else lock.fileno()
 
