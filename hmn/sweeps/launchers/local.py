@@ -55,8 +55,13 @@ def slots(settings: LocalConfig) -> list[Slot]:
     gpus = _gpus() if settings.gpus is None else _gpus()[: settings.gpus]
     names = [(f"gpu{gpu}-{place}", gpu) for place in range(settings.slots_per_gpu) for gpu in gpus]
     names = names or [(f"cpu-{place}", "") for place in range(settings.slots)]
-    threads = settings.threads or max(1, len(os.sched_getaffinity(0)) // len(names))
+    threads = settings.threads or max(1, _cores() // len(names))
     return [Slot(name, {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": str(threads)}) for name, gpu in names]
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpus() -> list[str]:
