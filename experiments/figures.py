@@ -3,7 +3,7 @@
 NAME is a file of experiments/tables/ with ``kind: figure``, KEY=VALUE are settings over its cells' as of sweep.py.
 Writes DIR/NAME.png and DIR/NAME.svg: the first of ``columns`` is the x axis, a row of the table is a line, the first of
 ``shows`` is y; points are means, bars the standard deviation that tables show. With ``--against condense_hours`` (or
-another value of experiments/tables.py) any table is drawn as its first value against that one, as
+another value of experiments/filling.py) any table is drawn as its first value against that one, as
 DIR/NAME-condense_hours.png and .svg.
 
 What is reported is a hollow grey marker, on no line. The same results give the same bytes of SVG. Needs the extra
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from experiments.tables import VALUES, Entry, Filled, Value, fill, shown, sweep_of
+from experiments.filling import VALUES, Entry, Filled, Value, fill, shown, sweep_of
 from hmn import results
 from hmn.checkpoint import atomic_write
 from hmn.cli import in_one_line
@@ -444,7 +444,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="+", metavar="NAME|KEY=VALUE", help="files of experiments/tables; settings")
     parser.add_argument("--output", type=Path, required=True, help="the folder to write to")
-    parser.add_argument("--against", metavar="VALUE", help="the x axis: a value of experiments/tables.py")
+    parser.add_argument("--against", metavar="VALUE", help="the x axis: a value of experiments/filling.py")
     parser.add_argument("--mix", action="store_true", help="draw results of several code versions together")
     given = parser.parse_intermixed_args(arguments)
     overrides = [name for name in given.names if "=" in name]

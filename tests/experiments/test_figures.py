@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import figures, tables
+from experiments import figures, filling
 from experiments.figures import Line, Panel, Point, continual, draw, instance_memory, panels_against, panels_of, save
-from experiments.tables import Entry, Filled, Measured, Reported, sweep_of
+from experiments.filling import Entry, Filled, Measured, Reported, sweep_of
 from hmn.errors import ConfigError
 from hmn.sweeps.table import Table
 from tests.experiments.fabricated import noise, result, write_run
@@ -231,7 +231,7 @@ def table_files(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr("hmn.sweeps.table.TABLES", tmp_path / "tables")
     published = {"table": "test", "method": "A", "number": "71", "std": "", "unit": "%", "source": "Someone"}
     published |= {"protocol": "", "note": "", "dataset": "", "ipc": "", "network": ""}
-    monkeypatch.setattr(tables, "read_reported", lambda: [published])
+    monkeypatch.setattr(filling, "read_reported", lambda: [published])
     (tmp_path / "tables").mkdir()
     for name, kind, shows in (("lines", "figure", "accuracy"), ("numbers", "table", "accuracy")):
         (tmp_path / "tables" / f"{name}.yaml").write_text(TABLE.format(kind=kind, shows=shows))

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from experiments.tables import PAPER, UNVERIFIED, read_reported, reported_for
+from experiments.filling import PAPER, UNVERIFIED, read_reported, reported_for
 
 ROWS = read_reported()
 COLUMNS = ["table", "method", "dataset", "ipc", "network", "number", "std", "unit", "source", "protocol", "note"]

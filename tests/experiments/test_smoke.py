@@ -7,7 +7,7 @@ import tempfile
 
 import pytest
 
-from experiments import figures, report, tables
+from experiments import figures, filling, report, tables
 from hmn.sweeps import attempt
 from hmn.sweeps.sweep import launch, of_arguments
 from hmn.sweeps.table import TABLES
@@ -38,7 +38,7 @@ def test_the_smoke_variant_of_every_table_runs_and_is_rendered(name, folder, mon
     if sweep.table.kind == "table":
         tables.main([name, *SETTINGS, "--output", "rendered"])
         text = (folder / "rendered" / f"{name}.md").read_text()
-        assert tables.SMOKE in text
+        assert filling.SMOKE in text
         assert "python sweep.py" not in text.split("\n\n")[1], "a cell of the table is missing"
     else:
         figures.main([name, *SETTINGS, "--output", "rendered"])

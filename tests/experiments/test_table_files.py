@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from omegaconf import OmegaConf
 
-from experiments.tables import VALUES, read_reported, reported_for, shown
+from experiments.filling import VALUES, read_reported, reported_for, shown
 from hmn.data.official import IMAGENET10
 from hmn.plan import Plan
 from hmn.sweeps.cells import Cell

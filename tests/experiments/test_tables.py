@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import tables
-from experiments.tables import VALUES, Filled, csv_text, escaped, fill, latex, markdown, measure
+from experiments import filling, tables
+from experiments.filling import VALUES, Filled, fill, measure
+from experiments.tables import csv_text, escaped, latex, markdown
 from hmn import results
 from hmn.checkpoint import write_text
 from hmn.errors import ConfigError
@@ -101,7 +102,7 @@ def reported(tmp_path, monkeypatch):
     def write(*lines: str) -> None:
         path = tmp_path / "reported.csv"
         path.write_text("\n".join([HEAD, *lines]) + "\n", encoding="utf-8")
-        monkeypatch.setattr(tables, "read_reported", lambda: list(csv.DictReader(path.open(encoding="utf-8"))))
+        monkeypatch.setattr(filling, "read_reported", lambda: list(csv.DictReader(path.open(encoding="utf-8"))))
 
     write()
     return write
@@ -272,7 +273,7 @@ def test_each_result_is_read_once(tmp_path, reported, monkeypatch):
         runs.finish(cell.name, [0.5])
     asked = []
     read = state.read
-    monkeypatch.setattr(tables, "state", SimpleNamespace(read=lambda folder: (asked.append(folder), read(folder))[1]))
+    monkeypatch.setattr(filling, "state", SimpleNamespace(read=lambda folder: (asked.append(folder), read(folder))[1]))
     fill(runs)
     assert sorted(asked) == sorted(runs.path(cell.name) for cell in runs.table.cells)
     one, asked[:] = runs.path("A/1/Ours/0"), []
@@ -306,14 +307,14 @@ def test_the_papers_own_number_is_shown_first_and_a_recalled_one_last(reported):
         for line in (
             ["t", "M", "A", "1", "N", "1", "", "%", "recalled", "", "unverified"],
             ["t", "M", "A", "1", "N", "2", "", "%", "README", "", ""],
-            ["t", "M", "A", "1", "N", "3", "", "%", tables.PAPER, "", ""],
+            ["t", "M", "A", "1", "N", "3", "", "%", filling.PAPER, "", ""],
             ["t", "M", "A", "", "N", "4", "", "%", "any budget", "", ""],
-            ["t", "M", "A", "1", "N", "7", "", "%", tables.PAPER, "", "unverified"],
+            ["t", "M", "A", "1", "N", "7", "", "%", filling.PAPER, "", "unverified"],
             ["t", "M", "A", "10", "N", "5", "", "%", "another budget", "", ""],
             ["t", "M", "A", "1", "N", "6", "", "MB", "another unit", "", ""],
         )
     ]
-    found = tables.reported_for(rows, "t", {"method": "M", "dataset": "A", "ipc": "1", "seed": "0"}, "%")
+    found = filling.reported_for(rows, "t", {"method": "M", "dataset": "A", "ipc": "1", "seed": "0"}, "%")
     assert [one.number for one in found] == [3, 2, 4, 7, 1]
 
 
@@ -380,7 +381,7 @@ def test_a_reported_number_is_never_in_a_measured_column(tmp_path_factory, done,
     for name, accuracies in done.items():
         runs.finish(name, accuracies)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tables, "read_reported", lambda: rows)
+        patch.setattr(filling, "read_reported", lambda: rows)
         filled = fill(runs)
     for text, split in ((markdown(filled), "|"), (latex(filled), "&")):
         for line in text.splitlines():
@@ -421,7 +422,7 @@ def test_the_command_writes_all_three_files_and_names_the_sweep(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hmn.sweeps.table.TABLES", tmp_path)
     (tmp_path / "tiny.yaml").write_text(TABLE_FILE, encoding="utf-8")
-    sweep = tables.sweep_of("tiny", ["debug=smoke"])
+    sweep = filling.sweep_of("tiny", ["debug=smoke"])
     planned = sweep.plan()
     assert [one.cell.name for one in planned] == ["digits/1/Random/0", "digits/1/HMN/0"]
     results.write(planned[0].folder, result([0.5, 0.6]))
@@ -440,4 +441,4 @@ def test_an_unknown_table_is_answered_with_those_there_are(tmp_path, monkeypatch
     monkeypatch.setattr("hmn.sweeps.table.TABLES", tmp_path)
     (tmp_path / "tiny.yaml").touch()
     with pytest.raises(ConfigError, match="tinny: no file of experiments/tables; there are tiny"):
-        tables.sweep_of("tinny", [])
+        filling.sweep_of("tinny", [])
