@@ -51,7 +51,7 @@ def build(
     ``gradients`` at once. Raises ``ArtifactError`` for a file made on other images.
     """
     paths = [folder / f"network-{number:04d}.safetensors" for number in range(config.bank.networks)]
-    with exclusive(folder, wait=True):
+    with exclusive(folder, wait=stop):
         missing = [number for number, path in enumerate(paths) if not path.exists()]
         for number in tqdm(missing, desc="snapshot bank", unit="network", disable=not missing):
             tensors = _record(live(number), gradients, config, classes, chunk, stop)

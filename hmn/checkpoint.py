@@ -56,20 +56,26 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def exclusive(folder: Path, *, wait: bool = False, what: str = "this run") -> Iterator[None]:
-    """Hold ``folder`` for this process. If another one holds it: ``wait``, or raise ``Busy``."""
+def exclusive(folder: Path, *, wait: Stop | None = None, what: str = "this run") -> Iterator[None]:
+    """Hold ``folder`` for this process. If another does: wait until ``wait`` is asked to stop, or raise ``Busy``."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a") as lock:
         until = time.monotonic() + LOOK_SECONDS
         while not _taken(lock, fcntl.LOCK_EX):
-            if wait:
-                print(f"{folder}: waiting for the process that is working on it", file=sys.stderr)
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            if wait is not None:
+                _wait_for(lock, folder, wait)
                 break
             if time.monotonic() > until:
                 raise Busy(f"{folder}: another process is working on {what}; wait for it or stop it")
             time.sleep(LOOK_SECONDS / 20)
         yield
+
+
+def _wait_for(lock: IO[str], folder: Path, stop: Stop) -> None:
+    print(f"{folder}: waiting for the process that is working on it", file=sys.stderr)
+    while not _taken(lock, fcntl.LOCK_EX):
+        stop.check("it had only waited; the same command waits again, or finds what it waited for")
+        time.sleep(LOOK_SECONDS)
 
 
 def held(folder: Path) -> bool:

@@ -53,7 +53,7 @@ def build(
     ``ArtifactError`` for a file made on other images, and ``Diverged`` for an expert whose loss is not finite.
     """
     paths = [folder / f"expert-{number:04d}.safetensors" for number in range(count)]
-    with exclusive(folder, wait=True):
+    with exclusive(folder, wait=stop):
         missing = [number for number, path in enumerate(paths) if not path.exists()]
         with tqdm(total=len(missing), desc="experts", unit="expert", disable=not missing) as bar:
             for start in range(0, len(missing), together):

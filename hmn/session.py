@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from pathlib import Path
@@ -10,9 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hmn import artifacts, build, compute, condense, coresets, distributed, experts, networks, pictures, prune, tracking
+from hmn import (
+    artifacts,
+    build,
+    compute,
+    condensations,
+    condense,
+    coresets,
+    distributed,
+    experts,
+    networks,
+    pictures,
+    prune,
+    tracking,
+)
 from hmn.artifacts import decode_all
-from hmn.checkpoint import Checkpoints, atomic_write
+from hmn.checkpoint import Checkpoints, atomic_write, exclusive
 from hmn.config import digest
 from hmn.containers.base import Container
 from hmn.containers.fit import fit_real
@@ -76,8 +90,7 @@ class Session:
         config, stored = self.config, self.plan.storage
         mean, std = tuple(self.data.mean), tuple(self.data.std)
         container = self.plan.container(stored.over_budget_instances, mean, std).to(self.compute.device)
-        work = self._condensation(container)
-        container.finish()
+        condensed = self._condensed(container)
         over_budget = Images(*decode_all(container))
         pruning = {"over_budget": config.pruning.over_budget, "cut_per_class": stored.over_budget_images_per_class}
         pruning["cut_per_class"] -= stored.images_per_class
@@ -85,7 +98,6 @@ class Session:
             index, chosen = self._choose(over_budget)
             container.keep(index)
             pruning |= chosen
-        curve = work.curve
         images, labels = decode_all(container)
         if config.evaluation.curve_points:
             epochs = config.evaluation.curve_epochs
@@ -97,10 +109,7 @@ class Session:
             **self._evaluate_and_keep(container, Images(images, labels), made),
             "over_budget_images_per_class": stored.over_budget_images_per_class,
             "pruning": pruning,
-            "curve": [{"step": step, "held_out_accuracy": value} for step, value in sorted(curve.items())],
-            "condense_steps": work.step,
-            "condense_seconds": work.seconds,
-            **work.measured(),
+            **condensed,
         }
 
     def choose_and_evaluate(self) -> dict[str, Any]:
@@ -145,6 +154,37 @@ class Session:
             "stored_floats": container.storage_floats(),
             "tier_floats": container.tier_floats(),
             "artifact_sha256": card["sha256"],
+        }
+
+    def _condensed(self, container: Container) -> dict[str, Any]:
+        """Condense ``container``, or take what a run that condenses alike has kept; returns what the result tells."""
+        if not self.config.compute.share_condensed:
+            return self._condense(container)
+        folder = condensations.folder_of(self.config, self.data.fingerprint, self.provenance["code"])
+        # Of several processes the first holds the folder for all, and what it finds there is every one's.
+        alone = exclusive(folder, wait=self.checkpoints.stop) if distributed.first() else contextlib.nullcontext()
+        with alone:
+            distributed.agree(0)  # nobody looks before the first holds it
+            if (made := distributed.from_first(lambda: condensations.load(folder, container))) is None:
+                made = self._condense(container) | {"condensed_by": self.plan.run_id}
+                if distributed.first():
+                    condensations.save(folder, container, made)
+            else:
+                distributed.copy_first_(container.state_dict().values())
+                print(f"condensed by {made['condensed_by']} already: {folder / condensations.TENSORS}")
+        return made
+
+    def _condense(self, container: Container) -> dict[str, Any]:
+        """Condense ``container`` into the form that is kept; returns what the result tells of it."""
+        work = self._condensation(container)
+        container.finish()
+        seconds = self.checkpoints.seconds
+        return {
+            "curve": [{"step": step, "held_out_accuracy": value} for step, value in sorted(work.curve.items())],
+            "condense_steps": work.step,
+            "condense_seconds": work.seconds,
+            "fit_seconds": seconds.get("fit", 0.0),
+            **work.measured(),
         }
 
     def _condensation(self, container: Container) -> condense.Condensation:

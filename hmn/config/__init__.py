@@ -224,6 +224,9 @@ class ComputeConfig:
     threads: int | None = unscientific(None)  # CPU threads; null: torch's own choice
     # Trained at once, by other random numbers of the same distribution; null: all on a GPU, one on a CPU
     networks_together: int | None = unscientific(None)
+    # Runs that condense the same, and differ in how they prune or evaluate, do it once: the first keeps what it
+    # condensed in paths.cache_dir, the others take that
+    share_condensed: bool = unscientific(False)
     keep_heap: bool = unscientific(True)  # Linux: freed memory stays with the process instead of being mapped anew
     checkpoint_every_seconds: float = unscientific(60.0)
 
@@ -411,6 +414,17 @@ def scientific(config: Config) -> dict[str, Any]:
         sections["experts"] = dataclasses.asdict(config.objective.experts)
     own = {"mode": config.mode, "seed": config.seed, "precision": config.compute.precision}
     return own | sections | {"dataset": config.dataset.identity()}
+
+
+def condensation_identity(config: Config) -> dict[str, Any]:
+    """What condensing depends on, as plain values: its curve too, of which the evaluation's recipe is a part."""
+    everything = scientific(config)
+    names = ("seed", "precision", "dataset", "memory", "container", "objective", "network")
+    kept = {name: everything[name] for name in names} | {"over_budget": config.pruning.over_budget}
+    if config.evaluation.curve_points:
+        unread = ("profile", "networks", "epochs", "test_points")
+        kept["curve"] = {name: value for name, value in everything["evaluation"].items() if name not in unread}
+    return kept
 
 
 def bank_identity(config: Config) -> dict[str, Any]:

@@ -1,0 +1,54 @@
+"""Containers as condensing left them, over budget and not yet pruned: kept for the runs that condense the same.
+
+What comes after condensing, how much is pruned from which end and how networks are trained on it, does not change what
+is condensed. Runs that differ in that alone share one condensation, as runs share snapshot banks and experts.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from hmn.checkpoint import atomic_write
+from hmn.config import Config, condensation_identity, digest
+from hmn.containers.base import Container
+from hmn.errors import ArtifactError
+
+TENSORS = "container.safetensors"
+
+
+def folder_of(config: Config, fingerprint: str, code: str) -> Path:
+    """Where the condensation of ``config`` lies: of these images, and made by these sources."""
+    identity = condensation_identity(config) | {"data": fingerprint, "code": code}
+    return Path(config.paths.cache_dir) / "condensed" / digest(identity)
+
+
+def save(folder: Path, container: Container, made: dict[str, Any]) -> None:
+    """Keep ``container`` with ``made``, plain values that tell what condensing it was like."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in container.state_dict().items()}
+    with atomic_write(folder / TENSORS) as temporary:
+        save_file(tensors, temporary, metadata={"made": json.dumps(made)})
+
+
+def load(folder: Path, container: Container) -> dict[str, Any] | None:
+    """Fill ``container`` and return what was kept with it; ``None`` where nothing is kept.
+
+    Raises ``ArtifactError`` for a file that does not hold such a container.
+    """
+    path = folder / TENSORS
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as kept:
+            made = json.loads(kept.metadata()["made"])
+            container.load_state_dict({name: kept.get_tensor(name) for name in kept.keys()})  # noqa: SIM118
+    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(
+            f"{path}: not the container of this run ({reason}): remove it, it is then made anew"
+        ) from None
+    return made

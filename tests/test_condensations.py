@@ -1,0 +1,148 @@
+"""Condensations that several runs share: who does, that it changes nothing, and what becomes of bad files."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hmn import condensations
+from hmn.checkpoint import Stop, exclusive
+from hmn.config import condensation_identity
+from hmn.errors import Interrupted
+from tests.command import TINY, configured, run, start
+
+SHARED = "compute.share_condensed=true"
+# One condensation, over budget, and what may come after it
+AFTER = {
+    "beta": ("pruning.beta=1",),
+    "score": ("pruning.score=random", "pruning.beta=0"),
+    "scored longer": ("pruning.score_epochs=2",),
+    "profile": ("evaluation=idc_multistep", "evaluation.epochs=2", "evaluation.networks=1"),
+    "networks": ("evaluation.networks=1",),
+}
+OTHERWISE = {
+    "seed": ("seed=3",),
+    "steps": ("objective.outer_steps=1",),
+    "rate": ("objective.memory_lr=0.005",),
+    "start": ("container.instance_init_scale=2",),
+    "over budget": ("pruning.over_budget=0.3",),
+    "matched network": ("network.norm=none",),
+    "precision": ("compute.precision=bf16",),
+    "curve": ("evaluation.curve_points=3",),
+    "data": ("dataset.held_out_fraction=0.2",),
+}
+
+
+def results(folder: Path) -> dict[str, dict[str, Any]]:
+    return {path.parent.name: json.loads(path.read_text()) for path in folder.glob("runs/*/result.json")}
+
+
+CURVE = "evaluation.curve_points=2"
+
+
+def identity(*overrides: str) -> dict[str, Any]:
+    return condensation_identity(configured(*TINY, *overrides))
+
+
+@pytest.mark.parametrize("name", AFTER)
+def test_what_comes_after_condensing_is_no_part_of_it(name):
+    assert identity(*AFTER[name]) == identity()
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_what_condensing_depends_on_is_part_of_it(name):
+    assert identity(*OTHERWISE[name]) != identity()
+
+
+def test_the_recipe_of_evaluation_is_part_of_it_where_a_curve_is_measured():
+    assert identity("evaluation.lr=0.02") == identity()
+    assert identity(CURVE, "evaluation.lr=0.02") != identity(CURVE)
+    assert identity(CURVE, "evaluation.epochs=9") == identity(CURVE)
+
+
+def test_other_images_and_other_sources_have_folders_of_their_own(tmp_path):
+    config = configured(*TINY, f"paths.cache_dir={tmp_path}")
+    folders = {condensations.folder_of(config, data, code) for data in "ab" for code in "cd"}
+    assert len(folders) == 4
+
+
+def test_runs_that_share_a_condensation_end_as_if_each_had_made_its_own(tmp_path):
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    names = ("beta", "profile", "networks")
+    for folder in (alone, together):
+        folder.mkdir()
+        for name in names:
+            outcome = run(folder, *TINY, *AFTER[name], f"compute.share_condensed={str(folder == together).lower()}")
+            assert outcome.code == 0, outcome.err
+    expected, found = results(alone), results(together)
+    assert len(expected) == len(names) and expected.keys() == found.keys()
+    for run_id, result in expected.items():
+        for key in ("accuracy", "artifact_sha256", "curve", "pruning", "condense_steps"):
+            assert found[run_id][key] == result[key], key
+        assert "condensed_by" not in result
+    assert len(list(together.glob(".cache/condensed/*"))) == 1
+    assert not (alone / ".cache" / "condensed").exists()
+    (maker,) = {result["condensed_by"] for result in found.values()}
+    (seconds,) = {result["condense_seconds"] for result in found.values()}
+    assert seconds == found[maker]["condense_seconds"] > 0
+    made = [run_id for run_id, result in found.items() if "condense" in result["wall_seconds"]]
+    assert made == [maker]
+
+
+def test_a_killed_run_goes_on_and_keeps_the_same_condensation(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    given = (*TINY, SHARED, "objective.outer_steps=40", "compute.checkpoint_every_seconds=0")
+    assert run(whole, *given).code == 0
+    command = start(killed, *given)
+    command.wait_for(lambda: any(killed.glob("runs/*/checkpoints/condense.pt")))
+    command.process.kill()
+    command.finish()
+    assert not any(killed.glob(".cache/condensed/*/*.safetensors"))
+    outcome = run(killed, *given)
+    assert outcome.code == 0 and "continuing at step" in outcome.out
+    (one,), (other,) = (list(folder.glob(".cache/condensed/*/*.safetensors")) for folder in (whole, killed))
+    assert one.parent.name == other.parent.name
+    (expected,), (found,) = results(whole).values(), results(killed).values()
+    assert found["artifact_sha256"] == expected["artifact_sha256"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"no tensors", None])
+def test_a_damaged_condensation_is_told_in_one_line(tmp_path, damage):
+    assert run(tmp_path, *TINY, SHARED).code == 0
+    (kept,) = tmp_path.glob(".cache/condensed/*/*.safetensors")
+    kept.write_bytes(kept.read_bytes()[:-4] if damage is None else damage)
+    outcome = run(tmp_path, *TINY, SHARED, *AFTER["beta"])
+    assert outcome.code == 2
+    assert kept.name in outcome.complaint and "remove it" in outcome.complaint
+    kept.unlink()
+    assert run(tmp_path, *TINY, SHARED, *AFTER["beta"]).code == 0
+
+
+def test_a_run_waits_for_the_one_that_condenses_and_can_be_stopped_while_it_waits(tmp_path):
+    assert run(tmp_path, *TINY, SHARED).code == 0
+    (folder,) = tmp_path.glob(".cache/condensed/*")
+    with exclusive(folder):
+        command = start(tmp_path, *TINY, SHARED, *AFTER["beta"])
+        command.wait_for(lambda: "waiting for the process" in command.outputs()[1])
+        command.process.terminate()
+        assert command.finish().code == 128 + signal.SIGTERM
+        waits = start(tmp_path, *TINY, SHARED, *AFTER["beta"])
+        waits.wait_for(lambda: "waiting for the process" in waits.outputs()[1])
+    outcome = waits.finish()
+    assert outcome.code == 0 and "condensed by" in outcome.out
+
+
+def test_a_folder_is_waited_for_until_asked_to_stop(tmp_path):
+    stop = Stop()
+    stop.signum = signal.SIGTERM
+    before = time.monotonic()
+    with exclusive(tmp_path), pytest.raises(Interrupted), exclusive(tmp_path, wait=stop):
+        pass
+    assert time.monotonic() - before < 10
