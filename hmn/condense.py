@@ -52,6 +52,7 @@ class Condensation(ABC):
         fingerprint: str,
         images_per_step: int,
         gradient_clip: float | None = None,
+        average: float | None = None,
     ) -> None:
         self.container, self.optimizer, self.compute, self.fingerprint = container, optimizer, compute, fingerprint
         self.total_steps = optimizer.total_steps
@@ -61,9 +62,18 @@ class Condensation(ABC):
         self.seconds = 0.0
         self.curve: dict[int, float] = {}  # accuracy by step
         self.unreported: list[Tensor] = []  # losses of the steps since the last report, (parts,) each
+        self.decay = average
+        parameters = [] if average is None else container.parameters()
+        self.averages = [parameter.detach().clone() for parameter in parameters]
+
+    def run_step(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """One step of the container, then of its averages: what :meth:`take_step` returns."""
+        measured = self.take_step()
+        self._move_averages()
+        return measured
 
     @abstractmethod
-    def run_step(self) -> tuple[Tensor, dict[str, Tensor]]:
+    def take_step(self) -> tuple[Tensor, dict[str, Tensor]]:
         """One step of the container: its losses (parts,) and the gradient's norm per tier; neither is read."""
 
     @abstractmethod
@@ -76,6 +86,26 @@ class Condensation(ABC):
 
     def gather(self) -> None:  # noqa: B027 - most have nothing to gather
         """Make the rows of all classes right at every process."""
+
+    @torch.no_grad()
+    def _move_averages(self) -> None:
+        if self.averages:
+            decay = min(self.decay, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_(self.averages, list(self.container.parameters()), 1 - decay)
+
+    @torch.no_grad()
+    def settle(self, container: Container) -> None:
+        """Make ``container``, this run's or a copy of it, what would be kept if the run ended here."""
+        for parameter, average in zip(container.parameters(), self.averages, strict=False):  # none: as it is
+            parameter.copy_(average)
+        container.finish()
+
+    def averaged_rows(self) -> Iterator[tuple[int, Tensor]]:
+        """Every class's row of the averages of what classes own, as (class, view)."""
+        owned = {id(parameter) for parameter in self.container.class_parameters()}
+        for parameter, average in zip(self.container.parameters(), self.averages, strict=False):
+            if id(parameter) in owned:
+                yield from enumerate(average)
 
     def measured(self) -> dict[str, float]:
         """Numbers of the objective's own for a report and the result, such as a learned rate."""
@@ -102,6 +132,7 @@ class Condensation(ABC):
             "data": self.fingerprint,
             "container": self.container.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "averages": list(self.averages),
             "own": self.own_state(),
         }
 
@@ -110,6 +141,8 @@ class Condensation(ABC):
         self.unreported = [loss.to(self.compute.device) for loss in state["unreported"]]
         self.container.load_state_dict(state["container"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for average, kept in zip(self.averages, state.get("averages", []), strict=True):
+            average.copy_(kept)
         self.load_own_state(state["own"])
 
 

@@ -65,6 +65,7 @@ class ClassMatching(Condensation):
             fingerprint=fingerprint,
             images_per_step=self.group * (config.real_batch + min(config.synthetic_batch, container.matched_per_class)),
             gradient_clip=config.gradient_clip,
+            average=config.average,
         )
         self.generators = {
             "rows": generator(seed, SLOT, "rows", device=compute.device),
@@ -76,7 +77,7 @@ class ClassMatching(Condensation):
             generators = [self.generators["rows"], *side.generators()]
             self.replay = Replay(self._whole_step, self._state_tensors, generators)
 
-    def run_step(self) -> tuple[Tensor, dict[str, Tensor]]:
+    def take_step(self) -> tuple[Tensor, dict[str, Tensor]]:
         """One matching step of every class, or of a random group, then the real side's update.
 
         Returns the distance per layer summed over those classes, and the gradient's norm per tier; neither is read.
@@ -176,7 +177,7 @@ class ClassMatching(Condensation):
 
     def gather(self) -> None:
         """Make the rows of all classes right at every process."""
-        distributed.gather_rows(self.optimizer.class_rows(), self.owned)
+        distributed.gather_rows([*self.optimizer.class_rows(), *self.averaged_rows()], self.owned)
 
     def own_state(self) -> dict[str, Any]:
         return {

@@ -177,7 +177,7 @@ class Session:
     def _condense(self, container: Container) -> dict[str, Any]:
         """Condense ``container`` into the form that is kept; returns what the result tells of it."""
         work = self._condensation(container)
-        container.finish()
+        work.settle(container)
         seconds = self.checkpoints.seconds
         return {
             "curve": [{"step": step, "held_out_accuracy": value} for step, value in sorted(work.curve.items())],
@@ -224,8 +224,8 @@ class Session:
                 self._log_grid(container, measured.step)
 
         def on_curve(step: int) -> float:
-            kept = copy.deepcopy(container)  # as it would be kept if it ended here
-            kept.finish()
+            kept = copy.deepcopy(container)
+            work.settle(kept)
             images = Images(*decode_all(kept))
             epochs = config.evaluation.curve_epochs
             value = quick_accuracy(self.judge, images, self.held_out, epochs, f"curve_{step}")

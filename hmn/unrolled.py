@@ -194,9 +194,10 @@ class ThroughStudent(Condensation):
             fingerprint=fingerprint,
             images_per_step=sum(sizes),
             gradient_clip=config.gradient_clip,
+            average=config.average,
         )
 
-    def run_step(self) -> tuple[Tensor, dict[str, Tensor]]:
+    def take_step(self) -> tuple[Tensor, dict[str, Tensor]]:
         """One student, then one step of the container and of the student's rate; see the base class."""
         self.container.project()
         self.optimizer.set_rates(self.step)

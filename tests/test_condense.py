@@ -551,6 +551,7 @@ VARIANTS = {
     "renewal_at_resuming": {"outer_steps": 2, "inner_steps": 2},
     "per_class": {"inner_steps": 3, "step_policy": "per_class", "classes_per_step": 2, "synthetic_batch": 3},
     "groups": {"inner_steps": 3, "classes_per_step": 1, "network_samples": 0},
+    "average": {"inner_steps": 3, "average": 0.5},
     "no_renewal": {"inner_steps": 4, "network_batch": 64, "network_cutmix": 1.0, "network_strategy": "color_crop"},
 }
 
@@ -595,6 +596,48 @@ def test_the_seed_decides_everything_and_another_one_differs():
     assert_same(runs[0].state_dict(), runs[1].state_dict())
     assert not torch.equal(runs[0].container.instances, other.container.instances)
     assert not torch.equal(runs[0].side.network.classifier.weight, other.side.network.classifier.weight)
+
+
+# Averages
+
+
+def watched_steps(run: ClassMatching, steps: int) -> list[list[Tensor]]:
+    """The container's parameters before and after every step."""
+    seen = [[p.detach().clone() for p in run.container.parameters()]]
+    for _ in range(steps):
+        run.run_step()
+        seen.append([p.detach().clone() for p in run.container.parameters()])
+    return seen
+
+
+@pytest.mark.parametrize("policy", ["accumulate", "per_class"])
+@pytest.mark.parametrize("decay", [0.0, 0.25, 0.9])
+def test_the_average_follows_by_its_decay_and_faster_at_the_start(decay: float, policy: str):
+    run = make_run(config(average=decay, step_policy=policy))
+    start, *after = watched_steps(run, 4)
+    expected = [tensor.double() for tensor in start]
+    for step, tensors in enumerate(after, start=1):
+        kept = min(decay, (1 + step) / (10 + step))
+        expected = [kept * old + (1 - kept) * new for old, new in zip(expected, tensors, strict=True)]
+    moving = [tensor.clone() for tensor in run.container.parameters()]
+    kept = copy.deepcopy(run.container)
+    run.settle(kept)
+    for found, value in zip(kept.parameters(), expected, strict=True):
+        torch.testing.assert_close(found, value.float())
+    assert all(torch.equal(one, other) for one, other in zip(run.container.parameters(), moving, strict=True))
+
+
+def test_averaging_does_not_change_the_steps():
+    plain, averaged = make_run(config()), make_run(config(average=0.9))
+    for one, other in zip(watched_steps(plain, 4), watched_steps(averaged, 4), strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+def test_without_an_average_the_last_step_is_kept():
+    run = make_run(config())
+    *_, last = watched_steps(run, 2)
+    run.settle(run.container)
+    assert all(map(torch.equal, run.container.parameters(), last))
 
 
 # The whole loop

@@ -98,10 +98,10 @@ def condensed(classes: int, changes: dict[str, Any]) -> dict[str, Any]:
 
 
 VARIANTS = {
-    "accumulate": (5, {}),
+    "accumulate": (5, {"average": 0.9}),
     "part_of_each_class": (5, {"synthetic_batch": 2, "metric": "cosine"}),
     "per_class": (5, {"step_policy": "per_class"}),
-    "groups": (5, {"classes_per_step": 2}),
+    "groups": (5, {"classes_per_step": 2, "average": 0.5}),
     "groups_per_class": (5, {"classes_per_step": 3, "step_policy": "per_class"}),
     "three_classes": (3, {}),
 }

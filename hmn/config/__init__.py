@@ -19,7 +19,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, MissingMandatoryValue, OmegaConf
 
 from hmn.config import containers, objectives, sweeps
-from hmn.config.checks import STRATEGY_OPS, check_strategy, is_scientific, one_of, require, unscientific
+from hmn.config.checks import STRATEGY_OPS, check_strategy, in_identity, is_scientific, newer, one_of, require, unscientific
 from hmn.config.containers import ContainerConfig, HmnConfig
 from hmn.config.objectives import BankConfig, GradientMatchingConfig, ObjectiveConfig
 from hmn.config.sweeps import LauncherConfig, SweepConfig
@@ -67,8 +67,8 @@ class DatasetConfig:
     classes: int | None = None  # of the whole data set; null: counted from the class folders or the label array
     # Class-incremental learning: the classes, all C of them, in the order of numpy's RandomState(class_order)
     # .permutation(C), null: in their own; and of these only the ones at the positions [first, last), null: all.
-    class_order: int | None = None
-    class_range: list[int] | None = None
+    class_order: int | None = newer(None)
+    class_range: list[int] | None = newer(None)
     # Of pixels in [0, 1]; null: measured on the training split, of all classes: what is condensed apart fits together
     mean: list[float] | None = None
     std: list[float] | None = None
@@ -100,12 +100,10 @@ class DatasetConfig:
 
     def identity(self) -> dict[str, Any]:
         """What images and labels depend on, as plain values."""
-        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if is_scientific(item)}
+        values = _identity(self)
         if self.kind not in ("folder", "arrays"):
             del values["root"]  # official data are the same wherever they lie
-        # Left out while they are null: run ids are older than they are.
-        unused = [name for name in ("class_order", "class_range") if values[name] is None]
-        return {name: value for name, value in values.items() if name not in unused}
+        return values
 
 
 @dataclass(kw_only=True)
@@ -400,20 +398,21 @@ SECTIONS = {
 def scientific(config: Config) -> dict[str, Any]:
     """The settings that decide what this mode computes, as plain values: the run id is their hash."""
 
-    def kept(section: object) -> dict[str, Any]:
-        values = {}
-        for item in dataclasses.fields(section):
-            modes = item.metadata.get("modes", (config.kind,))
-            if is_scientific(item) and config.kind in modes:
-                value = getattr(section, item.name)
-                values[item.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
-        return values
-
-    sections = {name: kept(getattr(config, name)) for name in SECTIONS[config.kind]}
+    sections = {name: _identity(getattr(config, name), config.kind) for name in SECTIONS[config.kind]}
     if config.mode == "experts":
         sections["experts"] = dataclasses.asdict(config.objective.experts)
     own = {"mode": config.mode, "seed": config.seed, "precision": config.compute.precision}
     return own | sections | {"dataset": config.dataset.identity()}
+
+
+def _identity(section: object, kind: str | None = None) -> dict[str, Any]:
+    """What a result depends on in ``section``, of the fields that this ``kind`` of run reads, as plain values."""
+    values = {}
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        if in_identity(item, value) and (kind is None or kind in item.metadata.get("modes", (kind,))):
+            values[item.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+    return values
 
 
 def condensation_identity(config: Config) -> dict[str, Any]:

@@ -46,5 +46,15 @@ def unscientific(default: Any) -> Any:
     return field(default=default, metadata={"scientific": False})
 
 
+def newer(default: Any) -> Any:
+    """A field that kept run ids are older than: it is left out of them while it has its default."""
+    return field(default=default, metadata={"newer": True})
+
+
+def in_identity(item: Field, value: Any) -> bool:
+    """Whether ``value`` of the field is part of what a result depends on."""
+    return is_scientific(item) and not (item.metadata.get("newer", False) and value == item.default)
+
+
 def is_scientific(item: Field) -> bool:
     return item.metadata.get("scientific", True)

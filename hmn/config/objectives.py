@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from hmn.config.checks import at_least, check_strategy, one_of, positive, require, unscientific
+from hmn.config.checks import at_least, check_strategy, newer, one_of, positive, require, unscientific
 
 SECTION = "objective"
 LEAST_STUDENT_LR = 1e-3  # where a learned rate is held, as HaBa and FreD do
@@ -39,6 +39,9 @@ class ObjectiveConfig:
     momentum: float = 0.5  # sgd
     final_lr_fraction: float = 0.1  # cosine decay over the run ends here; 1: constant
     gradient_clip: float | None = None  # largest norm of the container's whole gradient; null: none
+    # What is kept is an exponential moving average of the container's parameters over steps, of this decay; it follows
+    # faster at the start, by (1 + t) / (10 + t) after t steps. null: the last step's
+    average: float | None = newer(None)
 
     def __post_init__(self) -> None:
         one_of("objective.name", self.name, self.NAMES)
@@ -48,6 +51,8 @@ class ObjectiveConfig:
         positive(SECTION, self, "memory_lr", "weights_lr", "gradient_clip")
         fraction(self, "beta1", "beta2", "momentum", below_one=True)
         fraction(self, "final_lr_fraction")
+        average = self.average
+        require("objective.average", average is None or 0 <= average < 1, average, "null or in [0, 1)")
 
 
 @dataclass(kw_only=True)
