@@ -14,17 +14,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hmn.checkpoint import atomic_write
-from hmn.config import Config, condensation_identity, digest
+from hmn.config import condensation_identity, digest
 from hmn.containers.base import Container
 from hmn.errors import ArtifactError
+from hmn.plan import Plan
 
 TENSORS = "container.safetensors"
 
 
-def folder_of(config: Config, fingerprint: str, code: str) -> Path:
-    """Where the condensation of ``config`` lies: of these images, and made by these sources."""
-    identity = condensation_identity(config) | {"data": fingerprint, "code": code}
-    return Path(config.paths.cache_dir) / "condensed" / digest(identity)
+def folder_of(plan: Plan, fingerprint: str, code: str) -> Path:
+    """Where the condensation of ``plan`` lies: of these images, and made by these sources."""
+    identity = condensation_identity(plan.config) | {"start": plan.artifact, "data": fingerprint, "code": code}
+    return Path(plan.config.paths.cache_dir) / "condensed" / digest(identity)
 
 
 def save(folder: Path, container: Container, made: dict[str, Any]) -> None:

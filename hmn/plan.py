@@ -40,7 +40,8 @@ class Plan:
     config: Config
     data: datasets.Shape
     storage: Storage | None  # None: the mode stores nothing
-    # SHA-256 of the kept tensors that are evaluated; of several in ascending order, as theirs is of no consequence
+    # SHA-256 of the kept tensors that are evaluated or started from; of several in ascending order, as theirs is of no
+    # consequence
     artifact: str | list[str] | None = None
 
     @cached_property
@@ -211,10 +212,15 @@ def make_plan(config: Config, typed: Sequence[str] = ()) -> Plan:
             config = dataclasses.replace(config, objective=config.objective.with_loops(ipc))
         over_budget = config.pruning.over_budget if config.condenses else 0.0
         stored = storage(kind.shape_of(filled, **shape), ipc, over_budget)
+    if config.condenses and config.container.start is not None:
+        start = read_card(tensors_file(config.container.start))
+        artifact = start["sha256"]
     plan = Plan(config, data, stored, artifact)
     _ = plan.build  # checks the network's depth against the image side
     if config.condenses:
         _check_pairs(plan)
+        if artifact is not None:
+            _check_start(plan, start)
     if config.condenses or config.mode == "experts":
         _check_networks(plan)
     return plan
@@ -232,6 +238,20 @@ def _check_pairs(plan: Plan) -> None:
     require("pruning.over_budget", not over or tied is None, over, f"0 for container={config.container.name}: {tied}")
     group = getattr(config.objective, "classes_per_step", None)
     require("objective.classes_per_step", group is None or group <= classes, group, f"at most {classes}")
+
+
+def _check_start(plan: Plan, card: dict[str, Any]) -> None:
+    """Refuse to start from a kept set that is not what this run condenses: of another shape, count or other classes."""
+    with torch.device("meta"):
+        container = plan.container(
+            plan.storage.over_budget_instances, tuple(card["data"]["mean"]), tuple(card["data"]["std"])
+        )
+    own, found = json.loads(json.dumps(container.specification())), card["container"]
+    keys = own | found if own["name"] == found.get("name") else ["name"]
+    differing = sorted(key for key in keys if own.get(key) != found.get(key))
+    told = "; ".join(f"{key} {found.get(key)} there, {own.get(key)} here" for key in differing)
+    more = ": pruning=none starts from a pruned set" if plan.config.pruning.over_budget else ""
+    require("container.start", not differing, plan.config.container.start, f"a set of this run's shape: {told}{more}")
 
 
 def _check_networks(plan: Plan) -> None:

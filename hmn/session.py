@@ -28,6 +28,7 @@ from hmn import (
 from hmn.artifacts import decode_all
 from hmn.checkpoint import Checkpoints, atomic_write, exclusive
 from hmn.config import digest
+from hmn.config.containers import KEPT
 from hmn.containers.base import Container
 from hmn.containers.fit import fit_real
 from hmn.data import datasets
@@ -160,7 +161,7 @@ class Session:
         """Condense ``container``, or take what a run that condenses alike has kept; returns what the result tells."""
         if not self.config.compute.share_condensed:
             return self._condense(container)
-        folder = condensations.folder_of(self.config, self.data.fingerprint, self.provenance["code"])
+        folder = condensations.folder_of(self.plan, self.data.fingerprint, self.provenance["code"])
         # Of several processes the first holds the folder for all, and what it finds there is every one's.
         alone = exclusive(folder, wait=self.checkpoints.stop) if distributed.first() else contextlib.nullcontext()
         with alone:
@@ -195,7 +196,7 @@ class Session:
             self.data.class_names,
             generator(config.seed, "container", "real", device=self.compute.device),
         )
-        container.initialise(generator(config.seed, "container", device=self.compute.device), config.container, real)
+        self._initialise(container, real)
         state = self.checkpoints.load(condense.SLOT)
         if state is None and config.container.init == "fit_real":
             self._fit(container)
@@ -247,6 +248,15 @@ class Session:
             )
         self._log_grid(container, work.step)
         return work
+
+    def _initialise(self, container: Container, real: TrainingImages) -> None:
+        settings = self.config.container
+        stream = generator(self.config.seed, "container", device=self.compute.device)
+        if settings.init == KEPT:
+            container.initialise(stream, dataclasses.replace(settings, init=settings.INITS[0], start=None), real)
+            container.load_state_dict(artifacts.load_condensed(settings.start).container.state_dict())
+        else:
+            container.initialise(stream, settings, real)
 
     def _fit(self, container: Container) -> None:
         settings = self.config.container

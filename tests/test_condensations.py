@@ -14,7 +14,7 @@ from hmn import condensations
 from hmn.checkpoint import Stop, exclusive
 from hmn.config import condensation_identity
 from hmn.errors import Interrupted
-from tests.command import TINY, configured, run, start
+from tests.command import TINY, configured, planned, run, start
 
 SHARED = "compute.share_condensed=true"
 # One condensation, over budget, and what may come after it
@@ -66,8 +66,8 @@ def test_the_recipe_of_evaluation_is_part_of_it_where_a_curve_is_measured():
 
 
 def test_other_images_and_other_sources_have_folders_of_their_own(tmp_path):
-    config = configured(*TINY, f"paths.cache_dir={tmp_path}")
-    folders = {condensations.folder_of(config, data, code) for data in "ab" for code in "cd"}
+    plan = planned(*TINY, f"paths.cache_dir={tmp_path}")
+    folders = {condensations.folder_of(plan, data, code) for data in "ab" for code in "cd"}
     assert len(folders) == 4
 
 

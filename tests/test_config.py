@@ -56,7 +56,7 @@ REFUSED = {
         "instance_channels": {0: "at least 1"},
         "decoder_width": {0: "at least 1", 5: "even"},
         "decoder": {"linear": "one of upsample, transposed"},
-        "init": {"noise": "one of random, fit_real"},
+        "init": {"noise": "one of random, fit_real, kept"},
         "instance_init_scale": {0.0: "positive"},
         "fit_steps": {0: "at least 1"},
         "fit_batch": {0: "at least 1"},
@@ -359,6 +359,7 @@ SCIENCE: dict[str, dict[str, Any]] = {
 }
 CIRCUMSTANCE: dict[str, dict[str, Any]] = {
     "dataset": {"root": "/elsewhere", "download": False},
+    "container": {"start": ...},  # given with init=kept alone; the run id has its checksum
     "evaluation": {"full_data_epochs": 7},
     "tracking": {
         "mode": "disabled",
@@ -415,7 +416,7 @@ def test_so_have_another_seed_mode_and_number_of_channels():
     assert len({identity(other) for other in [config, *others]}) == 5
 
 
-@pytest.mark.parametrize(("key", "value"), pairs(CIRCUMSTANCE))
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, value in pairs(CIRCUMSTANCE) if value is not ...])
 def test_the_same_experiment_elsewhere_has_the_same_id(key, value):
     config = configured(*BASE)
     assert identity(changed(config, **{key: value})) == identity(config)

@@ -19,7 +19,15 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, MissingMandatoryValue, OmegaConf
 
 from hmn.config import containers, objectives, sweeps
-from hmn.config.checks import STRATEGY_OPS, check_strategy, in_identity, is_scientific, newer, one_of, require, unscientific
+from hmn.config.checks import (
+    STRATEGY_OPS,
+    check_strategy,
+    in_identity,
+    newer,
+    one_of,
+    require,
+    unscientific,
+)
 from hmn.config.containers import ContainerConfig, HmnConfig
 from hmn.config.objectives import BankConfig, GradientMatchingConfig, ObjectiveConfig
 from hmn.config.sweeps import LauncherConfig, SweepConfig

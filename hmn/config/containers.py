@@ -10,9 +10,10 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from hmn.config.checks import at_least, one_of, positive, require
+from hmn.config.checks import at_least, one_of, positive, require, unscientific
 
 SECTION = "container"
+KEPT = "kept"
 PIXEL_SPACES = ("unit", "normalised")
 CORESET_METHODS = ("random", "herding", "k_center", "k_means", "ccs", "aum", "forgetting")
 
@@ -26,7 +27,10 @@ class ContainerConfig:
     CONDENSED: ClassVar[bool] = True  # else nothing is: objective, pruning and learning curve are not used
 
     name: str = MISSING
-    init: str = MISSING  # where the parameters start; fit_real: fitted to as many random real images
+    # Where the parameters start. fit_real: fitted to as many random real images; kept: as a kept set of the same shapes
+    # and count has them, so that one objective can go on where another ended
+    init: str = MISSING
+    start: str | None = unscientific(None)  # a run folder or its condensed.safetensors; its checksum is in the run id
     fit_steps: int = 500  # Adam steps of fit_real
     fit_batch: int = 1024  # images per such step
     fit_learning_rate: float = 2e-2  # its peak, one-cycle
@@ -35,7 +39,9 @@ class ContainerConfig:
 
     def __post_init__(self) -> None:
         one_of("container.name", self.name, (self.NAME,))
-        one_of("container.init", self.init, self.INITS)
+        one_of("container.init", self.init, (*self.INITS, *((KEPT,) if self.CONDENSED else ())))
+        rule = f"given with container.init={KEPT}, else null"
+        require("container.start", (self.start is not None) == (self.init == KEPT), self.start or "null", rule)
         at_least(SECTION, 1, self, "fit_steps", "fit_batch")
         positive(SECTION, self, "fit_learning_rate")
         for tier, factor in self.lr_scale.items():

@@ -1,0 +1,99 @@
+"""Condensing that starts from a kept set: what is taken over, what the run id says of it, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hmn import load_condensed
+from hmn.errors import ConfigError
+from hmn.plan import make_plan
+from tests.command import TINY, configured, run
+
+ALONE = (*TINY, "pruning=none")
+FROM = "container.init=kept"
+# A step so small that float32 does not see it
+STILL = ("objective.memory_lr=1e-30", "objective.weights_lr=1e-30")
+KINDS = {
+    "hmn": (),
+    "image": ("container=image", "container.pixel_space=normalised"),  # which nothing clamps
+    "fred": ("container=fred", "memory=ipc10"),
+    "linba": ("container=linba", "memory=ipc10"),
+}
+
+
+def kept(folder: Path, *given: str) -> Path:
+    """The folder of a finished run."""
+    before = set(folder.glob("runs/*/result.json"))
+    outcome = run(folder, *given)
+    assert outcome.code == 0, outcome.err
+    (result,) = set(folder.glob("runs/*/result.json")) - before
+    return result.parent
+
+
+def result(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_starts_where_the_kept_set_is(tmp_path, kind):
+    first = kept(tmp_path, *ALONE, *KINDS[kind])
+    then = kept(tmp_path, *ALONE, *KINDS[kind], FROM, f"container.start={first}", *STILL, "seed=7")
+    was, found = (load_condensed(folder).container.state_dict() for folder in (first, then))
+    assert was.keys() == found.keys()
+    for name, tensor in was.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_another_objective_goes_on_from_it(tmp_path):
+    first = kept(tmp_path, *ALONE)
+    given = ("debug=smoke_distribution", "objective=distribution_matching", "objective.real_batch=16")
+    given += ("objective.optimizer=adam", "objective.memory_lr=0.001")
+    then = kept(tmp_path, *ALONE[1:], *given, FROM, f"container.start={first}")
+    was, found = (load_condensed(folder).container.instances for folder in (first, then))
+    assert not torch.equal(was, found)
+    assert (found - was).abs().max() < 0.05 < was.abs().mean()  # near it, where a new start would not be
+
+
+def test_the_run_id_is_of_what_it_started_from_and_not_of_where_that_lay(tmp_path):
+    first, other = kept(tmp_path, *ALONE), kept(tmp_path, *ALONE, "seed=1")
+    moved = tmp_path / "moved"
+    first.rename(moved)
+    ids = [
+        make_plan(configured(*ALONE, FROM, f"container.start={folder}")).run_id
+        for folder in (moved, moved / "condensed.safetensors", other)
+    ]
+    assert ids[0] == ids[1] != ids[2]
+    assert ids[0] != make_plan(configured(*ALONE)).run_id
+
+
+REFUSED = {
+    "another shape": (("container.decoder_width=6",), "decoder_width 4 there, 6 here"),
+    "over budget": (("pruning=double_end", "memory=ipc10", "container=hmn_digits_ipc1"), "pruning=none starts"),
+    "another container": (("container=image",), "name hmn there, image here"),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_a_set_that_does_not_fit_is_refused_in_one_line(tmp_path, why):
+    first = kept(tmp_path, *ALONE)
+    given, told = REFUSED[why]
+    outcome = run(tmp_path, *ALONE, *given, FROM, f"container.start={first}")
+    assert outcome.code == 2
+    assert outcome.complaint.startswith("container.start=") and told in outcome.complaint
+
+
+def test_init_and_start_are_given_together():
+    with pytest.raises(ConfigError, match="container.start=null: must be given with container.init=kept"):
+        configured(*ALONE, FROM)
+    with pytest.raises(ConfigError, match="container.start=runs/a: must be given with container.init=kept, else null"):
+        configured(*ALONE, "container.start=runs/a")
+
+
+def test_a_missing_set_is_told_in_one_line(tmp_path):
+    outcome = run(tmp_path, *ALONE, FROM, "container.start=runs/none")
+    assert outcome.code == 2 and "no condensed.safetensors there" in outcome.complaint
