@@ -1,0 +1,125 @@
+"""What kept sets are like inside: ``python -m experiments.inside RUN_FOLDER... [--real DIR] [--json FILE]``.
+
+Of every finished run one row: the matching loss of each layer and the gradient norm of each tier, as means over the
+first and the last quarter of its logged steps, and measures of the decoded images. ``--real`` adds a row of as many
+real images of every class, from a tree DIR/<class>/*, to compare with.
+
+- contrast: standard deviation of pixels within an image, mean over images
+- detail: share of that variance in differences from the 2 x 2 mean around each pixel, which smooth images lack
+- spread: root mean square distance of an image's pixels from its class's mean image
+- repeats: root mean square distance to the nearest other image of its class, over the spread: 0 for copies
+- apart: root mean square distance of class means from their mean, over the spread
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from hmn import artifacts, results
+from hmn.cli import in_one_line
+from hmn.errors import ArtifactError, DataError
+from hmn.tracking import read_metrics
+
+
+def measures(images: Tensor, labels: Tensor) -> dict[str, float]:
+    """Of ``images`` (N, channels, H, W) in [0, 1] with ``labels`` (N,), at least two of every class."""
+    smooth = F.avg_pool2d(images, 2).repeat_interleave(2, -1).repeat_interleave(2, -2)
+    variance = images.var(dim=(1, 2, 3), correction=0)
+    detail = (images - smooth).square().mean(dim=(1, 2, 3)) / variance.clamp(min=1e-12)
+    means, spreads, nearest = [], [], []
+    for label in labels.unique():
+        own = images[labels == label].flatten(1)
+        mean = own.mean(0)
+        means.append(mean)
+        spreads.append((own - mean).square().mean(1))
+        between = torch.cdist(own, own) / own.shape[1] ** 0.5
+        nearest.append(between.fill_diagonal_(torch.inf).amin(1).square())
+    spread = torch.cat(spreads).mean().sqrt()
+    centres = torch.stack(means)
+    return {
+        "contrast": float(variance.sqrt().mean()),
+        "detail": float(detail.mean()),
+        "spread": float(spread),
+        "repeats": float(torch.cat(nearest).mean().sqrt() / spread),
+        "apart": float((centres - centres.mean(0)).square().mean().sqrt() / spread),
+    }
+
+
+def logged(folder: Path) -> dict[str, tuple[float, float]]:
+    """Losses by layer and gradient norms by tier: means over the first and the last quarter of the logged steps."""
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "condense/loss" in row]
+    names = [name for name in rows[0] if "loss" in name or "gradient_norm" in name] if rows else []
+    count = max(1, len(rows) // 4)
+    first, last = rows[:count], rows[-count:]
+    return {
+        name.removeprefix("condense/"): tuple(sum(row[name] for row in part) / count for part in (first, last))
+        for name in names
+    }
+
+
+def of_run(folder: Path) -> dict[str, Any]:
+    """Raises ``ArtifactError`` for a folder without a finished run."""
+    result = results.read(folder)
+    if result is None:
+        raise ArtifactError(f"{folder}: no finished run there")
+    images, labels = artifacts.load_condensed(folder).tensors()
+    row = {"set": result["run_id"], "images_per_class": len(images) // len(labels.unique())}
+    return row | measures(images.clamp(0, 1), labels) | {"logged": logged(folder)}
+
+
+def of_real(folder: Path, count: int, side: int) -> dict[str, Any]:
+    """The same of ``count`` images of every class, evenly spread over the sorted files of DIR/<class>/."""
+    images, labels = [], []
+    for label, inside in enumerate(sorted(path for path in folder.iterdir() if path.is_dir())):
+        files = sorted(path for path in inside.iterdir() if path.is_file())
+        if len(files) < count:
+            raise DataError(f"{inside}: {len(files)} images, {count} are compared")
+        for position in range(count):
+            with Image.open(files[position * len(files) // count]) as file:
+                pixels = np.array(file.convert("RGB").resize((side, side)))
+            images.append(torch.from_numpy(pixels).permute(2, 0, 1) / 255)
+            labels.append(label)
+    row = {"set": f"real, {folder}", "images_per_class": count}
+    return row | measures(torch.stack(images), torch.tensor(labels))
+
+
+def text(rows: Sequence[dict[str, Any]]) -> str:
+    names = ("contrast", "detail", "spread", "repeats", "apart")
+    lines = ["| set | images per class | " + " | ".join(names) + " |", "| --- |" + " --- |" * (len(names) + 1)]
+    for row in rows:
+        cells = [str(row["images_per_class"]), *(f"{row[name]:.3f}" for name in names)]
+        lines.append(f"| {row['set']} | " + " | ".join(cells) + " |")
+    for row in rows:
+        if row.get("logged"):
+            lines += ["", row["set"]]
+            lines += [f"  {name:32} {first:10.4g} -> {last:10.4g}" for name, (first, last) in row["logged"].items()]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs")
+    parser.add_argument("--real", type=Path, help="a folder of class folders with images to compare with")
+    parser.add_argument("--json", type=Path, help="the rows, as JSON")
+    given = parser.parse_args(arguments)
+    rows = [of_run(folder) for folder in given.runs]
+    if given.real is not None:
+        side = artifacts.load_condensed(given.runs[0]).card["data"]["image_size"]
+        rows.append(of_real(given.real, max(2, rows[0]["images_per_class"]), side))
+    print(text(rows))
+    if given.json is not None:
+        given.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    in_one_line(main)

@@ -1,0 +1,73 @@
+"""What the command says of decoded images and of the steps that made them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from experiments.inside import logged, main, measures, of_real
+from hmn.errors import ArtifactError, DataError
+from tests.command import TINY, run
+
+
+def of_classes(*classes: torch.Tensor) -> dict[str, float]:
+    labels = torch.arange(len(classes)).repeat_interleave(len(classes[0]))
+    return measures(torch.cat(classes), labels)
+
+
+def test_copies_repeat_each_other_and_lie_where_their_class_does():
+    dark, light = torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4)
+    one = torch.cat([dark, light, dark, light])
+    found = of_classes(one, one)
+    assert found["spread"] == pytest.approx(0.5)
+    assert found["repeats"] == found["apart"] == found["contrast"] == 0
+
+
+def test_distances_are_relative_to_the_spread():
+    """Two classes around 0.2 and 0.8, each of two flat images 0.1 off: spread 0.1, neighbours 0.2, classes 0.3."""
+    classes = [torch.tensor([mean - 0.1, mean + 0.1]).view(2, 1, 1, 1).expand(2, 3, 4, 4) for mean in (0.2, 0.8)]
+    found = of_classes(*classes)
+    assert found["spread"] == pytest.approx(0.1)
+    assert found["repeats"] == pytest.approx(2)
+    assert found["apart"] == pytest.approx(3)
+
+
+def test_detail_is_what_smooth_images_lack():
+    rows = torch.arange(8.0).view(1, 1, 8, 1).expand(1, 1, 8, 8)
+    checkers = (torch.arange(8)[:, None] + torch.arange(8)).remainder(2).float().view(1, 1, 8, 8)
+    assert of_classes(torch.cat([checkers, checkers]))["detail"] == pytest.approx(1)
+    # Differences of 0.5 from a pair's mean, of numbers 0 .. 7 with a variance of 63 / 12
+    assert of_classes(torch.cat([rows, rows]))["detail"] == pytest.approx(0.25 / (63 / 12))
+
+
+def test_steps_are_told_by_their_first_and_last_quarter(tmp_path):
+    rows = [{"condense/step": step, "condense/loss": float(step), "condense/loss_layer1": 1.0} for step in range(8)]
+    other = {"curve/step": 3, "curve/held_out_accuracy": 0.5}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, other]))
+    assert logged(tmp_path) == {"loss": (0.5, 6.5), "loss_layer1": (1.0, 1.0)}
+
+
+def test_finished_runs_beside_real_images(tmp_path, capsys):
+    assert run(tmp_path, *TINY).code == 0
+    (folder,) = tmp_path.glob("runs/*")
+    for name in ("a", "b"):
+        (tmp_path / "real" / name).mkdir(parents=True)
+        for number in range(9):
+            Image.new("RGB", (9, 9), (20 * number, 10, 10)).save(tmp_path / "real" / name / f"{number}.png")
+    main([str(folder), "--real", str(tmp_path / "real"), "--json", str(tmp_path / "rows.json")])
+    kept, real = json.loads((tmp_path / "rows.json").read_text())
+    assert kept["set"] == folder.name and kept["images_per_class"] == real["images_per_class"] == 7
+    assert {"loss", "gradient_norm/decoder"} < kept["logged"].keys()
+    assert real["contrast"] > 0
+    shown = capsys.readouterr().out
+    assert folder.name in shown and "gradient_norm/decoder" in shown
+    with pytest.raises(DataError, match="9 images, 10 are compared"):
+        of_real(tmp_path / "real", 10, 8)
+
+
+def test_an_unfinished_run_is_told(tmp_path):
+    with pytest.raises(ArtifactError, match="no finished run there"):
+        main([str(tmp_path)])
