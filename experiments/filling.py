@@ -63,8 +63,16 @@ def _instance_floats(result: Mapping[str, Any]) -> list[float] | None:
     return [float(container["latent_side"] ** 2 * container["instance_channels"])]
 
 
+def _stored_bytes(result: Mapping[str, Any]) -> list[float]:
+    return [float(result.get("stored_bytes", 4 * result["stored_floats"]))]
+
+
 def _condense_hours(result: Mapping[str, Any]) -> list[float] | None:
-    return [result["condense_seconds"] / 3600] if "condense_seconds" in result else None
+    """Of condensing and of the fit before it; a bank or experts, which many runs share, are none of it."""
+    if "condense_seconds" not in result:
+        return None
+    fit = result.get("fit_seconds", result["wall_seconds"].get("fit", 0.0))
+    return [(result["condense_seconds"] + fit) / 3600]
 
 
 VALUES = {
@@ -73,6 +81,7 @@ VALUES = {
     "held_out": Value("held-out accuracy", "%", 2, _held_out, max),
     "images_per_class": Value("images per class", "", 0, _images_per_class, exact=True),
     "stored_floats": Value("stored floats", "", 0, lambda result: [float(result["stored_floats"])], exact=True),
+    "stored_bytes": Value("stored bytes", "", 0, _stored_bytes, exact=True),
     "instance_floats": Value("floats of an instance memory", "", 0, _instance_floats, exact=True),
     "peak_gib": Value("peak memory", "GiB", 2, lambda result: [result["peak_bytes"] / 2**30], min),
     "condense_hours": Value("condensing time", "hours", 3, _condense_hours, min),

@@ -22,6 +22,7 @@ from hmn.errors import ArtifactError
 
 SCHEMA_VERSION = 1
 TENSORS, CARD = "condensed.safetensors", "card.json"
+NUMBERS = {"float32": torch.float32, "float16": torch.float16}  # in which a container's are kept
 
 
 class CondensedSet(Dataset):
@@ -63,15 +64,30 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save(folder: Path, container: Container, card: dict[str, Any]) -> dict[str, Any]:
-    """Write tensors, then the card with their checksum, the container's shape and floats; returns the full card."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in container.state_dict().items()}
+@torch.no_grad()
+def round_to(container: Container, number: str) -> None:
+    """Make every parameter one that ``number`` can hold. Raises ``ArtifactError`` for one that is out of its range."""
+    for name, parameter in container.named_parameters():
+        parameter.copy_(parameter.to(NUMBERS[number]))
+        if not parameter.isfinite().all():
+            raise ArtifactError(f"{name}: has numbers too large for memory.number={number}; keep float32")
+
+
+def save(folder: Path, container: Container, card: dict[str, Any], number: str = "float32") -> dict[str, Any]:
+    """Write tensors, then the card with their checksum, the container's shape, its count of numbers and their bytes;
+    returns the full card. The parameters are those that :func:`round_to` left."""
+    parameters = dict(container.named_parameters())
+    tensors = {
+        name: value.detach().to(NUMBERS[number] if name in parameters else value.dtype).cpu().contiguous()
+        for name, value in container.state_dict().items()
+    }
     with atomic_write(folder / TENSORS) as temporary:
         save_file(tensors, temporary)
     card = {
         "schema_version": SCHEMA_VERSION,
         "sha256": sha256(folder / TENSORS),
         "container": container.specification(),
+        "number": number,
         "stored_floats": container.storage_floats(),
         **card,
     }
@@ -99,11 +115,13 @@ def load_condensed(path: str | Path) -> CondensedSet:
         ) from None
     try:
         with torch.device("meta"):  # a wrong card may ask for any amount of memory
-            shapes = rebuild(card["container"]).state_dict()
+            empty = rebuild(card["container"])
+        shapes, parameters = empty.state_dict(), dict(empty.named_parameters())
+        number = NUMBERS[card.get("number", "float32")]  # older cards have no other
         for name in shapes.keys() & tensors.keys():
-            kept, found = shapes[name].dtype, tensors[name].dtype
+            kept, found = number if name in parameters else shapes[name].dtype, tensors[name].dtype
             if found != kept:
-                raise TypeError(f"{found} instead of {kept}")  # a budget counts float32 numbers
+                raise TypeError(f"{found} instead of {kept}")  # a budget counts numbers of one kind
             if tensors[name].shape != shapes[name].shape:
                 raise ValueError(f"{name}: {list(tensors[name].shape)} instead of {list(shapes[name].shape)}")
         if shapes.keys() != tensors.keys():
@@ -122,6 +140,11 @@ def load_condensed(path: str | Path) -> CondensedSet:
     except (RuntimeError, IndexError) as error:  # positions that point outside an image
         reason = str(error).splitlines()[0]
         raise ArtifactError(f"{tensors_path}: its tensors do not decode to images: {reason}") from None
+
+
+def stored_bytes(card: dict[str, Any]) -> int:
+    """What the numbers take that the budget is charged for."""
+    return card["stored_floats"] * NUMBERS[card.get("number", "float32")].itemsize
 
 
 def joined(sets: Sequence[CondensedSet], class_names: Sequence[str]) -> tuple[Tensor, Tensor]:

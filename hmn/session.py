@@ -99,6 +99,7 @@ class Session:
             index, chosen = self._choose(over_budget)
             container.keep(index)
             pruning |= chosen
+        artifacts.round_to(container, config.memory.number)
         images, labels = decode_all(container)
         if config.evaluation.curve_points:
             epochs = config.evaluation.curve_epochs
@@ -122,6 +123,7 @@ class Session:
         distributed.copy_first_([index])  # a GPU need not repeat another's features to the last bit
         container = self.plan.container(count).to(self.compute.device)
         container.hold(unit_range(train.images[index]))
+        artifacts.round_to(container, self.config.memory.number)
         made = {"coreset": dataclasses.asdict(settings) | {"index_into": INDEX_INTO, "index": index.tolist()}}
         return self._evaluate_and_keep(container, Images(*decode_all(container)), made)
 
@@ -145,7 +147,8 @@ class Session:
         self._keep_picture(kept.images, kept.labels)
         accuracies = self._evaluate(kept)
         card = self._card(accuracies, made)
-        card = distributed.from_first(lambda: artifacts.save(self.folder, container, card))
+        number = self.config.memory.number
+        card = distributed.from_first(lambda: artifacts.save(self.folder, container, card, number))
         files = [self.folder / name for name in (artifacts.TENSORS, artifacts.CARD, "condensed.png")]
         self.tracker.log_artifact(self.plan.run_id, files, card)
         return {
@@ -153,6 +156,7 @@ class Session:
             "images_per_class": str(container.images_per_class),
             "budget_floats": self.plan.storage.budget_floats,
             "stored_floats": container.storage_floats(),
+            "stored_bytes": artifacts.stored_bytes(card),
             "tier_floats": container.tier_floats(),
             "artifact_sha256": card["sha256"],
         }
@@ -311,6 +315,7 @@ class Session:
             "accuracy": _plain(self._evaluate(kept)),
             "images_per_class": _per_class(kept.labels),
             "stored_floats": sum(card["stored_floats"] for card in cards),
+            "stored_bytes": sum(map(artifacts.stored_bytes, cards)),
             "artifact_sha256": self.plan.artifact,
         }
 
@@ -339,6 +344,7 @@ class Session:
             "rows": rows,
             "images_per_class": str(rows[0]["images_per_class"]),
             "stored_floats": card["stored_floats"],
+            "stored_bytes": artifacts.stored_bytes(card),
             "set": f"coreset {card['coreset']['method']}" if "coreset" in card else card["container"]["name"],
             "artifact_sha256": self.plan.artifact,
         }

@@ -131,6 +131,41 @@ def test_the_same_set_makes_the_same_bytes(tmp_path):
         assert (first / name).read_bytes() != (other / name).read_bytes()
 
 
+def rounded(seed: int = 0):
+    made = container(seed)
+    artifacts.round_to(made, "float16")
+    return made
+
+
+def test_halves_are_kept_as_such_and_load_as_the_numbers_that_were_judged(tmp_path):
+    before, made = container(), rounded()
+    for was, now in zip(before.parameters(), made.parameters(), strict=True):
+        assert torch.equal(now, was.half().float()) and now.dtype == torch.float32
+    card = artifacts.save(tmp_path, made, {"budget": {"floats": 10**6}, "data": {"name": "toy"}}, "float16")
+    assert {tensor.dtype for tensor in load_file(tmp_path / TENSORS).values()} == {torch.float16}
+    loaded = load_condensed(tmp_path)
+    assert torch.equal(loaded.tensors()[0], decode_all(made)[0])
+    assert card["stored_floats"] == made.storage_floats()
+    assert artifacts.stored_bytes(card) == 2 * made.storage_floats()
+    assert artifacts.stored_bytes({"stored_floats": 5}) == 20  # of cards that are older than the choice
+
+
+@pytest.mark.parametrize(("number", "told"), [("float32", "torch.float16 instead of torch.float32"), ("int4", "int4")])
+def test_a_card_that_tells_other_numbers_is_refused(tmp_path, number, told):
+    artifacts.save(tmp_path, rounded(), {"budget": {"floats": 10**6}, "data": {"name": "toy"}}, "float16")
+    card = json.loads((tmp_path / CARD).read_text()) | {"number": number}
+    (tmp_path / CARD).write_text(json.dumps(card))
+    refused(tmp_path, told)
+
+
+def test_what_halves_cannot_hold_is_refused():
+    made = container()
+    with torch.no_grad():
+        made.instances[0, 0] = 1e5
+    with pytest.raises(ArtifactError, match="instances: has numbers too large for memory.number=float16"):
+        artifacts.round_to(made, "float16")
+
+
 def test_nothing_but_float32_tensors_is_in_the_file(tmp_path):
     tensors = load_file(save(tmp_path) / TENSORS)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}

@@ -24,6 +24,7 @@ AFTER = {
     "scored longer": ("pruning.score_epochs=2",),
     "profile": ("evaluation=idc_multistep", "evaluation.epochs=2", "evaluation.networks=1"),
     "networks": ("evaluation.networks=1",),
+    "rounding": ("memory.number=float16",),
 }
 OTHERWISE = {
     "seed": ("seed=3",),
@@ -73,7 +74,7 @@ def test_other_images_and_other_sources_have_folders_of_their_own(tmp_path):
 
 def test_runs_that_share_a_condensation_end_as_if_each_had_made_its_own(tmp_path):
     alone, together = tmp_path / "alone", tmp_path / "together"
-    names = ("beta", "profile", "networks")
+    names = ("beta", "profile", "rounding")
     for folder in (alone, together):
         folder.mkdir()
         for name in names:
@@ -85,6 +86,8 @@ def test_runs_that_share_a_condensation_end_as_if_each_had_made_its_own(tmp_path
         for key in ("accuracy", "artifact_sha256", "curve", "pruning", "condense_steps"):
             assert found[run_id][key] == result[key], key
         assert "condensed_by" not in result
+        number = 2 if result["config"]["memory"]["number"] == "float16" else 4
+        assert found[run_id]["stored_bytes"] == number * result["stored_floats"]
     assert len(list(together.glob(".cache/condensed/*"))) == 1
     assert not (alone / ".cache" / "condensed").exists()
     (maker,) = {result["condensed_by"] for result in found.values()}

@@ -45,7 +45,7 @@ REFUSED = {
         "held_out_fraction": {-0.1: "in [0, 1)", 1.0: "in [0, 1)"},
         "test_fraction": {0.0: "null or in (0, 1)", 1.0: "null or in (0, 1)"},
     },
-    "memory": {"images_per_class": {0: "at least 1"}},
+    "memory": {"images_per_class": {0: "at least 1"}, "number": {"bfloat16": "one of float32, float16"}},
     "container": {
         "name": {"pixels": "one of hmn"},
         "latent_side": {0: "at least 1"},
@@ -279,7 +279,7 @@ SCIENCE: dict[str, dict[str, Any]] = {
         "held_out_fraction": 0.2,
         "test_fraction": 0.5,
     },
-    "memory": {"images_per_class": 11},
+    "memory": {"images_per_class": 11, "number": "float16"},
     "container": {
         "name": ...,  # another container has other settings
         "preset": "p1",

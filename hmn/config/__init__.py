@@ -116,10 +116,13 @@ class DatasetConfig:
 
 @dataclass(kw_only=True)
 class MemoryConfig:
-    images_per_class: int = MISSING  # IPC: the budget is IPC * classes * channels * side^2 float32 numbers
+    images_per_class: int = MISSING  # IPC: the budget is IPC * classes * channels * side^2 numbers
+    # In which a container's are kept, and judged: float16 takes half the bytes of the paper's float32 and has 11 bits
+    number: str = newer("float32", modes=("run", "coreset"))
 
     def __post_init__(self) -> None:
         require("memory.images_per_class", self.images_per_class >= 1, self.images_per_class, "at least 1")
+        one_of("memory.number", self.number, ("float32", "float16"))
 
 
 @dataclass(kw_only=True)
@@ -428,6 +431,7 @@ def condensation_identity(config: Config) -> dict[str, Any]:
     everything = scientific(config)
     names = ("seed", "precision", "dataset", "memory", "container", "objective", "network")
     kept = {name: everything[name] for name in names} | {"over_budget": config.pruning.over_budget}
+    kept["memory"].pop("number", None)  # numbers are rounded at the end
     if config.evaluation.curve_points:
         unread = ("profile", "networks", "epochs", "test_points")
         kept["curve"] = {name: value for name, value in everything["evaluation"].items() if name not in unread}

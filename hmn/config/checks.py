@@ -46,9 +46,9 @@ def unscientific(default: Any) -> Any:
     return field(default=default, metadata={"scientific": False})
 
 
-def newer(default: Any) -> Any:
+def newer(default: Any, **metadata: Any) -> Any:
     """A field that kept run ids are older than: it is left out of them while it has its default."""
-    return field(default=default, metadata={"newer": True})
+    return field(default=default, metadata={"newer": True, **metadata})
 
 
 def in_identity(item: Field, value: Any) -> bool:
