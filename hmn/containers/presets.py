@@ -33,8 +33,9 @@ class Preset:
 # fmt: off
 PRESETS = {
     #                     side classes  IPC    s  C_D  C_F  k_f  C_C  C_I    W
-    "p1":           Preset(  32,      10,   1,    4,    8,   4,   1,   2,   2,   16),
+    "p1":           Preset(  32,      10,   1,    4,    8,   4,   1,   2,   2,   16, by_default=False),
     "p1b":          Preset(  32,      10,   1,    8,    4,   4,   1,   2,   1,   16, by_default=False),
+    "p1c":          Preset(  32,      10,   1,    4,    8,   4,   1,   2,   4,   16),
     "p2":           Preset(  32,      10,  10,    8,    8,   8,   3,   8,   2,   64),
     "p3":           Preset(  32,      10,  50,    8,   16,  16,   3,  16,   3,  128),
     "p4":           Preset(  32,     100,   1,    4,   16,   8,   1,   4,   2,   32),
