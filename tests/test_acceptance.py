@@ -111,7 +111,7 @@ def test_2_fred_with_64_coefficients_holds_16_images():
     assert stored("fred", coefficients=64).images_per_class == 16
 
 
-@pytest.mark.parametrize(("ipc", "images", "floats"), [(1, 78, 30_635), (10, 207, 306_195), (50, 721, 1_534_755)])
+@pytest.mark.parametrize(("ipc", "images", "floats"), [(1, 38, 30_283), (10, 207, 306_195), (50, 721, 1_534_755)])
 def test_2_hmn_presets_fill_cifar10s_budgets(ipc, images, floats):
     held = stored("hmn", ipc=ipc)
     assert (held.images_per_class, held.stored_floats(10)) == (images, floats)

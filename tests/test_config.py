@@ -465,7 +465,7 @@ def test_the_id_says_what_it_is():
 @pytest.mark.parametrize(
     ("run_id", "given"),
     [
-        ("digits-ipc1-hmn-7ac2a604", ()),
+        ("digits-ipc1-hmn-7ac2a604", ("container.fit_steps=500", "container.fit_batch=1024")),  # its defaults then
         ("cifar10-ipc10-image-40c8bdd3", ("dataset=cifar10", "memory=ipc10", "container=image")),
         ("cifar100-ipc1-coreset_random-5cd39a92", ("dataset=cifar100", "container=coreset")),
         ("svhn-full_data-daddcd1a", ("dataset=svhn", "mode=full_data")),

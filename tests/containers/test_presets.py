@@ -66,6 +66,7 @@ class Row:
 ROWS = {
     "p1": Row(128, 36, 32, 32, [1168, 2320, 1160, 219], 5_675, 18.5, 78, 87, 30_635),
     "p1b": Row(256, 20, 128, 64, [1024, 1160, 219], 4_139, 13.5, 41, 46, 30_379),
+    "p1c": Row(128, 36, 32, 64, [1456, 2320, 1160, 219], 5_963, 19.4, 38, 43, 30_283),
     "p2": Row(512, 584, 512, 128, [10432, 18464, 867], 41_235, 13.4, 207, 231, 306_195),
     "p3": Row(1024, 2320, 1024, 192, [40448, 73792, 1731], 150_435, 9.8, 721, 801, 1_534_755),
     "p4": Row(256, 136, 64, 32, [4064, 9248, 4624, 435], 38_627, 12.6, 83, 93, 304_227),
@@ -214,16 +215,16 @@ def test_without_over_budget_both_counts_are_the_same():
 @pytest.mark.parametrize(
     ("size", "classes", "rows"),
     [
-        (32, 10, {1: "p1", 10: "p2", 50: "p3", 2: "p1", 5: "p2", 100: "p3"}),  # SVHN, CIFAR-10
+        (32, 10, {1: "p1c", 10: "p2", 50: "p3", 2: "p1c", 5: "p2", 100: "p3"}),  # SVHN, CIFAR-10
         (32, 100, {1: "p4", 10: "p5", 50: "p6"}),  # CIFAR-100
         (64, 200, {1: "p7", 10: "p8", 50: "p8b"}),  # Tiny ImageNet
         (224, 10, {1: "p9", 10: "p10", 50: "p10"}),  # ImageNet-10
         (128, 10, {1: "p11", 10: "p11b"}),
         (8, 10, {1: "digits_ipc1", 10: "digits_ipc10", 50: "digits_ipc10"}),
-        (32, 2, {1: "p1"}),
+        (32, 2, {1: "p1c"}),
         (32, 50, {1: "p4"}),
-        (28, 10, {1: "p1", 10: "p2"}),
-        (20, 10, {1: "p1"}),
+        (28, 10, {1: "p1c", 10: "p2"}),
+        (20, 10, {1: "p1c"}),
         (48, 100, {1: "p7"}),
         (96, 10, {1: "p11"}),
         (4, 3, {1: "digits_ipc1"}),
@@ -240,7 +241,7 @@ def test_auto_takes_the_row_nearest_in_side_then_classes_then_memory(size, class
 def test_a_variant_is_used_by_name_alone_wherever_it_stands_in_the_table(monkeypatch):
     monkeypatch.setattr(presets, "PRESETS", dict(reversed(PRESETS.items())))
     nearest = [by_distance(*data)[0] for data in ((32, 10, 1), (32, 100, 50), (224, 10, 1))]
-    assert nearest == ["p1", "p6", "p9"]
+    assert nearest == ["p1c", "p6", "p9"]
 
 
 @pytest.mark.parametrize(("size", "classes"), [(64, 5), (64, 2), (48, 5)])
