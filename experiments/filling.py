@@ -51,6 +51,16 @@ def _held_out(result: Mapping[str, Any]) -> list[float] | None:
     return None if found is None else [100 * found]
 
 
+def _of_curve(point: int) -> Callable[[Mapping[str, Any]], list[float] | None]:
+    """The learning curve's ``point``, of the set over budget, in percent."""
+
+    def found(result: Mapping[str, Any]) -> list[float] | None:
+        curve = result.get("curve")
+        return [100 * curve[point]["held_out_accuracy"]] if curve else None
+
+    return found
+
+
 def _images_per_class(result: Mapping[str, Any]) -> list[float] | None:
     text = result["images_per_class"]  # "4193-12534" for real classes of several sizes
     return [float(text)] if text.isdecimal() else None
@@ -79,6 +89,8 @@ VALUES = {
     "accuracy": Value("test accuracy", "%", 2, _networks, max, per_network=True),
     "best_accuracy": Value("best of the tests", "%", 2, lambda result: [100 * result["accuracy"]["best_mean"]], max),
     "held_out": Value("held-out accuracy", "%", 2, _held_out, max),
+    "held_out_start": Value("held-out accuracy before the first step", "%", 2, _of_curve(0), max),
+    "held_out_end": Value("held-out accuracy after the last step", "%", 2, _of_curve(-1), max),
     "images_per_class": Value("images per class", "", 0, _images_per_class, exact=True),
     "stored_floats": Value("stored floats", "", 0, lambda result: [float(result["stored_floats"])], exact=True),
     "stored_bytes": Value("stored bytes", "", 0, _stored_bytes, exact=True),

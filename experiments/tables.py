@@ -23,12 +23,12 @@ from hmn.cli import in_one_line
 
 @dataclass(frozen=True)
 class Block:
-    """Part of a table that is printed as one: a value, under all but the last axis of the columns."""
+    """Part of a table that is printed as one: a value under all but the last axis of the columns, or all values of a
+    table with a single column, side by side."""
 
     title: str
-    value: Value
     rows: tuple[tuple[str, ...], ...]
-    columns: tuple[str, ...]  # labels of the last axis
+    heads: Mapping[str, str]  # what is printed above each column, by what it has of ``entries``
     entries: Mapping[tuple[tuple[str, ...], str], Entry]
 
     @property
@@ -38,19 +38,29 @@ class Block:
 
 def blocks(filled: Filled) -> Iterator[Block]:
     """In the order of ``shows``, then of the cells."""
+    columns = dict.fromkeys(entry.column for entry in filled.entries)
+    if len(columns) == 1 and len(filled.table.shows) > 1:
+        axes = zip(filled.table.columns, next(iter(columns)), strict=True)
+        title = ", ".join(f"{axis} {label}" for axis, label in axes)
+        yield _block(title, {(entry.row, entry.value): entry for entry in filled.entries}, _named)
+        return
+    last = filled.table.columns[-1]
     grouped: dict[tuple[str, tuple[str, ...]], list[Entry]] = {}
     for entry in filled.entries:
         grouped.setdefault((entry.value, entry.column[:-1]), []).append(entry)
     for (key, head), entries in grouped.items():
-        value = VALUES[key]
-        named = ", ".join(part for part in (value.title, *head) if part)
-        yield Block(
-            title=named + (f", {value.unit}" if value.unit else ""),
-            value=value,
-            rows=tuple(dict.fromkeys(entry.row for entry in entries)),
-            columns=tuple(dict.fromkeys(entry.column[-1] for entry in entries)),
-            entries={(entry.row, entry.column[-1]): entry for entry in entries},
-        )
+        named = {(entry.row, entry.column[-1]): entry for entry in entries}
+        yield _block(_named(key, *head), named, lambda label: f"{last} {label}")
+
+
+def _named(key: str, *more: str) -> str:
+    value = VALUES[key]
+    return ", ".join(part for part in (value.title, *more, value.unit) if part)
+
+
+def _block(title: str, entries: Mapping[tuple[tuple[str, ...], str], Entry], head: Callable[[str], str]) -> Block:
+    rows = tuple(dict.fromkeys(row for row, _ in entries))
+    return Block(title, rows, {column: head(column) for _, column in entries}, entries)
 
 
 class Notes:
@@ -90,7 +100,7 @@ def _cells(block: Block, entry: Entry | None, notes: Notes, style: Style) -> lis
     """Measured, and where the block compares, reported and difference."""
     if entry is None:
         return [""] * (3 if block.compared else 1)
-    measured = style.text(number(block.value, entry.measured)) if entry.measured else ""
+    measured = style.text(number(VALUES[entry.value], entry.measured)) if entry.measured else ""
     measured = style.bold(measured) if entry.best else measured
     marks = dict.fromkeys(notes.letter(gap) for gap in entry.gaps)
     if not entry.measured and not marks:
@@ -99,7 +109,9 @@ def _cells(block: Block, entry: Entry | None, notes: Notes, style: Style) -> lis
     if block.compared:
         first = entry.reported[0] if entry.reported else None
         cells.append(style.text(first.text) + style.source(notes.number(first)) if first else "")
-        cells.append("" if entry.difference is None else style.math(f"{entry.difference:+.{block.value.digits}f}"))
+        cells.append(
+            "" if entry.difference is None else style.math(f"{entry.difference:+.{VALUES[entry.value].digits}f}")
+        )
     return cells
 
 
@@ -137,18 +149,15 @@ LATEX = Style(
 
 
 def _heads(filled: Filled, block: Block) -> list[str]:
-    last = filled.table.columns[-1]
     kinds = ("measured", "reported", "difference") if block.compared else ("measured",)
-    heads = [
-        f"{last} {label}, {kind}" if block.compared else f"{last} {label}" for label in block.columns for kind in kinds
-    ]
+    heads = [f"{head}, {kind}" if block.compared else head for head in block.heads.values() for kind in kinds]
     return [", ".join(filled.table.rows), *heads]
 
 
 def _lines(filled: Filled, block: Block, notes: Notes, style: Style) -> list[list[str]]:
     lines = [[style.text(head) for head in _heads(filled, block)]]
     for row in block.rows:
-        found = [_cells(block, block.entries.get((row, column)), notes, style) for column in block.columns]
+        found = [_cells(block, block.entries.get((row, column)), notes, style) for column in block.heads]
         lines.append([style.text(", ".join(label for label in row if label)), *itertools.chain(*found)])
     return lines
 

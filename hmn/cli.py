@@ -98,15 +98,18 @@ def in_one_line(program: Callable[[], object]) -> None:
         sys.exit(code)
 
 
-def explain(error: BaseException) -> tuple[str | None, int]:
-    """The line to print for an error that a person can mend, and the exit code; ``(None, 1)`` for any other."""
+def explain(error: BaseException, overrides: Sequence[str] | None = None) -> tuple[str | None, int]:
+    """The line to print for an error that a person can mend, and the exit code; ``(None, 1)`` for any other.
+
+    ``overrides`` are those that were composed; ``None``: the command's own.
+    """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, HmnError):
             return str(cause), cause.exit_code
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return _one_line(error), ConfigError.exit_code
+        return _one_line(error, sys.argv[1:] if overrides is None else overrides), ConfigError.exit_code
     return _lack(error), 1
 
 
@@ -123,10 +126,10 @@ def _lack(error: BaseException) -> str | None:
     return None
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception, overrides: Sequence[str]) -> str:
     text = str(error)
     if match := re.search(r"Could not override '([^']+)'", text):
-        return _unknown_key(match[1])
+        return _unknown_key(match[1], overrides)
     if match := re.search(r"Could not find '([^']+)'", text):
         group, _, option = match[1].rpartition("/")
         known = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
@@ -140,10 +143,10 @@ def _one_line(error: Exception) -> str:
     return ": ".join(filter(None, (first, reason)))
 
 
-def _unknown_key(key: str) -> str:
+def _unknown_key(key: str, overrides: Sequence[str]) -> str:
     """Names the valid keys beside an unknown dotted one, and the nearest of them."""
     # Another option of a group has other keys.
-    chosen = [argument for argument in sys.argv[1:] if (CONF / argument.split("=")[0].lstrip("+")).is_dir()]
+    chosen = [argument for argument in overrides if (CONF / argument.split("=")[0].lstrip("+")).is_dir()]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         node = hydra.compose("config", overrides=[argument for argument in chosen if "," not in argument])
     *parents, last = key.split("@")[0].split(".")

@@ -75,7 +75,7 @@ def plan_cells(cells: Sequence[Cell], cache: Path | None = None) -> list[Planned
         except Interrupted:  # no fault of the cell
             raise
         except Exception as error:
-            line, _ = explain(error)
+            line, _ = explain(error, cell.overrides)
             if line is None:
                 raise
             complaints.setdefault(line, []).append(cell.name)

@@ -254,10 +254,11 @@ def _ask(given: Search, study: optuna.Study) -> None:
 
     values = propose(study, given.space)
     status, known = TrialState.RUNNING, {}
+    overrides = given.overrides(values)
     try:
-        known["run_id"] = _plan(given.overrides(values)).run_id
+        known["run_id"] = _plan(overrides).run_id
     except Exception as error:  # not every combination of values need make sense
-        line, _ = explain(error)
+        line, _ = explain(error, overrides)
         if line is None:
             raise
         status, known["error"] = TrialState.FAIL, line

@@ -209,8 +209,11 @@ def test_every_value_of_a_result():
         "accuracy": [50.0],
         "best_accuracy": [90.0],
         "held_out": [50.0],
+        "held_out_start": [10.0],
+        "held_out_end": [25.0],
         "images_per_class": [78.0],
         "stored_floats": [30635.0],
+        "stored_bytes": [122540.0],
         "instance_floats": [32.0],
         "peak_gib": [1.5],
         "condense_hours": [0.25],
@@ -219,7 +222,17 @@ def test_every_value_of_a_result():
     del one["condense_seconds"], one["pruning"], one["curve"]
     one |= {"mode": "full_data", "images_per_class": "4193-12534"}
     lacks = [key for key, value in VALUES.items() if value.samples(one) is None]
-    assert lacks == ["held_out", "images_per_class", "instance_floats", "condense_hours"]
+    assert lacks == [
+        "held_out",
+        "held_out_start",
+        "held_out_end",
+        "images_per_class",
+        "instance_floats",
+        "condense_hours",
+    ]
+    halves = result([0.5], stored_bytes=7, fit_seconds=900.0)
+    assert VALUES["stored_bytes"].samples(halves) == [7.0]
+    assert VALUES["condense_hours"].samples(halves) == [0.5]  # the fit is a part of it
     assert VALUES["held_out"].samples(result([0.5])) == [25.0]  # the curve's end, where nothing was pruned
 
 
@@ -231,6 +244,18 @@ def test_the_least_memory_and_the_highest_accuracy_are_best_and_full_data_compet
     runs.finish("All/1", [0.9], peak_bytes=2**20, mode="full_data")
     best = [(row["value"], row["method"]) for row in rows_of(fill(runs)) if row["best"] == "1"]
     assert best == [("accuracy", "X"), ("peak_gib", "X")]
+
+
+def test_the_values_of_a_single_column_stand_side_by_side(tmp_path, reported):
+    axes = {"method": {"X": [], "Y": []}, "ipc": {"1": []}}
+    runs = Runs(tmp_path, axes=axes, columns=("ipc",), over=(), shows=("accuracy", "images_per_class"))
+    runs.finish("X/1", [0.5])
+    runs.finish("Y/1", [0.4], images_per_class="9")
+    text = markdown(fill(runs))
+    assert text.count("## ") == 1 and "## Ipc 1" in text
+    assert "| method | test accuracy, % | images per class |" in text
+    assert "| X | **50.00 (1)** | 78 |" in text and "| Y | 40.00 (1) | 9 |" in text
+    assert latex(fill(runs)).count(r"\begin{tabular}") == 1
 
 
 def test_a_single_competitor_is_not_called_best(tmp_path, reported):

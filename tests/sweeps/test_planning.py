@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,13 @@ def test_all_that_cannot_be_composed_is_said_at_once():
     several = "; ".join(f"wrong {share}" for share in range(5))
     assert lines[2].startswith(f"{several} and 2 more: pruning.over_budget=2")
     assert lines[3].startswith("unknown key: memory.pages: unknown key; memory has images_per_class")
+
+
+def test_an_unknown_key_is_answered_with_the_keys_of_the_cells_own_container(monkeypatch):
+    """And not with those of the command, which may name a table where runs have settings."""
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "plan", "experiment=main_table", "container=linba"])
+    with pytest.raises(ConfigError, match="^a: container.instance_channels: unknown key; container has .*coefficients"):
+        plan_cells([cell("a", "container=fred", "container.instance_channels=4")])
 
 
 def test_a_table_with_a_wrong_cell_is_not_remembered(tmp_path):
