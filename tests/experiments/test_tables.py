@@ -254,7 +254,7 @@ def test_the_values_of_a_single_column_stand_side_by_side(tmp_path, reported):
     text = markdown(fill(runs))
     assert text.count("## ") == 1 and "## Ipc 1" in text
     assert "| method | test accuracy, % | images per class |" in text
-    assert "| X | **50.00 (1)** | 78 |" in text and "| Y | 40.00 (1) | 9 |" in text
+    assert "| X | **50.00 (1 x 1)** | 78 |" in text and "| Y | 40.00 (1 x 1) | 9 |" in text
     assert latex(fill(runs)).count(r"\begin{tabular}") == 1
 
 
