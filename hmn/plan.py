@@ -23,7 +23,7 @@ from hmn.config.objectives import (
     TrajectoryMatchingConfig,
     UnrolledConfig,
 )
-from hmn.containers import KINDS, Storage, storage
+from hmn.containers import KINDS, Storage, rebuild, storage
 from hmn.containers.base import Container, ImageShape, PixelShape
 from hmn.cost import Step, step_flops, training_flops
 from hmn.data import datasets
@@ -246,8 +246,9 @@ def _check_start(plan: Plan, card: dict[str, Any]) -> None:
         container = plan.container(
             plan.storage.over_budget_instances, tuple(card["data"]["mean"]), tuple(card["data"]["std"])
         )
-    own, found = json.loads(json.dumps(container.specification())), card["container"]
-    keys = own | found if own["name"] == found.get("name") else ["name"]
+        kept = rebuild(card["container"])
+    own, found = container.specification(), kept.specification()
+    keys = own | found if own["name"] == found["name"] else ["name"]
     differing = sorted(key for key in keys if own.get(key) != found.get(key))
     told = "; ".join(f"{key} {found.get(key)} there, {own.get(key)} here" for key in differing)
     more = ": pruning=none starts from a pruned set" if plan.config.pruning.over_budget else ""

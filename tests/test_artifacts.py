@@ -118,7 +118,7 @@ def test_the_card_tells_checksum_shape_and_floats(tmp_path):
     card = artifacts.save(tmp_path, made, {"budget": {"floats": 10**6}, "data": {"name": "toy"}})
     assert json.loads((tmp_path / CARD).read_text()) == card == load_condensed(tmp_path).card
     assert (card["schema_version"], card["sha256"]) == (1, sha256(tmp_path / TENSORS))
-    decoder = {"decoder": "upsample", "decoder_norm": False}
+    decoder = {"decoder": "upsample", "decoder_norm": False, "output": "sigmoid"}
     assert card["container"] == {"name": "hmn", "images_per_class": 4, **SHAPE, **decoder}
     assert card["stored_floats"] == sum(tensor.numel() for tensor in load_file(tmp_path / TENSORS).values())
     assert card["data"] == {"name": "toy"}

@@ -292,6 +292,7 @@ SCIENCE: dict[str, dict[str, Any]] = {
         "decoder_width": 32,
         "decoder": "transposed",
         "decoder_norm": True,
+        "output": "linear",
         "init": "fit_real",
         "lr_scale": {"decoder": 2.0},
         "instance_init_scale": 2.0,

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from omegaconf import MISSING
 
-from hmn.config.checks import at_least, one_of, positive, require, unscientific
+from hmn.config.checks import at_least, newer, one_of, positive, require, unscientific
 
 SECTION = "container"
 KEPT = "kept"
@@ -66,6 +66,7 @@ class HmnConfig(ContainerConfig):
     decoder_width: int | None = None  # W
     decoder: str = "upsample"  # upsample: convolution then nearest x2; transposed: 4x4 transposed convolution
     decoder_norm: bool = False  # one-group GroupNorm after each hidden convolution
+    output: str = newer("sigmoid")  # pixels in [0, 1]; linear: the sigmoid's tangent at 0, 1/2 + x/4, without bounds
     instance_init_scale: float = 1.0  # of the N(0, 1) the instance memories start from
 
     def __post_init__(self) -> None:
@@ -76,6 +77,7 @@ class HmnConfig(ContainerConfig):
         require("container.feature_kernel", kernel is None or (kernel > 0 and kernel % 2), kernel, "odd and positive")
         require("container.decoder_width", width is None or width % 2 == 0, width, "even")
         one_of("container.decoder", self.decoder, ("upsample", "transposed"))
+        one_of("container.output", self.output, ("sigmoid", "linear"))
         positive(SECTION, self, "instance_init_scale")
 
 

@@ -28,6 +28,7 @@ class HmnShape(ImageShape):
     decoder_width: int  # W
     decoder: str = "upsample"
     decoder_norm: bool = False
+    output: str = "sigmoid"
 
     @property
     def doublings(self) -> int:
@@ -75,7 +76,10 @@ class HierarchicalMemory(Container):
         self.decoder = make_decoder(shape)
 
     def decode(self, index: Tensor) -> Tensor:
-        """Images (n, channels, H, W) in [0, 1] of instances ``index`` (n,): i is the image i % G of class i // G."""
+        """Images (n, channels, H, W) of instances ``index`` (n,): i is the image i % G of class i // G.
+
+        In [0, 1] but for a linear output.
+        """
         label = index // self.images_per_class
         parts = [self.instances.flatten(0, 1)[index]]
         if self.shape.class_channels:
@@ -133,7 +137,7 @@ class HierarchicalMemory(Container):
 
 
 def make_decoder(shape: HmnShape) -> nn.Sequential:
-    """L stages that each double the side, W channels wide and W/2 in the last, then a 3x3 head and a sigmoid.
+    """L stages that each double the side, W channels wide and W/2 in the last, then a 3x3 head and the output.
 
     ``upsample``: 3x3 convolution, leaky ReLU, nearest x2. ``transposed``: 4x4 transposed convolution of stride 2.
     """
@@ -152,4 +156,12 @@ def make_decoder(shape: HmnShape) -> nn.Sequential:
         if shape.decoder == "upsample":
             layers.append(nn.Upsample(scale_factor=2))
         inputs = outputs
-    return nn.Sequential(*layers, nn.Conv2d(inputs, shape.channels, 3, padding=1), nn.Sigmoid())
+    output = nn.Sigmoid() if shape.output == "sigmoid" else Tangent()
+    return nn.Sequential(*layers, nn.Conv2d(inputs, shape.channels, 3, padding=1), output)
+
+
+class Tangent(nn.Module):
+    """The sigmoid's tangent at 0: the same pixels around grey, and no bounds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 + x / 4
