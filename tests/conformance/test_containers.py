@@ -64,6 +64,7 @@ MAKERS = {
     "hmn": maker("hmn", **HMN),
     "hmn, transposed decoder": maker("hmn", **HMN, decoder="transposed"),
     "hmn, normalised decoder": maker("hmn", **HMN, decoder_norm=True),
+    "hmn, linear output": maker("hmn", **HMN, output="linear"),
     "hmn without dataset memory": maker("hmn", **HMN | {"feature_channels": 0}),
     "hmn without class memories": maker("hmn", **HMN | {"class_channels": 0}),
     "hmn, instances only, grey": maker("hmn", channels=1, **HMN | {"feature_channels": 0, "class_channels": 0}),

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from hmn.budget import budget_floats
 from hmn.config import HmnConfig
 from hmn.containers import storage
-from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
+from hmn.containers.hierarchical import HierarchicalMemory, HmnShape, Tangent
 from hmn.containers.presets import PRESETS
 from hmn.errors import ConfigError
 from hmn.prune import kept_instances
@@ -54,6 +54,7 @@ VARIANTS = {
     "three doublings": {"image_size": 32},
     "transposed": {"decoder": "transposed"},
     "normalised": {"decoder_norm": True},
+    "linear output": {"output": "linear"},
     "transposed and normalised": {"decoder": "transposed", "decoder_norm": True},
 }
 each_variant = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
@@ -121,7 +122,8 @@ def plain_image(container: HierarchicalMemory, c: int, i: int) -> Tensor:
             maps = maps.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
         side *= 2
         assert maps.shape[-1] == side
-    image = 1 / (1 + torch.exp(-F.conv2d(maps, next(weights), next(weights), padding=1)))
+    image = F.conv2d(maps, next(weights), next(weights), padding=1)
+    image = 1 / (1 + torch.exp(-image)) if shape.output == "sigmoid" else 0.5 + 0.25 * image
     assert next(weights, None) is None
     return image[0]
 
@@ -135,6 +137,14 @@ def test_decoding_equals_the_equation_image_by_image(changes):
     for row, image in enumerate(images):
         expected = plain_image(container, row // 4, row % 4)
         torch.testing.assert_close(image, expected, rtol=0, atol=1e-10)
+
+
+def test_a_linear_output_is_the_sigmoids_tangent_at_grey():
+    x = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    for output in (nn.Sigmoid(), Tangent()):
+        value = output(x)
+        (slope,) = torch.autograd.grad(value, x)
+        assert (value.item(), slope.item()) == (0.5, 0.25)
 
 
 def test_any_instances_can_be_decoded_in_any_order():
@@ -336,6 +346,7 @@ def shapes(draw: st.DrawFn) -> HmnShape:
         decoder_width=draw(st.sampled_from([2, 4, 6])),
         decoder=draw(st.sampled_from(["upsample", "transposed"])),
         decoder_norm=draw(st.booleans()),
+        output=draw(st.sampled_from(["sigmoid", "linear"])),
     )
 
 
