@@ -36,13 +36,14 @@ def save(folder: Path, container: Container, made: dict[str, Any]) -> None:
 
 
 def load(folder: Path, container: Container) -> dict[str, Any] | None:
-    """Fill ``container`` and return what was kept with it; ``None`` where nothing is kept.
+    """Bring an empty ``container`` into the form that is kept, fill it and return what was kept with it.
 
-    Raises ``ArtifactError`` for a file that does not hold such a container.
+    ``None`` where nothing is kept. Raises ``ArtifactError`` for a file that does not hold such a container.
     """
     path = folder / TENSORS
     if not path.exists():
         return None
+    container.finish()  # of shapes alone: what it holds is replaced
     try:
         with safe_open(path, "pt") as kept:
             made = json.loads(kept.metadata()["made"])

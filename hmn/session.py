@@ -175,6 +175,8 @@ class Session:
                 if distributed.first():
                     condensations.save(folder, container, made)
             else:
+                if not distributed.first():
+                    container.finish()
                 distributed.copy_first_(container.state_dict().values())
                 print(f"condensed by {made['condensed_by']} already: {folder / condensations.TENSORS}")
         return made

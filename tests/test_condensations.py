@@ -14,7 +14,7 @@ from hmn import condensations
 from hmn.checkpoint import Stop, exclusive
 from hmn.config import condensation_identity
 from hmn.errors import Interrupted
-from tests.command import TINY, configured, planned, run, start
+from tests.command import TINY, configured, planned, run, run_several, start
 
 SHARED = "compute.share_condensed=true"
 # One condensation, over budget, and what may come after it
@@ -95,6 +95,24 @@ def test_runs_that_share_a_condensation_end_as_if_each_had_made_its_own(tmp_path
     assert seconds == found[maker]["condense_seconds"] > 0
     made = [run_id for run_id, result in found.items() if "condense" in result["wall_seconds"]]
     assert made == [maker]
+
+
+@pytest.mark.parametrize("kind", ["speed", "fred", "haba", "multiformation"])
+def test_every_container_is_shared_in_the_form_that_is_kept(tmp_path, kind):
+    given = (*TINY, "pruning=none", "memory=ipc10", f"container={kind}", SHARED)
+    for networks in (1, 2):
+        outcome = run(tmp_path, *given, f"evaluation.networks={networks}")
+        assert outcome.code == 0, outcome.err
+    one, other = results(tmp_path).values()
+    assert one["artifact_sha256"] == other["artifact_sha256"] and one["condensed_by"] == other["condensed_by"]
+
+
+def test_several_processes_take_it_together(tmp_path):
+    assert run(tmp_path, *TINY, SHARED).code == 0
+    outcomes = run_several(tmp_path, 2, *TINY, SHARED, *AFTER["networks"])
+    assert [outcome.code for outcome in outcomes] == [0, 0], [outcome.err for outcome in outcomes]
+    one, other = results(tmp_path).values()
+    assert one["artifact_sha256"] == other["artifact_sha256"] and one["condensed_by"] == other["condensed_by"]
 
 
 def test_a_killed_run_goes_on_and_keeps_the_same_condensation(tmp_path):
