@@ -33,7 +33,7 @@ from hmn.containers.base import Container
 from hmn.containers.fit import fit_real
 from hmn.data import datasets
 from hmn.data.preprocess import Normalise, unit_range
-from hmn.data.sampling import random_subset, repeated_subset
+from hmn.data.sampling import random_subset
 from hmn.data.source import TrainingImages
 from hmn.data.splits import listing
 from hmn.errors import DataError
@@ -196,13 +196,7 @@ class Session:
 
     def _condensation(self, container: Container) -> condense.Condensation:
         config = self.config
-        real = TrainingImages(
-            self.data.train.images,
-            self.data.train.labels,
-            self.data.class_names,
-            generator(config.seed, "container", "real", device=self.compute.device),
-        )
-        self._initialise(container, real)
+        self._initialise(container)
         state = self.checkpoints.load(condense.SLOT)
         if state is None and config.container.init == "fit_real":
             self._fit(container)
@@ -255,8 +249,12 @@ class Session:
         self._log_grid(container, work.step)
         return work
 
-    def _initialise(self, container: Container, real: TrainingImages) -> None:
+    def _training_images(self, stream: torch.Generator) -> TrainingImages:
+        return TrainingImages(self.data.train.images, self.data.train.labels, self.data.class_names, stream)
+
+    def _initialise(self, container: Container) -> None:
         settings = self.config.container
+        real = self._training_images(generator(self.config.seed, "container", "real", device=self.compute.device))
         stream = generator(self.config.seed, "container", device=self.compute.device)
         if settings.init == KEPT:
             container.initialise(stream, dataclasses.replace(settings, init=settings.INITS[0], start=None), real)
@@ -267,7 +265,7 @@ class Session:
     def _fit(self, container: Container) -> None:
         settings = self.config.container
         stream = generator(self.config.seed, "fit", device=self.compute.device)
-        index = repeated_subset(self.data.train.labels, container.images_per_class, self.data.class_names, stream)
+        index = self._training_images(stream).choose(container.images_per_class, settings.fit_images)
         with self.checkpoints.timed("fit"):
             error = fit_real(
                 container,

@@ -298,6 +298,7 @@ SCIENCE: dict[str, dict[str, Any]] = {
         "instance_init_scale": 2.0,
         "fit_steps": 7,
         "fit_batch": 7,
+        "fit_images": "k_means",
         "fit_learning_rate": 0.1,
     },
     "objective": {

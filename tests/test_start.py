@@ -97,3 +97,11 @@ def test_init_and_start_are_given_together():
 def test_a_missing_set_is_told_in_one_line(tmp_path):
     outcome = run(tmp_path, *ALONE, FROM, "container.start=runs/none")
     assert outcome.code == 2 and "no condensed.safetensors there" in outcome.complaint
+
+
+def test_the_images_that_a_set_is_fitted_to_may_be_chosen_by_k_means(tmp_path):
+    fitted = (*ALONE, "container.init=fit_real", "container.fit_steps=8", *STILL)
+    chosen = [kept(tmp_path, *fitted, f"container.fit_images={how}") for how in ("random", "k_means")]
+    one, other = (load_condensed(folder).container.instances for folder in chosen)
+    assert not torch.equal(one, other)
+    assert [result(folder)["config"]["container"]["fit_images"] for folder in chosen] == ["random", "k_means"]

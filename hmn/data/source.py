@@ -20,11 +20,13 @@ class TrainingImages:
 
     def draw(self, count: int, how: str = "random") -> Tensor:
         """``count`` images of every class: see ``containers.base.RealImages``."""
+        return unit_range(self.images[self.choose(count, how)])
+
+    def choose(self, count: int, how: str = "random") -> Tensor:
+        """Their indices (C * count,)."""
         if how == "random":
-            index = repeated_subset(self.labels, count, self.class_names, self.generator)
-        else:
-            index = torch.cat([self._of_class(label, count, how) for label in range(len(self.class_names))])
-        return unit_range(self.images[index])
+            return repeated_subset(self.labels, count, self.class_names, self.generator)
+        return torch.cat([self._of_class(label, count, how) for label in range(len(self.class_names))])
 
     def _of_class(self, label: int, count: int, how: str) -> Tensor:
         members = (self.labels == label).nonzero().flatten()
