@@ -124,7 +124,7 @@ def test_images_are_float32_of_the_shape_that_it_says_and_those_of_hmn_in_the_un
     images, shape = decoded(container, *everything(container)), container.shape
     assert images.shape == (CLASSES * IMAGES, shape.channels, SIDE, SIDE)
     assert images.dtype == torch.float32 and images.isfinite().all()
-    if container.NAME == "hmn":
+    if container.NAME == "hmn" and container.shape.output == "sigmoid":
         assert images.min() >= 0 and images.max() <= 1
 
 
