@@ -4,7 +4,8 @@ NAME is a file of experiments/tables/ with ``kind: figure``, KEY=VALUE are setti
 Writes DIR/NAME.png and DIR/NAME.svg: the first of ``columns`` is the x axis, a row of the table is a line, the first of
 ``shows`` is y; points are means, bars the standard deviation that tables show. With ``--against condense_hours`` (or
 another value of experiments/filling.py) any table is drawn as its first value against that one, as
-DIR/NAME-condense_hours.png and .svg.
+DIR/NAME-condense_hours.png and .svg. With ``--bars held_out_end,held_out`` a table with one column is drawn as what its
+rows gain or lose against the first of them, the best on top, as DIR/NAME-bars.png and .svg.
 
 What is reported is a hollow grey marker, on no line. The same results give the same bytes of SVG. Needs the extra
 ``figures``.
@@ -316,6 +317,57 @@ def _legend(figure: Figure, every: Any) -> None:
     figure.legend([known[label] for label in labels], labels, loc="outside right center")
 
 
+def bars(filled: Filled, keys: Sequence[str], title: str) -> Figure:
+    """A bar for each row but the first: the mean over ``keys`` of its difference from the first, and a mark for each.
+
+    Raises ``ConfigError`` for a table of several columns and for one whose first row is not measured.
+    """
+    from matplotlib.figure import Figure
+
+    if len({entry.column for entry in filled.entries}) > 1:
+        raise ConfigError(
+            f"{filled.table.name}: --bars compares the rows of a single column; settle one with only.AXIS=LABEL"
+        )
+    (first, base), *others = _differences(filled, keys)
+    if len(base) < len(keys):
+        raise ConfigError(
+            f"{filled.table.name}: {first}, which others are compared with, is not measured: {filled.command}"
+        )
+    rows = sorted((row for row in others if row[1]), key=lambda row: statistics.fmean(row[1]))
+    with styled():
+        figure = Figure(figsize=(6.8, 1.4 + 0.24 * len(rows)))
+        axes = figure.subplots()
+        means = [statistics.fmean(values) for _, values in rows]
+        axes.barh(
+            range(len(rows)), means, color=[COLOURS[0] if mean >= 0 else COLOURS[1] for mean in means], height=0.6
+        )
+        for place, (_, values) in enumerate(rows):
+            axes.plot(values, [place] * len(values), linestyle="none", marker="|", markersize=8, color=COLOURS[-1])
+        axes.axvline(0, color=GREY, linewidth=1.0)
+        axes.set_yticks(range(len(rows)), [row for row, _ in rows])
+        axes.grid(False, axis="y")
+        unit = "points" if VALUES[keys[0]].unit == "%" else VALUES[keys[0]].unit
+        axes.set_xlabel(f"difference from: {first}, {unit}")
+        counts = ", ".join(sorted({entry.measured.n for entry in filled.entries if entry.measured}))
+        names = " and ".join(VALUES[key].title for key in keys)
+        _head_and_foot(figure, title, f"marks: {names}; bars: their mean; condensations x networks: {counts}")
+    return figure
+
+
+def _differences(filled: Filled, keys: Sequence[str]) -> list[tuple[str, list[float]]]:
+    """By row what is measured of ``keys``, less the first row's; of the first row nothing where one is missing."""
+    found: dict[str, dict[str, float]] = {}
+    for entry in filled.entries:
+        values = found.setdefault(named(filled.table.rows, entry.row), {})
+        if entry.measured:
+            values[entry.value] = entry.measured.mean
+    first = next(iter(found.values()))
+    return [
+        (row, [values[key] - first[key] for key in keys if key in values and key in first])
+        for row, values in found.items()
+    ]
+
+
 def galleries(sweep: Sweep) -> Figure:
     """The kept pictures: a row of the table is a row, a column a column. Raises ``ConfigError`` if none is there."""
     from matplotlib.figure import Figure
@@ -379,13 +431,19 @@ SPECIAL: Mapping[str, Callable[[Filled], tuple[Panel, ...]]] = {
 }
 
 
-def figure_of(sweep: Sweep, *, against: str | None = None, mix: bool = False) -> tuple[Figure, str]:
-    """The figure of a sweep's table, and what it shows in words.
+def figure_of(
+    sweep: Sweep, *, against: str | None = None, compared: Sequence[str] = (), mix: bool = False
+) -> tuple[Figure, str]:
+    """The figure of a sweep's table, and what it shows in words; ``compared`` are the values of bars.
 
     Raises ``ConfigError`` for a table that is none, and for one of which nothing is measured.
     """
     table = sweep.table
-    if against is not None:
+    if compared:
+        for value in compared:
+            one_of("--bars", value, tuple(VALUES))
+        sweep = replace(sweep, table=replace(table, shows=tuple(compared)))
+    elif against is not None:
         one_of("--against", against, tuple(VALUES))
         sweep = replace(sweep, table=replace(table, shows=(table.shows[0], against)))
     elif table.kind != "figure":
@@ -397,6 +455,8 @@ def figure_of(sweep: Sweep, *, against: str | None = None, mix: bool = False) ->
     filled = fill(sweep, mix=mix)
     if not any(entry.measured for entry in filled.entries):
         raise ConfigError(f"{table.name}: nothing is measured yet: {sweep.command}")
+    if compared:
+        return bars(filled, compared, _title(sweep)), "\n".join(filled.footer)
     if against is not None:
         panels = panels_against(filled, *sweep.table.shows)
     else:
@@ -445,12 +505,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("names", nargs="+", metavar="NAME|KEY=VALUE", help="files of experiments/tables; settings")
     parser.add_argument("--output", type=Path, required=True, help="the folder to write to")
     parser.add_argument("--against", metavar="VALUE", help="the x axis: a value of experiments/filling.py")
+    parser.add_argument(
+        "--bars", metavar="VALUE[,VALUE]", help="rows against the first: values of experiments/filling.py"
+    )
     parser.add_argument("--mix", action="store_true", help="draw results of several code versions together")
     given = parser.parse_intermixed_args(arguments)
+    if given.against is not None and given.bars is not None:
+        raise ConfigError("--against and --bars: draw one after the other")
+    compared = given.bars.split(",") if given.bars is not None else ()
     overrides = [name for name in given.names if "=" in name]
     for name in (name for name in given.names if "=" not in name):
-        figure, description = figure_of(sweep_of(name, overrides), against=given.against, mix=given.mix)
-        stem = name if given.against is None else f"{name}-{given.against}"
+        figure, description = figure_of(
+            sweep_of(name, overrides), against=given.against, compared=compared, mix=given.mix
+        )
+        stem = f"{name}-bars" if compared else name if given.against is None else f"{name}-{given.against}"
         for path in save(figure, given.output / stem, description):
             print(path)
 

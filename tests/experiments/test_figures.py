@@ -276,6 +276,34 @@ def test_any_table_is_drawn_against_time(table_files):
     ]
 
 
+def test_bars_are_differences_from_the_first_row_the_best_on_top():
+    names = {
+        "held_out_end": {"preset": 46, "worse": 42, "better": 47},
+        "held_out": {"preset": 47, "worse": 45, "better": 47},
+    }
+    found = [entry(row, "0", mean, value=key) for key, means in names.items() for row, mean in means.items()]
+    figure = figures.bars(
+        filled(*found, entry("open", "0", None, value="held_out")), ("held_out_end", "held_out"), "A title"
+    )
+    (axes,) = figure.axes
+    assert [patch.get_width() for patch in axes.patches] == [-3, 0.5]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["worse", "better"]
+    marks = [list(line.get_xdata()) for line in axes.get_lines() if line.get_marker() == "|"]
+    assert marks == [[-4, -2], [1, 0]]
+    assert axes.get_xlabel() == "difference from: preset, points"
+
+
+def test_bars_need_one_column_and_their_first_row(table_files):
+    finish("numbers", {("A", "0", "0"): [0.5]})
+    figures.main(["numbers", "--output", "out", "--bars", "accuracy", "only.beta=0"])
+    assert sorted(path.name for path in Path("out").iterdir()) == ["numbers-bars.png", "numbers-bars.svg"]
+    several = filled(entry("A", "0", 60), entry("A", "0.5", 61))
+    with pytest.raises(ConfigError, match="rows of a single column"):
+        figures.bars(several, ("accuracy",), "")
+    with pytest.raises(ConfigError, match="A, which others are compared with, is not measured: python sweep.py"):
+        figures.bars(filled(entry("A", "0", None), entry("B", "0", 60)), ("accuracy",), "")
+
+
 def test_galleries_show_what_is_finished_and_say_what_is_not(table_files):
     finish("galleries", {("A", "0", "0"): [0.5], ("A", "0.5", "0"): [0.5], ("B", "0", "0"): [0.5]})
     figure, _ = figures.figure_of(sweep_of("galleries", []))
@@ -298,6 +326,11 @@ def test_of_what_nothing_is_measured_nothing_is_drawn(table_files, name):
     ("arguments", "told"),
     [
         (["numbers"], "python -m experiments.tables numbers, or --against"),
+        (["lines", "--bars", "beauty"], "--bars=beauty: must be one of"),
+        (
+            ["lines", "--bars", "accuracy", "--against", "condense_hours"],
+            "--against and --bars: draw one after the other",
+        ),
         (["lines", "--against", "beauty"], "--against=beauty: must be one of"),
         (["unheard_of"], "galleries, lines, numbers"),
     ],
