@@ -106,7 +106,7 @@ class Session:
             pruned = quick_accuracy(self.judge, Images(images, labels), self.held_out, epochs, "curve_pruned")
             self.tracker.log({"curve/pruned_accuracy": pruned}, step_key="prune/step", step=0)
             pruning["held_out_accuracy"] = pruned
-        made = {"objective": dataclasses.asdict(config.objective), "pruning": pruning}
+        made = {"start": self._start(), "objective": dataclasses.asdict(config.objective), "pruning": pruning}
         return {
             **self._evaluate_and_keep(container, Images(images, labels), made),
             "over_budget_images_per_class": stored.over_budget_images_per_class,
@@ -248,6 +248,14 @@ class Session:
             )
         self._log_grid(container, work.step)
         return work
+
+    def _start(self) -> dict[str, Any]:
+        """For the card: what the container started as."""
+        settings = self.config.container
+        if settings.init == KEPT:
+            return {"init": settings.init, "sha256": self.plan.artifact}
+        fit = dataclasses.asdict(settings) if settings.init == "fit_real" else {}
+        return {"init": settings.init} | {name: value for name, value in fit.items() if name.startswith("fit_")}
 
     def _training_images(self, stream: torch.Generator) -> TrainingImages:
         return TrainingImages(self.data.train.images, self.data.train.labels, self.data.class_names, stream)

@@ -43,7 +43,9 @@ def result(folder: Path) -> dict[str, Any]:
 def test_a_run_starts_where_the_kept_set_is(tmp_path, kind):
     first = kept(tmp_path, *ALONE, *KINDS[kind])
     then = kept(tmp_path, *ALONE, *KINDS[kind], FROM, f"container.start={first}", *STILL, "seed=7")
-    was, found = (load_condensed(folder).container.state_dict() for folder in (first, then))
+    sets = [load_condensed(folder) for folder in (first, then)]
+    assert sets[1].card["start"] == {"init": "kept", "sha256": sets[0].card["sha256"]}
+    was, found = (one.container.state_dict() for one in sets)
     assert was.keys() == found.keys()
     for name, tensor in was.items():
         assert torch.equal(found[name], tensor), name
@@ -105,3 +107,5 @@ def test_the_images_that_a_set_is_fitted_to_may_be_chosen_by_k_means(tmp_path):
     one, other = (load_condensed(folder).container.instances for folder in chosen)
     assert not torch.equal(one, other)
     assert [result(folder)["config"]["container"]["fit_images"] for folder in chosen] == ["random", "k_means"]
+    fit = {"init": "fit_real", "fit_steps": 8, "fit_batch": 128, "fit_learning_rate": 0.02, "fit_images": "k_means"}
+    assert load_condensed(chosen[1]).card["start"] == fit
