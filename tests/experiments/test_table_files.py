@@ -11,21 +11,25 @@ from hmn.plan import Plan
 from hmn.sweeps.cells import Cell
 from hmn.sweeps.planning import plan_cells
 from hmn.sweeps.table import TABLES, Table, load_table, table_file
+from tests.command import ROOT
 
 NAMES = sorted(path.stem for path in TABLES.glob("*.yaml"))
 DRAWN = {"gallery"}  # shown by figures alone
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 @pytest.fixture(scope="session")
 def with_data(tmp_path_factory):
-    """A folder with the class folders that plans look for: no image is read."""
+    """A folder with what plans look for: class folders, of which no image is read, and the released sets."""
     folder = tmp_path_factory.mktemp("work")
     for split in ("train", "val"):
         for wnid in IMAGENET10:
             (folder / "data" / "imagenet10" / split / wnid).mkdir(parents=True)
     for split in ("train", "test"):
-        for name in range(10):
-            (folder / "data" / "cifar10-q75" / split / str(name)).mkdir(parents=True)
+        for name in CIFAR10:
+            (folder / "data" / "cifar10-q75" / split / name).mkdir(parents=True)
+    (folder / "experiments").mkdir()
+    (folder / "experiments" / "release").symlink_to(ROOT / "experiments" / "release")
     return folder
 
 
