@@ -442,6 +442,8 @@ def figure_of(
     if compared:
         for value in compared:
             one_of("--bars", value, tuple(VALUES))
+        if len({VALUES[value].unit for value in compared}) > 1:
+            raise ConfigError(f"--bars={','.join(compared)}: has no mean: give values of one unit")
         sweep = replace(sweep, table=replace(table, shows=tuple(compared)))
     elif against is not None:
         one_of("--against", against, tuple(VALUES))

@@ -327,6 +327,7 @@ def test_of_what_nothing_is_measured_nothing_is_drawn(table_files, name):
     [
         (["numbers"], "python -m experiments.tables numbers, or --against"),
         (["lines", "--bars", "beauty"], "--bars=beauty: must be one of"),
+        (["lines", "--bars", "accuracy,condense_hours"], "--bars=accuracy,condense_hours: has no mean"),
         (
             ["lines", "--bars", "accuracy", "--against", "condense_hours"],
             "--against and --bars: draw one after the other",
