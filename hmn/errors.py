@@ -30,7 +30,7 @@ class Damaged(ArtifactError):
 
 
 class Diverged(HmnError, ArithmeticError):
-    """A loss or parameter that is no longer finite."""
+    """A loss or parameter that is no longer finite, or a fit that ended further off than it began."""
 
 
 class Busy(HmnError):

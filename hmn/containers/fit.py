@@ -11,6 +11,7 @@ from tqdm import tqdm
 from hmn import distributed
 from hmn.checkpoint import Checkpoints
 from hmn.data.preprocess import unit_range
+from hmn.errors import Diverged
 
 SLOT = "fit"
 
@@ -28,12 +29,25 @@ def fit_real(
     """Fit image i of ``container`` to ``targets[i]`` (C * G, channels, H, W) uint8; returns the last squared error.
 
     Adam with a one-cycle learning rate that peaks at ``lr``, on random batches; resumable from the slot ``fit``.
+    Raises ``Diverged`` if the images of the first batch end further from theirs than they began: with too high a rate
+    a decoder saturates, and no gradient brings it back.
     """
     optimizer = torch.optim.Adam(container.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
+    everything = torch.arange(len(targets), device=targets.device)
+
+    def draw() -> Tensor:
+        if batch >= len(targets):
+            return everything
+        return torch.randperm(len(targets), generator=generator, device=targets.device)[:batch]
+
+    def squared_error(index: Tensor) -> Tensor:
+        return (container.decode(index) - unit_range(targets[index])).square().mean()
+
     done, error = 0, torch.tensor(float("nan"))
+    first, began = everything, error
     if (state := checkpoints.load(SLOT)) is not None:
-        done, error = state["done"], state["error"]
+        done, error, first, began = (state[key] for key in ("done", "error", "first", "began"))
         container.load_state_dict(state["container"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
@@ -43,20 +57,21 @@ def fit_real(
         return {
             "done": done,
             "error": error.detach(),
+            "first": first,
+            "began": began,
             "container": container.state_dict(),
             "optimizer": optimizer.state_dict(),
             "schedule": schedule.state_dict(),
             "generator": generator.get_state(),
         }
 
-    everything = torch.arange(len(targets), device=targets.device)
     hidden = not distributed.first()
     with tqdm(total=steps, initial=done, desc="fit real images", unit="step", leave=False, disable=hidden) as bar:
         while done < steps:
-            index = everything
-            if batch < len(targets):
-                index = torch.randperm(len(targets), generator=generator, device=targets.device)[:batch]
-            error = (container.decode(index) - unit_range(targets[index])).square().mean()
+            index = draw()
+            error = squared_error(index)
+            if done == 0:
+                first, began = index, error.detach()
             error.backward()
             optimizer.step()
             optimizer.zero_grad()  # after the step: what is left would be added to the first matching gradient
@@ -64,4 +79,11 @@ def fit_real(
             done += 1
             bar.update()
             checkpoints.tick(SLOT, state_now)
+    with torch.no_grad():
+        ended = squared_error(first)
+    if not ended <= began:
+        raise Diverged(
+            f"fitting real images: the squared error went from {float(began):.3g} to {float(ended):.3g}; "
+            "lower container.fit_learning_rate"
+        )
     return float(error.detach())

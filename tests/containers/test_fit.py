@@ -13,7 +13,7 @@ from hmn.checkpoint import Checkpoints, Stop
 from hmn.config import HmnConfig
 from hmn.containers.fit import SLOT, fit_real
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
-from hmn.errors import Interrupted
+from hmn.errors import Diverged, Interrupted
 
 SHAPE = HmnShape(
     classes=3,
@@ -46,11 +46,18 @@ def targets() -> Tensor:
 
 
 def fit(
-    container: HierarchicalMemory, folder: Path, *, steps: int, batch: int = 6, seed: int = 5, stop: Stop | None = None
+    container: HierarchicalMemory,
+    folder: Path,
+    *,
+    steps: int,
+    batch: int = 6,
+    lr: float = 2e-2,
+    seed: int = 5,
+    stop: Stop | None = None,
 ) -> tuple[float, torch.Generator]:
     stream = generator(seed)
     checkpoints = Checkpoints(folder, 3600.0, stop)
-    error = fit_real(container, targets(), steps=steps, batch=batch, lr=2e-2, generator=stream, checkpoints=checkpoints)
+    error = fit_real(container, targets(), steps=steps, batch=batch, lr=lr, generator=stream, checkpoints=checkpoints)
     return error, stream
 
 
@@ -136,3 +143,12 @@ def test_a_fit_interrupted_after_its_last_step_has_nothing_left_to_do(tmp_path):
     second = made(seed=77)
     assert fit(second, tmp_path / "cut", steps=3)[0] == expected
     assert torch.equal(second.instances, whole.instances)
+
+
+@pytest.mark.parametrize("batch", [6, 2])
+def test_a_fit_that_ends_further_off_than_it_began_is_refused(tmp_path, batch):
+    told = r"^fitting real images: the squared error went from 0\.\d+ to 0\.\d+; lower container\.fit_learning_rate$"
+    with pytest.raises(Diverged, match=told):
+        fit(made(), tmp_path, steps=40, batch=batch, lr=100.0)
+    with pytest.raises(Diverged, match=told):  # also where nothing is left to do but to look at it
+        fit(made(seed=77), tmp_path, steps=40, batch=batch, lr=100.0)
