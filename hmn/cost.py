@@ -54,11 +54,15 @@ def step_flops(
 def gradient_matching(
     objective: GradientMatchingConfig, build: Builder, pixels: tuple[int, int, int], classes: int, images: int
 ) -> Step:
-    """All its classes by the plain loop; the network trains on real images in between."""
+    """All its classes by the plain loop; the network trains on real images in between.
+
+    A bank has the real gradients and the trained networks already: it is made once for many runs, and not counted.
+    """
     batches = math.ceil(objective.network_samples / objective.network_batch)
     update = batches * objective.network_batch * training_flops(build, pixels)
-    matching = _gradients_compared(objective, build, pixels, images, convolution_weights)
-    return Step(matching * _group(objective, classes), update)
+    real, compared = _gradients_compared(objective, build, pixels, images, convolution_weights)
+    banked = objective.bank.networks > 0
+    return Step((compared + real * (not banked)) * _group(objective, classes), update * (not banked))
 
 
 def synthetic_gradient(
@@ -67,7 +71,7 @@ def synthetic_gradient(
     """As gradient matching, of all weights; the network trains on the synthetic images, but not after its last step."""
     passes = objective.network_epochs * (objective.inner_steps - 1) / objective.inner_steps
     update = int(passes * classes * images * training_flops(build, pixels))
-    matching = _gradients_compared(objective, build, pixels, images, all_weights)
+    matching = sum(_gradients_compared(objective, build, pixels, images, all_weights))
     return Step(matching * _group(objective, classes), update)
 
 
@@ -91,17 +95,21 @@ def _gradients_compared(
     pixels: tuple[int, int, int],
     images: int,
     matched: Matched,
-) -> int:
-    """Of one class."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+) -> tuple[int, int]:
+    """Of one class: the gradient of the real images, and the comparison with it."""
+    real_counter, counter = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    with torch.device("meta"):
         network = build()
         form = nested(network, objective.metric, Compute(torch.device("cpu")), matched)
         real = torch.empty(objective.real_batch, *pixels)
         synthetic = torch.empty(min(objective.synthetic_batch, images), *pixels)
         labels = [torch.zeros(len(batch), dtype=torch.int64) for batch in (real, synthetic)]
         parameters = dict(network.named_parameters())
-        form.match(parameters, form.gradients(parameters, real, labels[0]), synthetic, labels[1])
-    return counter.get_total_flops()
+        with real_counter:
+            gradients = form.gradients(parameters, real, labels[0])
+        with counter:
+            form.match(parameters, gradients, synthetic, labels[1])
+    return real_counter.get_total_flops(), counter.get_total_flops()
 
 
 def _group(objective: ClassMatchingConfig, classes: int) -> int:

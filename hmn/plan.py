@@ -43,6 +43,7 @@ class Plan:
     # SHA-256 of the kept tensors that are evaluated or started from; of several in ascending order, as theirs is of no
     # consequence
     artifact: str | list[str] | None = None
+    kept_images: int = 0  # of all classes, in the kept sets that are evaluated
 
     @cached_property
     def run_id(self) -> str:
@@ -111,15 +112,9 @@ class Plan:
 
         Of a coreset with the networks that it is chosen by, which may train for longer than those that judge it.
         """
-        evaluation, memory = self.config.evaluation, self.config.memory
-        per_class = {
-            "run": self.storage.images_per_class if self.storage else 0,
-            "random_subset": memory.images_per_class,
-        }
         if self.config.mode == "experts":
             return float(self.expert_flops)
-        images = self.data.classes * per_class.get(self.config.mode, TRAIN_IMAGES)
-        judging = evaluation.networks * self.epochs * images * self.training_flops
+        judging = self.config.evaluation.networks * self.epochs * self.judging_images * self.training_flops
         making = 0
         if self.config.condenses:
             making = (self.step_flops.matching + self.step_flops.update) * self.matching_steps + self.expert_flops
@@ -128,6 +123,22 @@ class Plan:
             epochs = (container.networks or 0) * (container.epochs or 0)
             making = epochs * self.data.classes * TRAIN_IMAGES * self.training_flops
         return float(judging + making)
+
+    @property
+    def judging_images(self) -> float:
+        """Those that a judging network sees in an epoch; where several sets are judged, of all of them."""
+        config, classes = self.config, self.data.classes
+        match config.mode:
+            case "run":
+                return classes * self.storage.images_per_class
+            case "random_subset":
+                return classes * config.memory.images_per_class
+            case "evaluate":
+                return self.kept_images
+            case "redundancy":
+                return self.kept_images * sum(1 - share for share in config.redundancy.drop)
+            case _:
+                return classes * TRAIN_IMAGES
 
     @property
     def epochs(self) -> int:
@@ -215,7 +226,7 @@ def make_plan(config: Config, typed: Sequence[str] = ()) -> Plan:
     if config.condenses and config.container.start is not None:
         start = read_card(tensors_file(config.container.start))
         artifact = start["sha256"]
-    plan = Plan(config, data, stored, artifact)
+    plan = Plan(config, data, stored, artifact, sum(map(_images, cards.values())))
     _ = plan.build  # checks the network's depth against the image side
     if config.condenses:
         _check_pairs(plan)
@@ -276,6 +287,12 @@ def _check_networks(plan: Plan) -> None:
     alone = not distributed.launched() or not isinstance(config.objective, UnrolledConfig)
     rule = "an objective that compares classes with each other, under torchrun: a student's steps cannot be shared out"
     require("objective.name", alone, config.objective.name, rule)
+
+
+def _images(card: dict[str, Any]) -> int:
+    """Of all classes; 0 where the card is damaged, which is said where its set is read."""
+    container = card["container"]
+    return container.get("classes", 0) * container.get("images_per_class", 0)
 
 
 def _evaluated_dataset(

@@ -92,6 +92,13 @@ def test_flops_follow_batches_and_classes():
     assert planned("mode=plan", "objective.network_samples=0").step_flops.update == 0
 
 
+def test_with_a_bank_a_step_is_the_synthetic_side_alone():
+    live, banked = (planned("mode=plan", "dataset=cifar10", f"objective.bank.networks={count}") for count in (0, 2))
+    real = 10 * 64 * (TRAINING - CLASSIFIER)  # whose own gradient is not matched
+    assert live.step_flops.matching - banked.step_flops.matching == pytest.approx(real, rel=0.001)
+    assert banked.step_flops.update == 0
+
+
 def test_flops_of_dc_add_the_classifier_and_the_synthetic_epochs():
     image = ("mode=plan", "dataset=cifar10", "memory=ipc10", "container=image", "pruning=none")
     plan = planned(*image, "objective=dc")
@@ -139,6 +146,18 @@ def test_expected_flops_are_those_of_condensing_and_of_training_the_judges():
     assert planned(*small, "evaluation.epochs=5", "mode=random_subset").expected_flops == 4 * 5 * 10 * TRAINING
     full = planned(*small, "evaluation.full_data_epochs=2", "mode=full_data")
     assert full.expected_flops == 4 * 2 * 50_000 * TRAINING
+
+
+def test_expected_flops_of_judging_kept_sets_are_those_of_their_images(monkeypatch):
+    first, second = sorted((ROOT / "experiments" / "release").glob("hmn-*/"))  # of 38 images a class each
+    monkeypatch.setattr("hmn.plan.check_together", lambda cards: None)  # they are of the same classes
+    judged = ("dataset=cifar10", "evaluation.networks=4", "evaluation.epochs=5")
+    one = planned(*judged, "mode=evaluate", f"artifact={first}")
+    assert one.expected_flops == 4 * 5 * 380 * TRAINING
+    both = planned(*judged, "mode=evaluate", f"artifact=[{first},{second}]")
+    assert both.expected_flops == 4 * 5 * 2 * 380 * TRAINING
+    less = planned(*judged, "mode=redundancy", f"artifact={first}", "redundancy.drop=[0,0.75]")
+    assert less.expected_flops == 4 * 5 * (380 + 95) * TRAINING
 
 
 def test_the_plan_as_json_comes_from_an_empty_folder_and_leaves_it_empty(tmp_path):
