@@ -20,8 +20,8 @@ from hmn.objectives.gradient import matching_step, real_gradients, stored_step
 from hmn.realside import LiveSide
 from hmn.training import training_step
 from tests.command import configured
-from tests.test_condense import CLASSES, CPU, REAL, SEED, assert_same, config, make_container
-from tests.test_condense import build as build_network
+from tests.small_matching import CLASSES, CPU, REAL, SEED, assert_same, config, make_container
+from tests.small_matching import build as build_network
 
 SETTINGS = config(inner_steps=4, bank=BankConfig(networks=2, snapshots=2))
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hmn.capture import Replay, optimizer_tensors, warm_up
-from tests.test_condense import config, make_run
+from tests.small_matching import config, make_run
 
 
 class Walk:

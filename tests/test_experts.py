@@ -23,8 +23,8 @@ from hmn.experts import Trajectories, read
 from hmn.seeding import generator
 from hmn.training import Training, training_step
 from tests.command import TINY, configured, run
-from tests.test_condense import CPU, MEAN, REAL, STD, assert_same
-from tests.test_condense import build as build_network
+from tests.small_matching import CPU, MEAN, REAL, STD, assert_same
+from tests.small_matching import build as build_network
 
 SETTINGS = ExpertsConfig(count=3, epochs=2, batch=16)
 DEVICE = torch.device("cpu")

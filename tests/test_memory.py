@@ -9,7 +9,7 @@ from hmn.compute import Compute
 from hmn.errors import ConfigError
 from hmn.memory import classes_per_chunk, feature_bytes, matching_bytes, saved_bytes
 from hmn.objectives.distance import all_weights
-from tests.test_condense import CLASSES, CPU, PER_CLASS, build, clone_of, config, make_container, make_run
+from tests.small_matching import CLASSES, CPU, PER_CLASS, build, clone_of, config, make_container, make_run
 
 
 def test_saved_bytes_are_what_backward_needs():

@@ -1,4 +1,4 @@
-"""A container's optimiser beyond Adam's defaults: SGD, rates by tier and by budget, and the state that it keeps."""
+"""A container's optimiser: SGD and Adam, rates by tier and by budget, class by class, and the state that it keeps."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import copy
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from hmn.config.objectives import GradientMatchingConfig
 from hmn.containers import KINDS
 from hmn.containers.base import Container
 from hmn.containers.linba import LinbaShape
 from hmn.optimizer import ContainerOptimizer, idc_rate_factor
+from tests.small_matching import CLASSES, MEMORIES, OWNED, TIERS, assert_same, config, lr_at, make_container
 
 
 def container(seed: int = 0) -> Container:
@@ -114,3 +116,110 @@ def test_the_rows_that_classes_own_come_with_their_moments():
     assert [label for label, _ in rows] == [0, 1, 0, 1]
     assert all(torch.equal(row, made.instances[label]) for label, row in rows[:2])
     assert all(row.any() and not torch.equal(row, made.instances[label]) for label, row in rows[2:])
+
+
+# Adam on HMN, whose classes own their extractors too
+
+ADAM = config(memory_lr=0.03, weights_lr=0.002, beta1=0.8, beta2=0.95, final_lr_fraction=0.2)
+
+
+def reference_adam(tensors: list[Tensor], lr: float) -> torch.optim.Adam:
+    return torch.optim.Adam(tensors, lr=lr, betas=(0.8, 0.95), eps=1e-8)
+
+
+def peak_lr(name: str) -> float:
+    """Memories take one rate, extractors and decoder the other."""
+    return 0.03 if name in ("dataset", "class_memory", "instances") else 0.002
+
+
+def test_accumulating_is_torch_adam_with_a_rate_for_memories_and_one_for_networks():
+    made = make_container()
+    reference = {name: nn.Parameter(value) for name, value in values_of(made).items()}
+    adams = {name: reference_adam([value], peak_lr(name)) for name, value in reference.items()}
+    optimizer, stream = ContainerOptimizer(made, ADAM, 6, by_class=False), torch.Generator().manual_seed(1)
+    for done in range(6):
+        gradients = give_gradients(made, stream)
+        optimizer.set_rates(done)
+        optimizer.step(torch.arange(CLASSES))
+        assert all(parameter.grad is None for parameter in made.parameters())
+        for name, value in reference.items():
+            adams[name].param_groups[0]["lr"] = lr_at(done, 6, peak_lr(name), 0.2)
+            value.grad = gradients[name]
+            adams[name].step()
+    for name, value in made.named_parameters():
+        torch.testing.assert_close(value, reference[name], rtol=0, atol=1e-7)
+
+
+def test_rates_decay_by_a_cosine_from_their_peak_to_the_final_fraction():
+    made = make_container()
+    optimizer = ContainerOptimizer(made, ADAM, 10, by_class=False)
+    rates = []
+    for done in (0, 5, 10):
+        give_gradients(made, torch.Generator().manual_seed(0))
+        optimizer.set_rates(done)
+        optimizer.step(torch.arange(CLASSES))
+        rates.append([group["lr"] for group in optimizer.inner.param_groups])
+    for tier, index in zip(TIERS, range(5), strict=True):
+        peak = 0.03 if tier in MEMORIES else 0.002
+        assert [rate[index] for rate in rates] == pytest.approx([peak, 0.6 * peak, 0.2 * peak], rel=1e-12)
+
+
+def test_each_tier_is_one_group_of_the_optimiser_and_none_is_left_out():
+    made = make_container()
+    for by_class in (False, True):
+        groups = ContainerOptimizer(made, ADAM, 10, by_class=by_class).inner.param_groups
+        counts = [sum(member.numel() for member in group["params"]) for group in groups]
+        tiers = made.tiers()
+        assert tuple(tiers) == TIERS
+        assert counts == [sum(p.numel() for p in parameters) for parameters in tiers.values()]
+        assert sum(counts) == sum(p.numel() for p in made.parameters())
+
+
+# Which classes take part in each step: one after another, then groups, class 1 left out for long.
+TURNS = [[0], [1], [2], [0, 2], [0, 2], [2], [0, 1, 2], [1]]
+
+
+def test_stepping_classes_in_turn_equals_parameters_of_their_own():
+    made = make_container()
+    start = values_of(made)
+    shared = {name: nn.Parameter(value.clone()) for name, value in start.items() if name not in OWNED}
+    rows = {(name, c): nn.Parameter(start[name][c].clone()) for name in OWNED for c in range(CLASSES)}
+    adams = {key: reference_adam([value], peak_lr(key)) for key, value in shared.items()}
+    adams |= {key: reference_adam([value], peak_lr(key[0])) for key, value in rows.items()}
+    optimizer, stream = ContainerOptimizer(made, ADAM, 8, by_class=True), torch.Generator().manual_seed(1)
+    for done, turn in enumerate(TURNS):
+        gradients = give_gradients(made, stream)  # also in the rows of others, which must not matter
+        optimizer.set_rates(done)
+        optimizer.step(torch.tensor(turn))
+        for name, value in shared.items():
+            value.grad = gradients[name]
+        for (name, c), value in rows.items():
+            value.grad = gradients[name][c] if c in turn else None
+        for key, adam in adams.items():
+            name = key if isinstance(key, str) else key[0]
+            adam.param_groups[0]["lr"] = lr_at(done, 8, peak_lr(name), 0.2)
+            adam.step()
+    for name, value in made.named_parameters():
+        expected = shared[name] if name in shared else torch.stack([rows[name, c] for c in range(CLASSES)])
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-7)
+        assert (value - start[name]).abs().max() > 1e-3
+
+
+def test_classes_that_do_not_take_part_keep_values_and_moments_bit_for_bit():
+    made = make_container()
+    optimizer, stream = ContainerOptimizer(made, ADAM, 8, by_class=True), torch.Generator().manual_seed(1)
+    for done, turn in enumerate(TURNS):
+        before, moments = values_of(made), copy.deepcopy(optimizer.inner.state_dict()["state"])
+        give_gradients(made, stream)
+        optimizer.set_rates(done)
+        optimizer.step(torch.tensor(turn))
+        after, later = values_of(made), optimizer.inner.state_dict()["state"]
+        for name in OWNED:
+            moved = [not torch.equal(before[name][c], after[name][c]) for c in range(CLASSES)]
+            assert moved == [c in turn for c in range(CLASSES)]
+        for name in before.keys() - set(OWNED):
+            assert not torch.equal(before[name], after[name])
+        changed = [key for key in later if key not in moments or later[key]["step"] != moments[key]["step"]]
+        assert len(changed) == len(turn) * len(OWNED) + len(before.keys() - set(OWNED))
+        for key in moments.keys() - set(changed):
+            assert_same(later[key], moments[key])

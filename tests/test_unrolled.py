@@ -36,7 +36,7 @@ from hmn.seeding import generator
 from hmn.training import Training, training_step
 from hmn.unrolled import ClassifyReal, LearnedRate, ReachExpert, ThroughStudent, of_every_class, shuffled
 from tests.command import TINY, configured, planned, run
-from tests.test_condense import (
+from tests.small_matching import (
     CLASSES,
     CPU,
     MEAN,
@@ -46,7 +46,6 @@ from tests.test_condense import (
     assert_same,
     build,
     clone_of,
-    double,  # noqa: F401
     make_container,
 )
 
