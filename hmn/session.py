@@ -281,6 +281,7 @@ class Session:
                 steps=settings.fit_steps,
                 batch=settings.fit_batch,
                 lr=settings.fit_learning_rate,
+                weights_lr=settings.fit_weights_lr,
                 generator=stream,
                 checkpoints=self.checkpoints,
             )

@@ -61,6 +61,7 @@ REFUSED = {
         "fit_steps": {0: "at least 1"},
         "fit_batch": {0: "at least 1"},
         "fit_learning_rate": {0.0: "positive"},
+        "fit_weights_lr": {0.0: "positive"},
     },
     "objective": {
         "name": {"trajectory": "one of gradient_matching"},
@@ -300,6 +301,7 @@ SCIENCE: dict[str, dict[str, Any]] = {
         "fit_batch": 7,
         "fit_images": "k_means",
         "fit_learning_rate": 0.1,
+        "fit_weights_lr": 0.1,
     },
     "objective": {
         "name": ...,  # another objective has other settings

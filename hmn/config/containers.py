@@ -34,6 +34,7 @@ class ContainerConfig:
     fit_steps: int = 500  # Adam steps of fit_real
     fit_batch: int = 1024  # images per such step
     fit_learning_rate: float = 2e-2  # its peak, one-cycle
+    fit_weights_lr: float | None = newer(None)  # the peak for networks, where it differs from that for memories
     fit_images: str = newer("random")  # k_means: those nearest to the centres of per-class k-means on pixels
     # By tier: factors on objective.memory_lr (memories) or objective.weights_lr (networks)
     lr_scale: dict[str, float] = field(default_factory=dict)
@@ -45,7 +46,7 @@ class ContainerConfig:
         require("container.start", (self.start is not None) == (self.init == KEPT), self.start or "null", rule)
         at_least(SECTION, 1, self, "fit_steps", "fit_batch")
         one_of("container.fit_images", self.fit_images, ("random", "k_means"))
-        positive(SECTION, self, "fit_learning_rate")
+        positive(SECTION, self, "fit_learning_rate", "fit_weights_lr")
         for tier, factor in self.lr_scale.items():
             require(f"container.lr_scale.{tier}", factor >= 0, factor, "at least 0")
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from hmn import distributed
 from hmn.checkpoint import Checkpoints
+from hmn.containers.base import Container
 from hmn.data.preprocess import unit_range
 from hmn.errors import Diverged
 
@@ -17,23 +18,26 @@ SLOT = "fit"
 
 
 def fit_real(
-    container: nn.Module,
+    container: Container,
     targets: Tensor,
     *,
     steps: int,
     batch: int,
     lr: float,
+    weights_lr: float | None = None,
     generator: torch.Generator,
     checkpoints: Checkpoints,
 ) -> float:
     """Fit image i of ``container`` to ``targets[i]`` (C * G, channels, H, W) uint8; returns the last squared error.
 
-    Adam with a one-cycle learning rate that peaks at ``lr``, on random batches; resumable from the slot ``fit``.
-    Raises ``Diverged`` if the images of the first batch end further from theirs than they began: with too high a rate
-    a decoder saturates, and no gradient brings it back.
+    Adam with a one-cycle learning rate that peaks at ``lr``, for network weights at ``weights_lr`` if given, on random
+    batches; resumable from the slot ``fit``. Raises ``Diverged`` if the images of the first batch end further from
+    theirs than they began: with too high a rate a decoder saturates, and no gradient brings it back.
     """
-    optimizer = torch.optim.Adam(container.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
+    tiers, memories = container.tiers(), container.memory_tiers()
+    peaks = [lr if tier in memories or weights_lr is None else weights_lr for tier in tiers]
+    optimizer = torch.optim.Adam([{"params": parameters} for parameters in tiers.values()])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=peaks, total_steps=steps)
     everything = torch.arange(len(targets), device=targets.device)
 
     def draw() -> Tensor:

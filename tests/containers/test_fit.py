@@ -52,13 +52,15 @@ def fit(
     steps: int,
     batch: int = 6,
     lr: float = 2e-2,
+    weights_lr: float | None = None,
     seed: int = 5,
     stop: Stop | None = None,
 ) -> tuple[float, torch.Generator]:
     stream = generator(seed)
     checkpoints = Checkpoints(folder, 3600.0, stop)
-    error = fit_real(container, targets(), steps=steps, batch=batch, lr=lr, generator=stream, checkpoints=checkpoints)
-    return error, stream
+    rates = {"lr": lr, "weights_lr": weights_lr}
+    parts = {"generator": stream, "checkpoints": checkpoints}
+    return fit_real(container, targets(), steps=steps, batch=batch, **rates, **parts), stream
 
 
 @torch.no_grad()
@@ -88,6 +90,16 @@ def test_small_batches_reach_every_image(tmp_path):
     container = made()
     fit(container, tmp_path, steps=250, batch=3)
     assert errors(container).argmin(dim=1).tolist() == list(range(6))
+
+
+@pytest.mark.parametrize(("lr", "weights_lr", "moving"), [(2e-2, 1e-9, "memories"), (1e-9, 2e-2, "networks")])
+def test_networks_may_have_a_rate_of_their_own(tmp_path, lr, weights_lr, moving):
+    container, before = made(), made()
+    fit(container, tmp_path, steps=9, lr=lr, weights_lr=weights_lr)
+    for name, parameters in container.tiers().items():
+        kind = "memories" if name in container.memory_tiers() else "networks"
+        for now, then in zip(parameters, before.tiers()[name], strict=True):
+            assert (float((now - then).detach().abs().max()) > 1e-3) == (kind == moving), name
 
 
 def test_batches_depend_on_the_generator_alone(tmp_path):
