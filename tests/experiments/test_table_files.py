@@ -25,6 +25,7 @@ def with_data(tmp_path_factory):
     for split in ("train", "val"):
         for wnid in IMAGENET10:
             (folder / "data" / "imagenet10" / split / wnid).mkdir(parents=True)
+            (folder / "data" / "imagenette-224" / split / wnid).mkdir(parents=True)
     for split in ("train", "test"):
         for name in CIFAR10:
             (folder / "data" / "cifar10-q75" / split / name).mkdir(parents=True)
