@@ -88,6 +88,6 @@ def fit_real(
     if not ended <= began:
         raise Diverged(
             f"fitting real images: the squared error went from {float(began):.3g} to {float(ended):.3g}; "
-            "lower container.fit_learning_rate"
+            "lower container.fit_learning_rate or container.fit_weights_lr"
         )
     return float(error.detach())
