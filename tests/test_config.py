@@ -466,10 +466,18 @@ def test_the_id_says_what_it_is():
     assert plan_of("paths.runs_dir=there").folder == Path("there") / plan_of().run_id
 
 
+FIT_DEFAULTS_THEN = (
+    "container.fit_steps=500",
+    "container.fit_batch=1024",
+    "container.fit_learning_rate=0.02",
+    "container.fit_weights_lr=null",
+)
+
+
 @pytest.mark.parametrize(
     ("run_id", "given"),
     [
-        ("digits-ipc1-hmn-7ac2a604", ("container.fit_steps=500", "container.fit_batch=1024")),  # its defaults then
+        ("digits-ipc1-hmn-7ac2a604", FIT_DEFAULTS_THEN),
         ("cifar10-ipc10-image-40c8bdd3", ("dataset=cifar10", "memory=ipc10", "container=image")),
         ("cifar100-ipc1-coreset_random-5cd39a92", ("dataset=cifar100", "container=coreset")),
         ("svhn-full_data-daddcd1a", ("dataset=svhn", "mode=full_data")),
