@@ -107,6 +107,6 @@ def test_the_images_that_a_set_is_fitted_to_may_be_chosen_by_k_means(tmp_path):
     one, other = (load_condensed(folder).container.instances for folder in chosen)
     assert not torch.equal(one, other)
     assert [result(folder)["config"]["container"]["fit_images"] for folder in chosen] == ["random", "k_means"]
-    rates = {"fit_learning_rate": 0.02, "fit_weights_lr": None}
+    rates = {"fit_learning_rate": 0.2, "fit_weights_lr": 0.005}
     fit = {"init": "fit_real", "fit_steps": 8, "fit_batch": 128, **rates, "fit_images": "k_means"}
     assert load_condensed(chosen[1]).card["start"] == fit
