@@ -432,7 +432,12 @@ SPECIAL: Mapping[str, Callable[[Filled], tuple[Panel, ...]]] = {
 
 
 def figure_of(
-    sweep: Sweep, *, against: str | None = None, compared: Sequence[str] = (), mix: bool = False
+    sweep: Sweep,
+    *,
+    against: str | None = None,
+    compared: Sequence[str] = (),
+    mix: bool = False,
+    kept: Path | None = None,
 ) -> tuple[Figure, str]:
     """The figure of a sweep's table, and what it shows in words; ``compared`` are the values of bars.
 
@@ -453,8 +458,10 @@ def figure_of(
             f"{table.name}: a table: python -m experiments.tables {table.name}, or --against condense_hours here"
         )
     elif table.shows[0] == "gallery":
+        if kept is not None:
+            raise ConfigError("--results: keeps numbers, and a gallery is drawn from the sets in run folders")
         return galleries(sweep), sweep.command
-    filled = fill(sweep, mix=mix)
+    filled = fill(sweep, mix=mix, kept=kept)
     if not any(entry.measured for entry in filled.entries):
         raise ConfigError(f"{table.name}: nothing is measured yet: {sweep.command}")
     if compared:
@@ -510,6 +517,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--bars", metavar="VALUE[,VALUE]", help="rows against the first: values of experiments/filling.py"
     )
+    parser.add_argument(
+        "--results", type=Path, help="a folder that keeps results, and has those of runs that are not here"
+    )
     parser.add_argument("--mix", action="store_true", help="draw results of several code versions together")
     given = parser.parse_intermixed_args(arguments)
     if given.against is not None and given.bars is not None:
@@ -518,7 +528,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     overrides = [name for name in given.names if "=" in name]
     for name in (name for name in given.names if "=" not in name):
         figure, description = figure_of(
-            sweep_of(name, overrides), against=given.against, compared=compared, mix=given.mix
+            sweep_of(name, overrides), against=given.against, compared=compared, mix=given.mix, kept=given.results
         )
         stem = f"{name}-bars" if compared else name if given.against is None else f"{name}-{given.against}"
         for path in save(figure, given.output / stem, description):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hmn.errors import ConfigError
-from hmn.results import held_out_accuracy
+from hmn.results import held_out_accuracy, write
 from hmn.sweeps import state
 from hmn.sweeps.cells import Cell
 from hmn.sweeps.planning import Planned, by_run
@@ -220,15 +220,22 @@ def measure(value: Value, results: Sequence[Mapping[str, Any]]) -> Measured | No
     return Measured(statistics.fmean(means), std, n)
 
 
-def fill(sweep: Sweep, *, mix: bool = False) -> Filled:
-    """Read every run of the sweep's table once. Raises ``ConfigError`` for runs of several code versions, or a key of
-    ``shows`` that is none of ``VALUES``."""
+def fill(sweep: Sweep, *, mix: bool = False, kept: Path | None = None) -> Filled:
+    """Read every run of the sweep's table once.
+
+    Finished runs leave their results in ``kept``, as ``<run id>/result.json``, and what a run has left there stands in
+    for it where its folder is gone or on another machine.
+
+    Raises ``ConfigError`` for runs of several code versions, or a key of ``shows`` that is none of ``VALUES``.
+    """
     table, planned = sweep.table, {one.cell.name: one for one in sweep.plan()}
     if unknown := [key for key in table.shows if key not in VALUES]:
         raise ConfigError(
             f"shows={unknown[0]}: no number; {table.name} is drawn: python -m experiments.figures {table.name}"
         )
     states = {run_id: state.read(one.folder) for run_id, one in by_run([*planned.values()]).items()}
+    if kept is not None:
+        states = {run_id: _keep(kept / run_id, found) for run_id, found in states.items()}
     results = {run_id: found.result for run_id, found in states.items() if found.result is not None}
     if not mix:
         _refuse_mixture(table.name, results)
@@ -257,6 +264,14 @@ def fill(sweep: Sweep, *, mix: bool = False) -> Filled:
         tuple(_with_best(entries)),
         tuple([*([SMOKE] if smoke else []), *_footer([*results.values()], command)]),
     )
+
+
+def _keep(folder: Path, found: state.State) -> state.State:
+    if found.result is None:
+        return before if (before := state.read(folder)).result is not None else found
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder, found.result)
+    return found
 
 
 def _places(table: Table) -> dict[tuple[tuple[str, ...], tuple[str, ...]], list[Cell]]:

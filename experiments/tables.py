@@ -1,4 +1,5 @@
-"""Tables out of finished runs: ``python -m experiments.tables NAME [KEY=VALUE ...] [--output DIR] [--mix]``.
+"""Tables out of finished runs: ``python -m experiments.tables NAME [KEY=VALUE ...] [--output DIR]
+[--results DIR] [--mix]``.
 
 NAME is a file of experiments/tables/, KEY=VALUE are settings over its cells' as of sweep.py, ``debug=smoke`` among
 them. Prints Markdown, or writes DIR/NAME.md, NAME.tex (booktabs) and NAME.csv. Beside what was measured stands what
@@ -228,9 +229,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("name", help="a file of experiments/tables, without .yaml")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings over the cells', as of sweep.py")
     parser.add_argument("--output", type=Path, help="the folder to write NAME.md, NAME.tex and NAME.csv to")
+    parser.add_argument(
+        "--results", type=Path, help="a folder that keeps results, and has those of runs that are not here"
+    )
     parser.add_argument("--mix", action="store_true", help="show results of several code versions in one table")
     given = parser.parse_intermixed_args(arguments)
-    filled = fill(sweep_of(given.name, given.overrides), mix=given.mix)
+    filled = fill(sweep_of(given.name, given.overrides), mix=given.mix, kept=given.results)
     if given.output is None:
         print(markdown(filled), end="")
         return

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -305,6 +306,22 @@ def test_each_result_is_read_once(tmp_path, reported, monkeypatch):
     runs.plan = lambda: [Planned(cell, cell.overrides, "same", one) for cell in runs.table.cells]
     fill(runs)
     assert asked == [one]
+
+
+def test_kept_results_stand_in_for_runs_that_are_gone(tmp_path, reported):
+    runs, kept = Runs(tmp_path / "runs"), tmp_path / "kept"
+    runs.finish("A/1/Ours/0", [0.5, 0.7])
+    runs.finish("A/1/Theirs/0", [0.25])
+    before = markdown(fill(runs, kept=kept))
+    assert before == markdown(fill(runs))
+    shutil.rmtree(runs.folder)
+    write_text(runs.path("A/1/Theirs/0") / FAILURE, json.dumps({"error": "out of memory", "command": "ignored"}))
+    assert markdown(fill(runs, kept=kept)) == before
+    assert markdown(fill(runs)) != before
+    runs.finish("A/1/Theirs/0", [0.75])  # measured anew: that is what counts, and what is kept from now on
+    assert "75.00 (1 x 1)" in markdown(fill(runs, kept=kept))
+    shutil.rmtree(runs.folder)
+    assert "75.00 (1 x 1)" in markdown(fill(runs, kept=kept))
 
 
 def test_interrupted_and_damaged_runs_are_marked_as_such(tmp_path, reported):
