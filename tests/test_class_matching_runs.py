@@ -6,7 +6,9 @@ import json
 
 import pytest
 
-from tests.command import TINY, run
+from hmn import experiment
+from hmn.build import classes
+from tests.command import TINY, planned, run
 
 BASE = (*TINY[1:], "container=image", "pruning=none", "evaluation.networks=1", "evaluation.epochs=1")
 SYNTHETIC = ("debug=smoke_synthetic", "objective.real_batch=16")
@@ -39,3 +41,19 @@ def test_a_run_condenses_evaluates_and_keeps(tmp_path, name):
     losses = [json.loads(line) for line in (result.parent / "metrics.jsonl").read_text().splitlines()]
     losses = [row["condense/loss"] for row in losses if "condense/loss" in row]
     assert len(losses) == STEPS[name] and all(loss > 0 for loss in losses)
+
+
+UNBIASED = (*BASE, "debug=smoke", "container.init=real", "memory=ipc10", "objective.unbiased=true")
+
+
+@pytest.mark.parametrize(("shown", "share"), [(4, 0.4), (10, 1.0), (64, 1.0)])
+@pytest.mark.parametrize("bank", [0, 1])
+def test_what_a_step_shows_of_a_class_is_the_share_whose_bias_is_removed(tmp_path, shown, share, bank, monkeypatch):
+    given = []
+    for name in ("matching_step", "stored_step"):
+        make = getattr(classes, name)
+        monkeypatch.setattr(classes, name, lambda *to, make=make, **kw: (given.append(kw["share"]), make(*to, **kw))[1])
+    settings = (*UNBIASED, f"objective.synthetic_batch={shown}", f"objective.bank.networks={bank}")
+    plan = planned(*settings, f"paths.runs_dir={tmp_path}", f"paths.cache_dir={tmp_path}/cache")
+    experiment.run(plan, command="")
+    assert given == [share]

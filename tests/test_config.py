@@ -203,6 +203,12 @@ def test_statistics_are_one_number_per_channel(name):
     refused(f"dataset.{name}=[0.5, 0.5, 0.5]: must be {rule}", **{f"dataset__{name}": [0.5] * 3})
 
 
+def test_the_unbiased_distance_is_mse_of_two_halves():
+    rule = "false but for metric=mse and an even synthetic_batch"
+    refused(f"objective.unbiased=true: must be {rule}", objective__unbiased=True, objective__metric="l1")
+    refused(f"objective.unbiased=true: must be {rule}", objective__unbiased=True, objective__synthetic_batch=63)
+
+
 def test_a_deviation_of_zero_is_refused():
     refused("dataset.std=[0.0]: must be positive", dataset__std=[0.0])
 

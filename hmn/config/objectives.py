@@ -101,6 +101,9 @@ class GradientMatchingConfig(ClassMatchingConfig):
     outer_steps: int = 200  # IDC: 2000
     inner_steps: int | None = 100
     metric: str = "mse"  # mse, l1 or cosine; nothing normalises by count, so the learning rates belong to the metric
+    # mse of all a class's synthetic images, estimated from the random ones of a step: their own mean's mse is lower
+    # where the images of a class are alike
+    unbiased: bool = newer(False)
     network_samples: int = 2000  # real images the matched network trains on between matching steps; 0: none
     network_batch: int = 64
     network_lr: float = 0.01
@@ -116,6 +119,8 @@ class GradientMatchingConfig(ClassMatchingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("objective.metric", self.metric, ("mse", "l1", "cosine"))
+        can = not self.unbiased or (self.metric == "mse" and self.synthetic_batch % 2 == 0)
+        require("objective.unbiased", can, "true", "false but for metric=mse and an even synthetic_batch")
         at_least(SECTION, 1, self, "network_batch", "k_means_interval")
         at_least(SECTION, 0, self, "network_samples", "network_weight_decay")
         positive(SECTION, self, "network_lr")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,6 +43,18 @@ def cosine(synthetic: Tensor, real: Tensor) -> Tensor:
     return (1 - (synthetic * real).sum(1) / (norms + EPSILON)).sum()
 
 
+def unbiased(first: Tensor, second: Tensor, real: Tensor, share: float) -> Tensor:
+    """The squared difference between ``real`` and the mean gradient of all N images of a class, from n random ones.
+
+    ``first`` and ``second`` are the mean gradients of the two halves of the n, ``share`` is n / N. Where gradients of
+    single images vary by S^2, the squared difference of the n images' own mean expects S^2 (1 / n - 1 / N) too much,
+    which is there to be reduced by making the images of a class alike. The product of the halves' differences, drawn
+    without replacement, expects S^2 / N too little. Mixed by ``share`` the two are exact.
+    """
+    between = ((first - real) * (second - real)).sum()
+    return (1 - share) * between + share * squared((first + second) / 2, real)
+
+
 METRICS = {"mse": squared, "l1": absolute, "cosine": cosine}
 
 
@@ -56,6 +68,16 @@ def all_weights(parameters: Parameters) -> Parameters:
     return {name: value for name, value in parameters.items() if value.ndim >= 2}
 
 
-def distances(metric: str, synthetic: Parameters, real: Parameters) -> Tensor:
-    """The distance of every matched layer, (layers,)."""
-    return torch.stack([METRICS[metric](synthetic[name], real[name]) for name in synthetic])
+def batches(images: Tensor, labels: Tensor, share: float) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batch as a whole, or in the halves that :func:`distances` compares where ``share`` is below one."""
+    parts = 1 if share == 1 else 2
+    return zip(images.chunk(parts), labels.chunk(parts), strict=True)
+
+
+def distances(metric: str, synthetic: Sequence[Parameters], real: Parameters, share: float = 1.0) -> Tensor:
+    """The distance of every matched layer, (layers,), from the mean gradients of :func:`batches`."""
+    if share == 1:
+        (whole,) = synthetic
+        return torch.stack([METRICS[metric](whole[name], real[name]) for name in whole])
+    first, second = synthetic
+    return torch.stack([unbiased(first[name], second[name], real[name], share) for name in first])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 from hmn.compute import Compute, wide
-from hmn.objectives.distance import Form, Matched, Parameters, convolution_weights, distances
+from hmn.objectives.distance import Form, Matched, Parameters, batches, convolution_weights, distances
 from hmn.objectives.r_operator import r_operator
 
 # (parameters, real side (k, ...), synthetic (k, n, channels, H, W), labels (k,)) -> distance per layer, summed over the
@@ -25,7 +25,9 @@ from hmn.objectives.r_operator import r_operator
 MatchingStep = Callable[[Parameters, Tensor | Parameters, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def loop(network: nn.Module, metric: str, compute: Compute, matched: Matched = convolution_weights) -> Form:
+def loop(
+    network: nn.Module, metric: str, compute: Compute, matched: Matched = convolution_weights, share: float = 1.0
+) -> Form:
     """Autograd twice: the plain form that every faster one is tested against."""
 
     def derivatives(parameters: Parameters, images: Tensor, labels: Tensor, *, create_graph: bool) -> Parameters:
@@ -42,14 +44,17 @@ def loop(network: nn.Module, metric: str, compute: Compute, matched: Matched = c
     def match(parameters: Parameters, targets: Parameters, synthetic: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         with compute.autocast():
             pixels = synthetic.detach().requires_grad_()
-            per_layer = distances(metric, derivatives(parameters, pixels, labels, create_graph=True), targets)
+            found = [derivatives(parameters, *part, create_graph=True) for part in batches(pixels, labels, share)]
+            per_layer = distances(metric, found, targets, share)
             (pixel_gradient,) = torch.autograd.grad(per_layer.sum(), pixels)
         return per_layer.detach(), pixel_gradient
 
     return Form(gradients, match)
 
 
-def nested(network: nn.Module, metric: str, compute: Compute, matched: Matched = convolution_weights) -> Form:
+def nested(
+    network: nn.Module, metric: str, compute: Compute, matched: Matched = convolution_weights, share: float = 1.0
+) -> Form:
     """The same as nested ``torch.func.grad``: one graph with both derivatives, which a compiler can fuse whole."""
 
     def loss(weights: Parameters, others: Parameters, images: Tensor, labels: Tensor) -> Tensor:
@@ -66,7 +71,8 @@ def nested(network: nn.Module, metric: str, compute: Compute, matched: Matched =
 
     def match(parameters: Parameters, targets: Parameters, synthetic: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         def matching(pixels: Tensor) -> tuple[Tensor, Tensor]:
-            per_layer = distances(metric, derivatives(parameters, pixels, labels), targets)
+            found = [derivatives(parameters, *part) for part in batches(pixels, labels, share)]
+            per_layer = distances(metric, found, targets, share)
             return per_layer.sum(), per_layer
 
         with compute.autocast():
@@ -80,14 +86,17 @@ FORMS = {"loop": loop, "compiled": nested, "r_operator": r_operator}
 
 
 def matching_step(
-    network: nn.Module, metric: str, compute: Compute, matched: Matched = convolution_weights
+    network: nn.Module, metric: str, compute: Compute, matched: Matched = convolution_weights, share: float = 1.0
 ) -> MatchingStep:
     """The step on real images (k, B, channels, H, W), in the form and the number of classes per call of ``compute``.
 
-    ``network`` gives the architecture; its own parameters are never read. Raises ``ConfigError`` for the R-operator
-    where it has no formula: another network, or more than the convolutions ``matched``.
+    ``network`` gives the architecture; its own parameters are never read. With the ``share`` of a class's images that
+    the synthetic batch is, ``mse`` is :func:`hmn.objectives.distance.unbiased`.
+
+    Raises ``ConfigError`` for the R-operator where it has no formula: another network, or more than the convolutions
+    ``matched``.
     """
-    form = FORMS[compute.matching](network, metric, compute, matched)
+    form = FORMS[compute.matching](network, metric, compute, matched, share)
 
     def one_class(parameters: Parameters, real: Tensor, synthetic: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         targets = form.gradients(parameters, real, label.expand(len(real)))
@@ -96,9 +105,9 @@ def matching_step(
     return over_classes(one_class, compute)
 
 
-def stored_step(network: nn.Module, metric: str, compute: Compute) -> MatchingStep:
+def stored_step(network: nn.Module, metric: str, compute: Compute, *, share: float = 1.0) -> MatchingStep:
     """The step towards gradients that :func:`real_gradients` gave once, {name: (k, ...)}: no real branch."""
-    form = FORMS[compute.matching](network, metric, compute)
+    form = FORMS[compute.matching](network, metric, compute, share=share)
 
     def one_class(
         parameters: Parameters, targets: Parameters, synthetic: Tensor, label: Tensor

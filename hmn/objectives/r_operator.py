@@ -25,7 +25,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from hmn.compute import Compute, wide
 from hmn.config import require
 from hmn.networks.convnet import ConvNet
-from hmn.objectives.distance import Form, Matched, Parameters, convolution_weights, distances
+from hmn.objectives.distance import Form, Matched, Parameters, batches, convolution_weights, distances
 
 PLANE = (2, 3)
 
@@ -39,13 +39,23 @@ class _Block(NamedTuple):
     mask: Tensor  # 1 where the ReLU lets through
 
 
+class _Pass(NamedTuple):
+    """What the tangent needs of the forward and backward pass of a batch."""
+
+    blocks: list[_Block]
+    probabilities: Tensor
+    kept: list[tuple[Tensor, Tensor, Tensor]]
+
+
 class _Names(NamedTuple):
     weight: str
     gamma: str
     beta: str
 
 
-def r_operator(network: nn.Module, metric: str, compute: Compute, matched: Matched = convolution_weights) -> Form:
+def r_operator(
+    network: nn.Module, metric: str, compute: Compute, matched: Matched = convolution_weights, share: float = 1.0
+) -> Form:
     """The R-operator's form.
 
     Raises ``ConfigError`` for a network that is not a :class:`ConvNet` with instance norm, and for more than its
@@ -121,17 +131,17 @@ def r_operator(network: nn.Module, metric: str, compute: Compute, matched: Match
         _, d_logits = softmax_minus_target(parameters, features, labels)
         return backward(parameters, blocks, linear(d_logits, parameters["classifier.weight"]))[0]
 
-    def match(parameters: Parameters, targets: Parameters, synthetic: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        features, blocks = forward(parameters, synthetic)
+    def first_pass(parameters: Parameters, images: Tensor, labels: Tensor) -> tuple[Parameters, _Pass]:
+        """Gradients of the convolution weights, and what :func:`second_pass` needs."""
+        features, blocks = forward(parameters, images)
         probabilities, d_logits = softmax_minus_target(parameters, features, labels)
+        own, kept = backward(parameters, blocks, linear(d_logits, parameters["classifier.weight"]))
+        return own, _Pass(blocks, probabilities, kept)
+
+    def second_pass(parameters: Parameters, done: _Pass, direction: Parameters) -> Tensor:
+        """The pixel gradient of <gradients, direction>."""
+        blocks, probabilities, kept = done
         classifier = parameters["classifier.weight"]
-        own, kept = backward(parameters, blocks, linear(d_logits, classifier))
-
-        def total(of_synthetic: Parameters) -> tuple[Tensor, Tensor]:
-            per_layer = distances(metric, of_synthetic, targets)
-            return per_layer.sum(), per_layer
-
-        direction, per_layer = grad(total, has_aux=True)(own)
 
         # Forward once more, with the tangent of every activation when W moves along the direction V.
         x_dot, saved = None, []
@@ -149,8 +159,8 @@ def r_operator(network: nn.Module, metric: str, compute: Compute, matched: Match
 
         logits_dot = linear(x_dot.flatten(1), classifier.T)
         mean_dot = (probabilities * logits_dot).sum(1, keepdim=True)
-        d_logits_dot = probabilities * (logits_dot - mean_dot) / len(labels)
-        d_p_dot = linear(d_logits_dot, classifier).view(len(synthetic), -1, *_pooled(blocks[-1].h))
+        d_logits_dot = probabilities * (logits_dot - mean_dot) / len(probabilities)
+        d_p_dot = linear(d_logits_dot, classifier).view(len(probabilities), -1, *_pooled(blocks[-1].h))
         for index in reversed(range(len(layers))):
             names, padding, block = layers[index], paddings[index], blocks[index]
             (h_dot, scale_along), (d_h, along, d_y) = saved[index], kept[index]
@@ -164,7 +174,18 @@ def r_operator(network: nn.Module, metric: str, compute: Compute, matched: Match
             # d_y_dot through W and d_y through V as one transposed convolution
             both = torch.cat([d_y_dot, d_y], 1), torch.cat([weight, moved], 0)
             d_p_dot = transpose(*both, block.inputs.shape, padding)
-        return per_layer, d_p_dot
+        return d_p_dot
+
+    def match(parameters: Parameters, targets: Parameters, synthetic: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        found, passes = zip(*(first_pass(parameters, *p) for p in batches(synthetic, labels, share)), strict=True)
+
+        def total(of_synthetic: list[Parameters]) -> tuple[Tensor, Tensor]:
+            per_layer = distances(metric, of_synthetic, targets, share)
+            return per_layer.sum(), per_layer
+
+        directions, per_layer = grad(total, has_aux=True)(list(found))
+        moved = [second_pass(parameters, *each) for each in zip(passes, directions, strict=True)]
+        return per_layer, torch.cat(moved)
 
     return Form(gradients, match)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from functools import partial
 
@@ -9,12 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from hmn.compute import Compute
 from hmn.errors import ConfigError
 from hmn.networks import initialise
 from hmn.networks.convnet import ConvNet
-from hmn.objectives.distance import METRICS, all_weights, convolution_weights
+from hmn.objectives.distance import METRICS, Parameters, all_weights, convolution_weights, squared, unbiased
 from hmn.objectives.gradient import FORMS, matching_step, real_gradients, stored_step
 
 CPU = Compute(torch.device("cpu"))
@@ -279,6 +281,48 @@ def test_every_form_and_number_of_classes_per_call_equals_the_loop(form, per_cal
     found = matching_step(network, metric, compute)(parameters, real, synthetic, labels)
     torch.testing.assert_close(found[0], layers, rtol=1e-9, atol=0)
     torch.testing.assert_close(found[1], gradient, rtol=0, atol=1e-9 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("per_call", [1, 2])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_removes_the_bias_of_a_random_part_alike(form, per_call, depth):
+    network, parameters, real, synthetic, labels = classes(depth, 8, k=2)
+    compute = Compute(torch.device("cpu"), matching=form, classes_per_call=1 if form == "loop" else per_call)
+    found = matching_step(network, "mse", compute, share=0.3)(parameters, real, synthetic, labels)
+    gradients = FORMS["loop"](network, "mse", CPU).gradients
+    pixels = synthetic.requires_grad_()
+    expected = torch.zeros(depth, dtype=torch.float64)
+    for k, label in enumerate(labels):
+        target = gradients(parameters, real[k], label.expand(5))
+        first, second = (attached(network, parameters, half, label) for half in (pixels[k, :2], pixels[k, 2:]))
+        between = [((first[name] - target[name]) * (second[name] - target[name])).sum() for name in target]
+        whole = [((first[name] + second[name]) / 2 - target[name]).square().sum() for name in target]
+        expected = expected + 0.7 * torch.stack(between) + 0.3 * torch.stack(whole)
+    torch.testing.assert_close(found[0], expected, rtol=1e-9, atol=1e-12)
+    (gradient,) = torch.autograd.grad(expected.sum(), pixels)
+    torch.testing.assert_close(found[1], gradient, rtol=0, atol=1e-9 * float(gradient.abs().max()))
+
+
+def attached(network: nn.Module, parameters: Parameters, images: Tensor, label: Tensor) -> Parameters:
+    """Gradients of the convolution weights that can be differentiated by the images."""
+    weights = {name: value.clone().requires_grad_() for name, value in convolution_weights(parameters).items()}
+    loss = F.cross_entropy(functional_call(network, parameters | weights, (images,)), label.expand(len(images)))
+    return dict(zip(weights, torch.autograd.grad(loss, list(weights.values()), create_graph=True), strict=True))
+
+
+@pytest.mark.parametrize(("total", "n"), [(4, 2), (6, 2), (6, 4)])
+def test_over_all_draws_the_unbiased_distance_is_that_of_all_images(total, n):
+    single = torch.randn(total, 7, generator=generator(1), dtype=torch.float64)
+    real = torch.randn(7, generator=generator(2), dtype=torch.float64)
+    draws = [torch.tensor(draw) for draw in itertools.permutations(range(total), n)]
+    parts = [(single[draw[: n // 2]].mean(0), single[draw[n // 2 :]].mean(0)) for draw in draws]
+    exact = squared(single.mean(0), real)
+    mean = torch.stack([unbiased(*halves, real, n / total) for halves in parts]).mean()
+    torch.testing.assert_close(mean, exact, rtol=1e-12, atol=0)
+    variance = single.var(0).sum()
+    biased = torch.stack([squared(sum(halves) / 2, real) for halves in parts]).mean()
+    torch.testing.assert_close(biased, exact + variance * (1 / n - 1 / total), rtol=1e-12, atol=0)
 
 
 def test_the_loop_over_classes_is_one_oracle_per_class():
