@@ -269,8 +269,9 @@ def fill(sweep: Sweep, *, mix: bool = False, kept: Path | None = None) -> Filled
 def _keep(folder: Path, found: state.State) -> state.State:
     if found.result is None:
         return before if (before := state.read(folder)).result is not None else found
+    config = {name: values for name, values in found.result["config"].items() if name != "paths"}  # of this machine
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder, found.result)
+    write(folder, found.result | {"config": config})
     return found
 
 

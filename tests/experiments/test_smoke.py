@@ -35,11 +35,15 @@ def test_the_smoke_variant_of_every_table_runs_and_is_rendered(name, folder, mon
     assert counts["done"] == counts.total() == len({cell["run_id"] for cell in told["cells"]}), counts
     report.main([str(sweep.folder), "--output", f"{name}.html"])
     assert sweep.table.title in (folder / f"{name}.html").read_text()
+    kept = [] if sweep.table.shows[0] == "gallery" else ["--results", "kept"]
     if sweep.table.kind == "table":
-        tables.main([name, *SETTINGS, "--output", "rendered"])
+        tables.main([name, *SETTINGS, "--output", "rendered", *kept])
         text = (folder / "rendered" / f"{name}.md").read_text()
         assert filling.SMOKE in text
         assert "python sweep.py" not in text.split("\n\n")[1], "a cell of the table is missing"
     else:
-        figures.main([name, *SETTINGS, "--output", "rendered"])
+        figures.main([name, *SETTINGS, "--output", "rendered", *kept])
         assert (folder / "rendered" / f"{name}.png").stat().st_size > 5000
+    if kept:
+        results = {path.parent.name for path in folder.glob("kept/*/result.json")}
+        assert results >= {cell["run_id"] for cell in told["cells"]}

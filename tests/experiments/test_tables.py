@@ -311,9 +311,11 @@ def test_each_result_is_read_once(tmp_path, reported, monkeypatch):
 def test_kept_results_stand_in_for_runs_that_are_gone(tmp_path, reported):
     runs, kept = Runs(tmp_path / "runs"), tmp_path / "kept"
     runs.finish("A/1/Ours/0", [0.5, 0.7])
-    runs.finish("A/1/Theirs/0", [0.25])
+    settings = result([0.5])["config"]
+    runs.finish("A/1/Theirs/0", [0.25], config={**settings, "paths": {"runs_dir": "/home/somebody"}})
     before = markdown(fill(runs, kept=kept))
     assert before == markdown(fill(runs))
+    assert results.read(kept / "A-1-Theirs-0")["config"] == settings
     shutil.rmtree(runs.folder)
     write_text(runs.path("A/1/Theirs/0") / FAILURE, json.dumps({"error": "out of memory", "command": "ignored"}))
     assert markdown(fill(runs, kept=kept)) == before
