@@ -331,6 +331,7 @@ SCIENCE: dict[str, dict[str, Any]] = {
         "beta1": 0.1,
         "beta2": 0.1,
         "final_lr_fraction": 0.2,
+        "unbiased": True,
         "network_samples": 7,
         "network_batch": 7,
         "network_lr": 0.1,

@@ -149,7 +149,8 @@ def test_expected_flops_are_those_of_condensing_and_of_training_the_judges():
 
 
 def test_expected_flops_of_judging_kept_sets_are_those_of_their_images(monkeypatch):
-    first, second = sorted((ROOT / "experiments" / "release").glob("hmn-*/"))  # of 38 images a class each
+    kept = ROOT / "experiments" / "release" / "hmn-cifar10-q75-ipc1"
+    first, second = kept, kept.with_name(f"{kept.name}-6000-steps")  # of 38 images a class each
     monkeypatch.setattr("hmn.plan.check_together", lambda cards: None)  # they are of the same classes
     judged = ("dataset=cifar10", "evaluation.networks=4", "evaluation.epochs=5")
     one = planned(*judged, "mode=evaluate", f"artifact={first}")
