@@ -197,6 +197,7 @@ class SpeedConfig(PixelConfig):
     depth: int | None = None  # R blocks, each with weights of its own, that read the same tokens and code
     heads: int | None = None
     top_k: int | None = None  # entries of each image's and head's code that are kept and charged, 1.5 floats each
+    cut: str = newer("end")  # when the others go: after condensing, as the paper, or always, fitted and matched without
     patch: int | None = None  # side of a patch in pixels
     l1: float | None = None  # weight of the codes' absolute sum in the loss
 
@@ -204,6 +205,7 @@ class SpeedConfig(PixelConfig):
         super().__post_init__()
         at_least(SECTION, 1, self, "tokens", "token_dim", "depth", "heads", "top_k", "patch")
         at_least(SECTION, 0, self, "l1")
+        one_of("container.cut", self.cut, ("end", "always"))
 
 
 @dataclass(kw_only=True)

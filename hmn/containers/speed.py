@@ -64,7 +64,8 @@ class SpeedShape(PixelShape):
     top_k: int  # of each image and head
     patch: int  # p
     l1: float
-    sparse: bool = False  # only the top_k entries of each code are there, with their positions
+    cut: str = "end"  # when codes lose all but their top_k entries
+    sparse: bool = False  # only those are there, with their positions
 
     @property
     def patches(self) -> int:
@@ -94,7 +95,8 @@ class SparseCodes(Container):
 
     Shapes: ``tokens`` (K, D), ``instances`` (C, G, heads, P, K) while condensing. :meth:`finish` leaves of them the k
     largest of each head, ``instances`` (C, G, heads, k), and the buffer ``positions`` (C, G, heads, k) int16, where in
-    the flattened (P, K) they belong. Storage is that of the finished form from the start.
+    the flattened (P, K) they belong. Storage is that of the finished form from the start. With ``cut="always"`` images
+    are decoded from those entries alone from the start, and finishing changes none of them.
     """
 
     NAME = "speed"
@@ -122,6 +124,8 @@ class SparseCodes(Container):
             where = packed.unpack(self.positions.flatten(0, 1)[index])
             codes = codes.new_zeros(*codes.shape[:2], self.shape.code_size).scatter(2, where, codes)
             codes = codes.unflatten(2, (self.shape.patches, self.shape.tokens))
+        elif self.shape.cut == "always":
+            codes = _largest(codes, self.shape.top_k)
         return codes
 
     def initialise(self, generator: torch.Generator, config: SpeedConfig, real: RealImages) -> None:
@@ -166,6 +170,17 @@ class SparseCodes(Container):
 
     def tier_floats(self) -> dict[str, int]:
         return super().tier_floats() | {"instances": self.instances.shape[:2].numel() * self.shape.instance_floats}
+
+
+def _largest(codes: Tensor, count: int) -> Tensor:
+    """``codes`` (n, heads, P, K) without all but the ``count`` largest absolute values of each head.
+
+    The derivative passes to all entries as if none were cut (straight through): one that is out can come back.
+    """
+    flat = codes.detach().flatten(2)
+    kept = flat.abs().topk(count, dim=2).indices
+    cut = torch.zeros_like(flat).scatter(2, kept, flat.gather(2, kept)).view_as(codes)
+    return codes + (cut - codes.detach())
 
 
 class FReeNet(nn.Module):

@@ -78,6 +78,7 @@ MAKERS = {
     "linba": maker("linba", bases=5),
     "linba, unit space, full side": maker("linba", bases=5, downsample=1, pixel_space="unit"),
     "speed": maker("speed", **SPEED),
+    "speed, always cut": maker("speed", cut="always", **SPEED),
     "speed, finished": maker("speed", finish=True, **SPEED),
     "fred": maker("fred", coefficients=20),
     "fred, mask counted, not orthonormal": maker("fred", coefficients=20, count_mask=True, orthonormal=False),

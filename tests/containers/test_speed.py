@@ -156,6 +156,30 @@ def test_finishing_keeps_each_heads_largest_entries_and_decodes_to_exactly_them(
     assert not torch.equal(started().decode(everything(masked)), expected)
 
 
+@torch.no_grad()
+def test_cut_from_the_start_decodes_to_the_finished_images_of_the_same_codes():
+    always, end = started(replace(SMALL, cut="always")), started()
+    end.finish()
+    expected = end.decode(everything(end))
+    assert torch.equal(always.decode(everything(always)), expected)
+    always.finish()
+    assert torch.equal(always.decode(everything(always)), expected)
+
+
+def test_entries_that_are_cut_are_given_the_derivative_they_would_have_if_they_were_not():
+    container = started(replace(SMALL, cut="always")).double()
+    weights = torch.randn(6, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    (container.decode(everything(container)) * weights).sum().backward()
+    codes = container.instances.detach().flatten(0, 1).clone()
+    for row in codes.flatten(2).flatten(0, 1):
+        row[row.abs().argsort()[:-7]] = 0
+    codes.requires_grad_()
+    images = container.space.to_images(container.decoder(container.tokens, codes))
+    (expected,) = torch.autograd.grad((images * weights).sum(), codes)
+    assert torch.allclose(container.instances.grad.flatten(0, 1), expected, rtol=1e-12, atol=0)
+    assert (expected[codes.detach() == 0] != 0).all()
+
+
 def test_finishing_again_changes_nothing():
     container = started()
     container.finish()
@@ -343,7 +367,16 @@ def test_patches_divide_the_side_into_about_as_many_as_in_the_preset(preset, siz
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("tokens", 9), ("token_dim", 64), ("depth", 4), ("heads", 4), ("top_k", 5), ("patch", 8), ("l1", 0.0)],
+    [
+        ("tokens", 9),
+        ("token_dim", 64),
+        ("depth", 4),
+        ("heads", 4),
+        ("top_k", 5),
+        ("patch", 8),
+        ("l1", 0.0),
+        ("cut", "always"),
+    ],
 )
 def test_each_field_can_be_given_and_the_preset_fills_the_others(key, value):
     plain, changed = (planned(DATA["cifar10"], **given) for given in ({}, {key: value}))
@@ -355,6 +388,7 @@ def test_each_field_can_be_given_and_the_preset_fills_the_others(key, value):
     ("changes", "message"),
     [
         ({"preset": "p1"}, f"container.preset=p1: must be auto or one of {', '.join(PRESETS)}"),
+        ({"cut": "start"}, "container.cut=start: must be one of end, always"),
         ({"patch": 5}, "container.patch=5: must be a divisor of dataset.image_size=32"),
         ({"heads": 3}, "container.heads=3: must be a divisor of container.token_dim=32"),
         (
