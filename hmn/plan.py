@@ -108,21 +108,23 @@ class Plan:
 
     @property
     def expected_flops(self) -> float:
-        """Of the whole run, scoring, the beta search and decoders aside: decides whether compiling pays.
-
-        Of a coreset with the networks that it is chosen by, which may train for longer than those that judge it.
-        """
+        """Of the whole run, scoring, the beta search and decoders aside: decides whether compiling pays."""
         if self.config.mode == "experts":
             return float(self.expert_flops)
         judging = self.config.evaluation.networks * self.epochs * self.judging_images * self.training_flops
-        making = 0
+        return float(judging + self.making_flops)
+
+    @property
+    def making_flops(self) -> float:
+        """Of condensing, or of the networks that a coreset is chosen by, which may train for longer than the judges."""
         if self.config.condenses:
-            making = (self.step_flops.matching + self.step_flops.update) * self.matching_steps + self.expert_flops
-        elif self.storage:
-            container = self.config.container
-            epochs = (container.networks or 0) * (container.epochs or 0)
-            making = epochs * self.data.classes * TRAIN_IMAGES * self.training_flops
-        return float(judging + making)
+            steps = (self.step_flops.matching + self.step_flops.update) * self.matching_steps
+            return float(steps + self.expert_flops)
+        if self.storage is None:
+            return 0.0
+        container = self.config.container
+        epochs = (container.networks or 0) * (container.epochs or 0)
+        return float(epochs * self.data.classes * TRAIN_IMAGES * self.training_flops)
 
     @property
     def judging_images(self) -> float:

@@ -19,7 +19,7 @@ from hmn.report import text_table
 from hmn.sweeps import state
 from hmn.sweeps.attempt import end_with_parent
 from hmn.sweeps.pace import flops_per_second
-from hmn.sweeps.planning import Planned, by_run
+from hmn.sweeps.planning import Planned, by_run, work
 from hmn.sweeps.search import search
 from hmn.sweeps.sweep import Sweep, accuracy, counts, launch, of_arguments, status_command
 
@@ -100,7 +100,8 @@ def plan_text(sweep: Sweep, planned: Sequence[Planned]) -> str:
         name = f"{number:{len(str(len(planned)))}}  {one.cell.name}"
         rows.append([name, run, found, str(one.images_per_class or ""), used, *map(str, cost)])
     header = ["cell", "run", "status", "images/class", "floats", "steps", "TFLOP", "hours"]
-    left = sum(one.flops for run_id, one in runs.items() if run_id not in done) / rate / 3600
+    waiting = (one for run_id, one in runs.items() if run_id not in done)
+    left = work(waiting, finished=[runs[run_id] for run_id in done]) / rate / 3600
     lines = [text_table(header, rows), "", summary(counts(planned))]
     lines.append(f"left: about {_shown(left)} hours of one slot, at {rate / 1e9:,.1f} GFLOP/s, {whence}")
     if any(one.run_id is None for one in planned):
@@ -114,7 +115,7 @@ def plan_text(sweep: Sweep, planned: Sequence[Planned]) -> str:
 def _rate(sweep: Sweep, runs: Mapping[str, Planned], done: Mapping[str, dict[str, Any]]) -> tuple[float, str]:
     """Operations per second of one slot, and how they are known."""
     seconds = sum(sum(result["wall_seconds"].values()) for result in done.values())
-    flops = sum(runs[run_id].flops for run_id in done)
+    flops = work(runs[run_id] for run_id in done)
     if seconds and flops:
         return flops / seconds, f"as the {len(done)} finished runs took"
     cuda = torch.cuda.is_available() and getattr(sweep.launcher, "gpus", None) != 0

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from hmn import config, results
 from hmn.artifacts import CARD, sha256, tensors_file
 from hmn.checkpoint import write_text
 from hmn.cli import CONF, explain
-from hmn.config import Config, digest, require
+from hmn.config import Config, condensation_identity, digest, require
 from hmn.errors import ArtifactError, ConfigError, Damaged, Interrupted
 from hmn.plan import Plan, make_plan
 from hmn.sweeps.cells import Cell
@@ -39,6 +39,8 @@ class Planned:
     images_per_class: int | None = None
     steps: int | None = None  # of condensing
     flops: float = 0.0  # expected of the whole run
+    making_flops: float = 0.0  # the part of them that goes into the set before it is pruned and judged
+    condensation: str | None = None  # runs that have the same one condense once and share it
 
 
 def compose(overrides: Sequence[str]) -> Config:
@@ -118,10 +120,13 @@ def _cards(overrides: Sequence[str]) -> tuple[str, ...]:
 def _figures(overrides: Sequence[str], kept: tuple[str, ...] = ()) -> dict[str, Any]:
     seeds = [override.removeprefix("seed=") for override in overrides if override.startswith("seed=")]
     plan = _plan(tuple(override for override in overrides if not override.startswith("seed=")), kept)
-    flops = plan.expected_flops
+    flops = {"flops": plan.expected_flops, "making_flops": plan.making_flops}
     if seeds:
         plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, seed=_whole(seeds[-1])))
-    return {"run_id": plan.run_id, "folder": str(plan.folder), "flops": flops, **_stored(plan)}
+    found = {"run_id": plan.run_id, "folder": str(plan.folder), **flops, **_stored(plan)}
+    if plan.config.condenses and plan.config.compute.share_condensed:
+        found["condensation"] = digest(condensation_identity(plan.config))
+    return found
 
 
 @functools.lru_cache(maxsize=1024)
@@ -148,6 +153,17 @@ def _stored(plan: Plan) -> dict[str, Any]:
         "images_per_class": stored.images_per_class,
         "steps": plan.matching_steps if plan.config.condenses else None,
     }
+
+
+def work(runs: Iterable[Planned], finished: Iterable[Planned] = ()) -> float:
+    """FLOPs of all ``runs``, where a condensation that several share, or share with ``finished`` runs, is made once."""
+    made = {one.condensation for one in finished}
+    total = 0.0
+    for one in runs:
+        shared = one.condensation is not None and one.condensation in made
+        total += one.flops - (one.making_flops if shared else 0.0)
+        made.add(one.condensation)
+    return total
 
 
 @functools.cache

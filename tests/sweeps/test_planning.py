@@ -14,7 +14,7 @@ from hmn.artifacts import save
 from hmn.errors import ConfigError, Interrupted
 from hmn.sweeps import planning
 from hmn.sweeps.cells import Cell
-from hmn.sweeps.planning import Planned, by_run, plan_cells
+from hmn.sweeps.planning import Planned, by_run, plan_cells, work
 from tests.command import TINY, planned
 
 CPU = "compute.device=cpu"
@@ -70,6 +70,23 @@ def test_seeds_are_planned_without_composing_each(composed, own):
         assert (one.run_id, one.folder, one.flops) == (plan.run_id, plan.folder, plan.expected_flops)
     assert len({one.run_id for one in found}) == 3
     assert found[0].run_id == found[3].run_id  # seed 0, given or not
+
+
+def test_a_condensation_that_runs_share_is_work_once():
+    """Pruning does not change it unless by how much is condensed; another seed is another one."""
+    shared = ("memory=ipc10", "compute.share_condensed=true", "pruning.over_budget=0.1")
+    betas = [cell(f"{beta}", *shared, f"pruning.beta={beta}") for beta in (0, 0.5, 1)]
+    others = [cell("seed", *shared, "seed=1"), cell("more", *shared, "pruning.over_budget=0.3")]
+    found = plan_cells([*betas, *others])
+    plan = planned(CPU, *shared, "pruning.beta=0")
+    once, each = plan.making_flops, plan.expected_flops - plan.making_flops
+    assert once == plan.matching_steps * (plan.step_flops.matching + plan.step_flops.update) > each > 0
+    assert work(found[:3]) == pytest.approx(once + 3 * each, rel=1e-12)
+    assert work(found[1:3], finished=found[:1]) == pytest.approx(2 * each, rel=1e-12)
+    assert work(found[:4]) == pytest.approx(2 * once + 4 * each, rel=1e-12)
+    assert work(found) - work(found[:4]) == found[4].flops > plan.expected_flops
+    apart = plan_cells([cell(f"{beta}", "memory=ipc10", f"pruning.beta={beta}") for beta in (0, 1)])
+    assert work(apart) == sum(one.flops for one in apart)
 
 
 def test_cells_that_are_one_run_are_one_run():
