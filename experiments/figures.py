@@ -518,7 +518,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--bars", metavar="VALUE[,VALUE]", help="rows against the first: values of experiments/filling.py"
     )
     parser.add_argument(
-        "--results", type=Path, help="a folder that keeps results, and has those of runs that are not here"
+        "--results", type=Path, help="a folder that keeps results, and has those of runs that are not finished here"
     )
     parser.add_argument("--mix", action="store_true", help="draw results of several code versions together")
     given = parser.parse_intermixed_args(arguments)

@@ -230,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings over the cells', as of sweep.py")
     parser.add_argument("--output", type=Path, help="the folder to write NAME.md, NAME.tex and NAME.csv to")
     parser.add_argument(
-        "--results", type=Path, help="a folder that keeps results, and has those of runs that are not here"
+        "--results", type=Path, help="a folder that keeps results, and has those of runs that are not finished here"
     )
     parser.add_argument("--mix", action="store_true", help="show results of several code versions in one table")
     given = parser.parse_intermixed_args(arguments)
