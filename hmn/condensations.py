@@ -22,9 +22,14 @@ from hmn.plan import Plan
 TENSORS = "container.safetensors"
 
 
+def identity_of(plan: Plan) -> dict[str, Any]:
+    """What runs that share the condensation of ``plan`` agree on, as plain values."""
+    return condensation_identity(plan.config) | {"start": plan.artifact}
+
+
 def folder_of(plan: Plan, fingerprint: str, code: str) -> Path:
     """Where the condensation of ``plan`` lies: of these images, and made by these sources."""
-    identity = condensation_identity(plan.config) | {"start": plan.artifact, "data": fingerprint, "code": code}
+    identity = identity_of(plan) | {"data": fingerprint, "code": code}
     return Path(plan.config.paths.cache_dir) / "condensed" / digest(identity)
 
 

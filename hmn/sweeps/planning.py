@@ -14,11 +14,11 @@ from typing import Any
 
 import hydra
 
-from hmn import config, results
+from hmn import condensations, config, results
 from hmn.artifacts import CARD, sha256, tensors_file
 from hmn.checkpoint import write_text
 from hmn.cli import CONF, explain
-from hmn.config import Config, condensation_identity, digest, require
+from hmn.config import Config, digest, require
 from hmn.errors import ArtifactError, ConfigError, Damaged, Interrupted
 from hmn.plan import Plan, make_plan
 from hmn.sweeps.cells import Cell
@@ -125,7 +125,7 @@ def _figures(overrides: Sequence[str], kept: tuple[str, ...] = ()) -> dict[str, 
         plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, seed=_whole(seeds[-1])))
     found = {"run_id": plan.run_id, "folder": str(plan.folder), **flops, **_stored(plan)}
     if plan.config.condenses and plan.config.compute.share_condensed:
-        found["condensation"] = digest(condensation_identity(plan.config))
+        found["condensation"] = digest(condensations.identity_of(plan))
     return found
 
 
