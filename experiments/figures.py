@@ -29,9 +29,9 @@ from PIL import Image
 from experiments.filling import VALUES, Entry, Filled, Value, fill, shown, sweep_of
 from hmn import results
 from hmn.checkpoint import atomic_write
-from hmn.cli import in_one_line
 from hmn.config import one_of
 from hmn.errors import ArtifactError, ConfigError
+from hmn.explain import in_one_line
 from hmn.sweeps.sweep import Sweep
 
 if TYPE_CHECKING:

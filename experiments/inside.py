@@ -26,8 +26,8 @@ from PIL import Image
 from torch import Tensor
 
 from hmn import artifacts, results
-from hmn.cli import in_one_line
 from hmn.errors import ArtifactError, DataError
+from hmn.explain import in_one_line
 from hmn.tracking import read_metrics
 
 

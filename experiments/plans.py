@@ -14,7 +14,7 @@ import hydra
 
 from hmn import config
 from hmn.checkpoint import write_text
-from hmn.cli import CONF
+from hmn.config import CONF
 from hmn.containers import KINDS
 from hmn.errors import ConfigError
 from hmn.plan import Plan, make_plan

@@ -33,8 +33,8 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments.embedding import Embedded, embed
 from hmn import results
 from hmn.checkpoint import write_text
-from hmn.cli import in_one_line
 from hmn.errors import ArtifactError, ConfigError
+from hmn.explain import in_one_line
 from hmn.prune import hardest_count
 from hmn.sweeps import state
 from hmn.sweeps.attempt import FAILURE, LOG

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from experiments.filling import NO_VALUE, VALUES, Entry, Filled, Gap, Measured, Reported, Value, fill, sweep_of
 from hmn.checkpoint import write_text
-from hmn.cli import in_one_line
+from hmn.explain import in_one_line
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -46,6 +47,7 @@ __all__ = [  # what other modules take from here
     "require",
 ]
 
+CONF = Path(__file__).resolve().parents[2] / "conf"
 MODES = ("run", "plan", "evaluate", "full_data", "random_subset", "experts", "redundancy")
 NETWORK_NORMS = {  # the norms that each network can have
     "convnet": ("instance", "batch", "none"),

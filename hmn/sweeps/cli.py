@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from hmn import distributed
-from hmn.cli import in_one_line
 from hmn.errors import ConfigError
+from hmn.explain import in_one_line
 from hmn.report import text_table
 from hmn.sweeps import state
 from hmn.sweeps.attempt import end_with_parent

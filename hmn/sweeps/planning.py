@@ -17,9 +17,9 @@ import hydra
 from hmn import condensations, config, results
 from hmn.artifacts import CARD, sha256, tensors_file
 from hmn.checkpoint import write_text
-from hmn.cli import CONF, explain
-from hmn.config import Config, digest, require
+from hmn.config import CONF, Config, digest, require
 from hmn.errors import ArtifactError, ConfigError, Damaged, Interrupted
+from hmn.explain import explain
 from hmn.plan import Plan, make_plan
 from hmn.sweeps.cells import Cell
 

@@ -34,9 +34,9 @@ from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Overrid
 
 from hmn import results
 from hmn.checkpoint import exclusive, write_text
-from hmn.cli import explain
 from hmn.config import require
 from hmn.errors import ArtifactError, ConfigError, HmnError
+from hmn.explain import explain
 from hmn.plan import Plan, make_plan
 from hmn.report import text_table
 from hmn.sweeps import state

@@ -25,8 +25,7 @@ from tqdm import tqdm
 
 from hmn import results
 from hmn.checkpoint import STOP_SIGNALS, exclusive, write_text
-from hmn.cli import CONF
-from hmn.config import Config, LauncherConfig, SweepConfig, digest, require
+from hmn.config import CONF, Config, LauncherConfig, SweepConfig, digest, require
 from hmn.config.sweeps import LocalConfig
 from hmn.errors import Busy, ConfigError, Interrupted
 from hmn.sweeps import launchers, state
