@@ -11,6 +11,7 @@ import os
 import runpy
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -174,6 +175,7 @@ def _run(program: str, folder: str, arguments: list[str], outputs: str, environm
         os.dup2(os.open(os.path.join(outputs, name), os.O_WRONLY), descriptor)
     os.chdir(folder)
     os.environ.update(environment)
+    tempfile.tempdir = None  # that of the process this one was forked from, whatever TMPDIR says
     sys.argv = [program, *arguments]
     try:
         runpy.run_path(program, run_name="__main__")

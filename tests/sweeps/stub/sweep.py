@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-import tempfile
 import time
 from pathlib import Path
 
@@ -27,7 +26,6 @@ def jumping(hours: float, real=time.time):
 
 
 if __name__ == "__main__":
-    tempfile.tempdir = None  # that of the process this one was forked from
     real_task = sweep._task
     sweep._task = lambda *arguments: through_stub(real_task(*arguments))
     if "JUMP" in os.environ:
