@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,10 +75,9 @@ def load_table(path: Path, overrides: Sequence[str] = ()) -> Table:
     smoke = [override for override in overrides if override.lstrip("+") == "debug=smoke"]
     only = dict(one.removeprefix(ONLY).split("=", 1) for one in overrides if one.startswith(ONLY) and "=" in one)
     overrides = [one for one in overrides if one not in smoke and not one.startswith(ONLY)]
-    chosen = {axis: labels.split(",") for axis, labels in only.items()}
     try:
         file = _read(path)
-        cells = tuple(_cells(file, overrides, chosen, bool(smoke)))
+        cells = tuple(_cells(file, overrides, only, bool(smoke)))
         table = Table(
             name=path.stem,
             title=file["title"],
@@ -125,18 +124,18 @@ def _axes(file: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
     }
 
 
-def _cells(
-    file: Mapping[str, Any], overrides: Sequence[str], only: Mapping[str, list[str]], smoke: bool
-) -> Iterator[Cell]:
+def _cells(file: Mapping[str, Any], overrides: Sequence[str], only: Mapping[str, str], smoke: bool) -> Iterator[Cell]:
     axes = _axes(file)
     known = axes.keys() | {axis for one in file.get("cells", ()) for axis in one["labels"]}
     rules = [*file.get("skip", ()), *(one["when"] for key in ("adjust", "smoke") for one in file.get(key, ()))]
     for rule in rules:
         require("skip, adjust, smoke", rule.keys() <= known, ", ".join(rule.keys() - known), f"of {', '.join(known)}")
     made = list(_made(file, axes))
-    for axis, labels in only.items():
+    chosen = {}
+    for axis, text in only.items():
         found = {own[axis] for own, _ in made if axis in own}
-        require(f"{ONLY}{axis}", found >= set(labels), ",".join(labels), f"of {', '.join(sorted(found))}")
+        chosen[axis] = _split(text, found)
+        require(f"{ONLY}{axis}", found >= set(chosen[axis]), text, f"of {', '.join(sorted(found))}")
     dropped = list(file.get("skip", ()))
     if smoke:
         dropped += [rule["when"] for rule in file.get("smoke", ()) if rule.get("skip")]
@@ -155,9 +154,19 @@ def _cells(
         if smoke:
             settings = last_of_each([*smoked(settings), *_set(file.get("smoke", ()), labels)])
         cells.append(Cell(name, labels, tuple(settings), _reads(file, labels, by_labels)))
-    wanted = {cell.name for cell in cells if _matches(cell.labels, only)}
+    wanted = {cell.name for cell in cells if _matches(cell.labels, chosen)}
     wanted |= {name for cell in cells if cell.name in wanted for name in cell.reads}
     return (cell for cell in cells if cell.name in wanted)
+
+
+def _split(text: str, known: Collection[str]) -> list[str]:
+    """The labels of ``A,B``: at each place the longest that is known, for a label may have commas of its own."""
+    parts, labels = text.split(","), []
+    while parts:
+        heads = (",".join(parts[:count]) for count in range(len(parts), 0, -1))
+        labels.append(next((head for head in heads if head in known), parts[0]))
+        parts = parts[labels[-1].count(",") + 1 :]
+    return labels
 
 
 def _made(

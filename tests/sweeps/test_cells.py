@@ -180,6 +180,27 @@ def test_a_part_of_the_cells_is_those_with_the_labels(table):
     assert again
 
 
+COMMAS = """
+cells:
+  - {labels: {dataset: SVHN, ipc: 1, method: "HMN, pruned", seed: 0}, set: [pruning=double_end]}
+  - {labels: {dataset: SVHN, ipc: 1, method: "Random, HMN", seed: 0}, set: [mode=random_subset]}
+"""
+
+
+@pytest.mark.parametrize(
+    ("asked", "methods"),
+    [
+        ("HMN, pruned", {"HMN, pruned"}),
+        ("Random, HMN", {"Random, HMN"}),
+        ("Random,HMN, pruned,HMN", {"Random", "HMN, pruned", "HMN"}),
+        ("HMN,Random", {"HMN", "Random"}),
+    ],
+)
+def test_a_label_with_commas_is_chosen_as_it_is_written(table, asked, methods):
+    found = table(COMMAS, "only.dataset=SVHN", f"only.method={asked}")
+    assert {cell.labels["method"] for cell in found.cells} == methods
+
+
 # The smoke variant
 
 
