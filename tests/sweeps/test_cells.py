@@ -291,7 +291,7 @@ ERRORS = {
         "artifacts=SVHN/1/IDC/0: must be a cell of this table",
     ),
     "a part that is none": (FILE, ("only.method=IDC",), "only.method=IDC: must be of HMN, Random"),
-    "a part of no axis": (FILE, ("only.network=VGG",), "only.network=VGG: must be of "),
+    "a part of no axis": (FILE, ("only.network=VGG",), "only.network=VGG: must be of an axis of the table: "),
     "empty": ("", (), "has no "),
     "a list": ("- 1\n", (), "the file=list: must be a mapping"),
     "an empty key": (FILE + "skip:\n", (), "skip=null: must be a list"),
