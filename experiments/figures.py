@@ -428,6 +428,7 @@ def _draw_picture(axes: Axes, picture: Image.Image | None, expected: bool) -> No
 SPECIAL: Mapping[str, Callable[[Filled], tuple[Panel, ...]]] = {
     "instance_memory": instance_memory,
     "continual": continual,
+    "q75_continual": continual,
 }
 
 
