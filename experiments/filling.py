@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shlex
+import shutil
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hmn.artifacts import CARD
 from hmn.errors import ConfigError
 from hmn.results import held_out_accuracy, write
 from hmn.sweeps import state
@@ -223,18 +225,20 @@ def measure(value: Value, results: Sequence[Mapping[str, Any]]) -> Measured | No
 def fill(sweep: Sweep, *, mix: bool = False, kept: Path | None = None) -> Filled:
     """Read every run of the sweep's table once.
 
-    Finished runs leave their results in ``kept``, as ``<run id>/result.json``, and what a run has left there stands in
-    for it where its folder is gone or on another machine.
+    Finished runs leave their results in ``kept``, as ``<run id>/result.json``, with the card of a set that other cells
+    read. What a run has left there stands in for it where its folder is gone or on another machine.
 
     Raises ``ConfigError`` for runs of several code versions, or a key of ``shows`` that is none of ``VALUES``.
     """
-    table, planned = sweep.table, {one.cell.name: one for one in sweep.plan()}
+    table, planned = sweep.table, {one.cell.name: one for one in sweep.plan(kept)}
     if unknown := [key for key in table.shows if key not in VALUES]:
         raise ConfigError(
             f"shows={unknown[0]}: no number; {table.name} is drawn: python -m experiments.figures {table.name}"
         )
     states = {run_id: state.read(one.folder) for run_id, one in by_run([*planned.values()]).items()}
     if kept is not None:
+        for name in {name for cell in table.cells for name in cell.reads}:
+            _keep_card(planned[name], kept)
         states = {run_id: _keep(kept / run_id, found) for run_id, found in states.items()}
     results = {run_id: found.result for run_id, found in states.items() if found.result is not None}
     if not mix:
@@ -264,6 +268,12 @@ def fill(sweep: Sweep, *, mix: bool = False, kept: Path | None = None) -> Filled
         tuple(_with_best(entries)),
         tuple([*([SMOKE] if smoke else []), *_footer([*results.values()], command)]),
     )
+
+
+def _keep_card(one: Planned, kept: Path) -> None:
+    if one.run_id is not None and (one.folder / CARD).exists():
+        (kept / one.run_id).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(one.folder / CARD, kept / one.run_id / CARD)
 
 
 def _keep(folder: Path, found: state.State) -> state.State:

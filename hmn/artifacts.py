@@ -185,12 +185,22 @@ def tensors_file(path: str | Path) -> Path:
     return found
 
 
-def read_card(tensors_path: Path) -> dict[str, Any]:
-    """The card beside ``tensors_path``. Raises ``ArtifactError`` if it is missing, incomplete or of another version."""
-    path = tensors_path.with_name(CARD)
+def card_file(path: str | Path) -> Path:
+    """The card of the folder or tensors file ``path``, whether it is there or not."""
+    path = Path(path)
+    return path / CARD if path.is_dir() else path.with_name(CARD)
+
+
+def read_card(artifact: str | Path) -> dict[str, Any]:
+    """The card in the folder ``artifact`` or beside the tensors file: the tensors themselves are not asked for.
+
+    Raises ``ArtifactError`` if it is missing, incomplete or of another version.
+    """
+    path = card_file(artifact)
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        tensors_file(artifact)  # where these are missing, too, it says so
         raise ArtifactError(f"{path}: missing; {TENSORS} and its card are kept together") from None
     except ValueError:
         raise ArtifactError(f"{path}: not JSON; fetch it again") from None

@@ -200,7 +200,7 @@ def make_plan(config: Config, typed: Sequence[str] = ()) -> Plan:
     """
     artifact, cards = None, {}
     if config.judges:
-        cards = {path: read_card(tensors_file(path)) for path in config.artifacts}
+        cards = {path: read_card(path) for path in config.artifacts}
         check_together(cards)
         artifact = sorted(card["sha256"] for card in cards.values())
         artifact = artifact if len(artifact) > 1 else artifact[0]

@@ -316,6 +316,18 @@ def test_a_damaged_artifact_is_refused(finished, tmp_path, damage, file, reason)
     assert reason in outcome.complaint
 
 
+def test_a_card_alone_tells_of_what_was_measured_and_is_no_artifact(finished, tmp_path):
+    card = tmp_path / "kept" / "card.json"
+    card.parent.mkdir()
+    shutil.copy(finished.folder / "card.json", card)
+    other = finish(tmp_path, *TINY, "mode=evaluate", f"artifact={finished.folder}", "network.width=6")
+    again = run(tmp_path, *TINY, "mode=evaluate", f"artifact={card.parent}", "network.width=6")
+    assert f"{other.result['run_id']} is finished" in again.out
+    outcome = run(tmp_path, *TINY, "mode=evaluate", f"artifact={card.parent}", "network.width=8")
+    assert outcome.code == 2
+    assert outcome.complaint == f"artifact={card.parent}: no condensed.safetensors there; give a finished run's folder"
+
+
 # Sweeps
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import hydra
 
 from hmn import condensations, config, results
-from hmn.artifacts import CARD, sha256, tensors_file
+from hmn.artifacts import CARD, card_file, sha256
 from hmn.checkpoint import write_text
 from hmn.config import CONF, Config, digest, require
 from hmn.errors import ArtifactError, ConfigError, Damaged, Interrupted
@@ -50,11 +50,12 @@ def compose(overrides: Sequence[str]) -> Config:
         return config.from_hydra(hydra.compose("config", overrides=list(overrides)))
 
 
-def plan_cells(cells: Sequence[Cell], cache: Path | None = None) -> list[Planned]:
+def plan_cells(cells: Sequence[Cell], cache: Path | None = None, kept: Path | None = None) -> list[Planned]:
     """Plan every cell, in their order.
 
     What is known of cells from earlier, under the same sources and ``conf/``, is taken from the file ``cache``, as
-    composing takes a tenth of a second for each. Raises ``ConfigError`` that names all cells which cannot be composed,
+    composing takes a tenth of a second for each. Of a run that is gone, ``kept / RUN_ID`` may have result and card:
+    what reads its set is planned by these. Raises ``ConfigError`` that names all cells which cannot be composed,
     a line for each.
     """
     version = _version()
@@ -64,15 +65,15 @@ def plan_cells(cells: Sequence[Cell], cache: Path | None = None) -> list[Planned
     complaints: dict[str, list[str]] = {}  # the cells, by what they have in common to complain of
     for cell in sorted(cells, key=lambda cell: bool(cell.reads)):  # what is read comes first
         try:
-            read = [planned[name].folder if name in planned else None for name in cell.reads]
+            read = [_source(planned.get(name), kept) for name in cell.reads]
             overrides = (*cell.overrides, *_artifact(read))
             if not all(map(_finished, read)):
                 compose(overrides)  # its own settings are checked; without the kept sets there is no more to check
                 planned[cell.name] = Planned(cell, overrides, None, None)
                 continue
-            kept = _cards(overrides)
-            key = digest({"overrides": list(overrides), "kept": list(kept)})
-            fresh[key] = known.get(key) or _figures(overrides, kept)
+            cards = _cards(overrides)
+            key = digest({"overrides": list(overrides), "kept": list(cards)})
+            fresh[key] = known.get(key) or _figures(overrides, cards)
             planned[cell.name] = Planned(cell, overrides, **fresh[key] | {"folder": Path(fresh[key]["folder"])})
         except Interrupted:  # no fault of the cell
             raise
@@ -100,6 +101,13 @@ def _artifact(folders: Sequence[Path | None]) -> list[str]:
     return [f"artifact={names[0]}" if len(names) == 1 else f"artifact=[{','.join(names)}]"] if names else []
 
 
+def _source(one: Planned | None, kept: Path | None) -> Path | None:
+    """The folder that tells of the set of a cell which is read; ``None`` of one that waits or cannot be composed."""
+    if one is None or one.run_id is None or kept is None or _finished(one.folder):
+        return one and one.folder
+    return kept / one.run_id if (kept / one.run_id / CARD).exists() else one.folder
+
+
 def _finished(folder: Path | None) -> bool:
     try:
         return folder is not None and results.read(folder) is not None
@@ -113,7 +121,7 @@ def _cards(overrides: Sequence[str]) -> tuple[str, ...]:
     digests = []
     for path in filter(None, named.strip("[]").split(",")):
         with contextlib.suppress(ArtifactError, OSError):  # which the plan complains of
-            digests.append(sha256(tensors_file(path).with_name(CARD)))
+            digests.append(sha256(card_file(path)))
     return tuple(digests)
 
 

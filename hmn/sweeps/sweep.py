@@ -55,8 +55,8 @@ class Sweep:
     def folder(self) -> Path:
         return self.runs_dir / "sweeps" / self.name
 
-    def plan(self) -> list[Planned]:
-        return plan_cells(self.cells, self.folder / PLANS)
+    def plan(self, kept: Path | None = None) -> list[Planned]:
+        return plan_cells(self.cells, self.folder / PLANS, kept)
 
 
 def of_arguments(arguments: Sequence[str], command: str) -> Sweep:

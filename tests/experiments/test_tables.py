@@ -85,7 +85,7 @@ class Runs:
     def path(self, name: str) -> Path:
         return self.folder / name.replace("/", "-")
 
-    def plan(self) -> list[Planned]:
+    def plan(self, kept: Path | None = None) -> list[Planned]:
         return [
             Planned(cell, cell.overrides, cell.name.replace("/", "-"), self.path(cell.name))
             for cell in self.table.cells
@@ -288,7 +288,7 @@ def test_cells_that_are_one_run_count_once(tmp_path, reported):
     runs = Runs(tmp_path)
     one = runs.path("A/1/Ours/0")
     runs.finish("A/1/Ours/0", [0.5, 0.7])
-    runs.plan = lambda: [Planned(cell, cell.overrides, "same", one) for cell in runs.table.cells]
+    runs.plan = lambda kept: [Planned(cell, cell.overrides, "same", one) for cell in runs.table.cells]
     assert {row["n"] for row in rows_of(fill(runs))} == {"1 x 2"}
     assert "Runs: 1, together 0.50 hours" in markdown(fill(runs))
 
@@ -303,7 +303,7 @@ def test_each_result_is_read_once(tmp_path, reported, monkeypatch):
     fill(runs)
     assert sorted(asked) == sorted(runs.path(cell.name) for cell in runs.table.cells)
     one, asked[:] = runs.path("A/1/Ours/0"), []
-    runs.plan = lambda: [Planned(cell, cell.overrides, "same", one) for cell in runs.table.cells]
+    runs.plan = lambda kept: [Planned(cell, cell.overrides, "same", one) for cell in runs.table.cells]
     fill(runs)
     assert asked == [one]
 
@@ -326,6 +326,21 @@ def test_kept_results_stand_in_for_runs_that_are_gone(tmp_path, reported):
     assert "75.00 (1 x 1)" in markdown(fill(runs, kept=kept))
 
 
+def test_the_cards_of_sets_that_cells_read_are_kept(tmp_path, reported):
+    runs, kept = Runs(tmp_path / "runs"), tmp_path / "kept"
+    *others, reader = runs.table.cells
+    runs.table = replace(runs.table, cells=(*others, replace(reader, reads=("A/1/Ours/0", "B/1/Ours/0"))))
+    for name in ("A/1/Ours/0", "A/1/Ours/1"):
+        runs.finish(name, [0.5])
+        (runs.path(name) / "card.json").write_text(name)
+    fill(runs)
+    fill(runs, kept=kept)
+    assert {path.parent.name: path.read_text() for path in kept.rglob("card.json")} == {"A-1-Ours-0": "A/1/Ours/0"}
+    shutil.rmtree(runs.folder)
+    fill(runs, kept=kept)
+    assert (kept / "A-1-Ours-0/card.json").read_text() == "A/1/Ours/0"
+
+
 def test_interrupted_and_damaged_runs_are_marked_as_such(tmp_path, reported):
     runs = Runs(tmp_path)
     write_text(runs.path("A/1/Ours/0") / "checkpoints" / "condense.pt", "")
@@ -341,7 +356,7 @@ def test_interrupted_and_damaged_runs_are_marked_as_such(tmp_path, reported):
 
 def test_a_cell_whose_kept_sets_are_missing_names_the_sweep(tmp_path, reported):
     runs = Runs(tmp_path)
-    runs.plan = lambda: [Planned(cell, cell.overrides, None, None) for cell in runs.table.cells]
+    runs.plan = lambda kept: [Planned(cell, cell.overrides, None, None) for cell in runs.table.cells]
     assert {row["commands"] for row in rows_of(fill(runs))} == {f"{COMMAND}; {COMMAND}"}
 
 

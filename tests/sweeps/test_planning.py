@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -246,6 +247,24 @@ def test_a_cell_waits_for_what_it_reads(kept):
     plan = planned(*evaluated.overrides)
     assert (evaluated.run_id, evaluated.flops) == (plan.run_id, plan.expected_flops)
     assert evaluated.run_id.startswith("digits-evaluate-")
+
+
+def test_a_kept_card_plans_what_reads_a_run_that_is_gone(kept, tmp_path):
+    cells, keeping = [cell("made", *TINY), reader("evaluated", "made")], tmp_path / "results"
+    made, _ = plan_cells(cells)
+    kept(made)
+    before = plan_cells(cells)[1]
+    (keeping / made.run_id).mkdir(parents=True)
+    shutil.copy(made.folder / "result.json", keeping / made.run_id)
+    assert plan_cells(cells, kept=keeping)[1] == before  # the folder itself, while it is there
+    card = (made.folder / "card.json").read_bytes()
+    shutil.rmtree(made.folder)
+    assert plan_cells(cells, kept=keeping)[1].run_id is None
+    (keeping / made.run_id / "card.json").write_bytes(card)
+    found = plan_cells(cells, kept=keeping)[1]
+    assert found.run_id == before.run_id
+    assert found.overrides[-1] == f"artifact={keeping / made.run_id}"
+    assert plan_cells(cells)[1].run_id is None
 
 
 def test_a_damaged_result_is_as_good_as_none(kept):
