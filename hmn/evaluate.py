@@ -82,7 +82,17 @@ def recipe_of(config: EvaluationConfig, *, flip: bool) -> Recipe:
         schedule=config.schedule,
         strategy=strategy,
         cutmix=config.cutmix,
+        even_batches=config.even_batches,
     )
+
+
+def tiny_rest(images: int, recipe: Recipe) -> str | None:
+    """What to say of a set whose epochs end in a batch so small that its noisy step may cost accuracy."""
+    rest = images % recipe.batch
+    if recipe.even_batches or images < recipe.batch or not 0 < rest < recipe.batch / 8:
+        return None
+    told = f"batches of {recipe.batch} leave a last one of {rest}"
+    return f"{images} images: {told}, which may cost points; evaluation.even_batches=true cuts epochs evenly"
 
 
 def test_epochs(epochs: int, points: int) -> list[int]:

@@ -37,7 +37,7 @@ from hmn.data.sampling import random_subset
 from hmn.data.source import TrainingImages
 from hmn.data.splits import listing
 from hmn.errors import DataError
-from hmn.evaluate import Accuracies, Images, Judge, evaluate, quick_accuracy, recipe_of
+from hmn.evaluate import Accuracies, Images, Judge, evaluate, quick_accuracy, recipe_of, tiny_rest
 from hmn.plan import Plan
 from hmn.seeding import derived_seed, generator
 from hmn.training import accuracy, training_step
@@ -412,6 +412,8 @@ class Session:
     def _trained_on(self, train: Images, stream: str) -> Accuracies:
         settings = self.config.evaluation
         test = Images(self.data.test.images, self.data.test.labels)
+        if (told := tiny_rest(len(train.labels), self.judge.recipe)) and distributed.first():
+            print(told)
         with self.checkpoints.timed("evaluate"):
             return evaluate(self.judge, train, test, settings.networks, settings.test_points, stream)
 

@@ -85,6 +85,18 @@ class Recipe:
     strategy: str
     cutmix: float
     rule: str = "idc"  # how the operators of ``strategy`` are composed, see hmn/data/augment.py
+    even_batches: bool = False
+
+
+def batches_of(order: Tensor, recipe: Recipe) -> tuple[Tensor, ...]:
+    """The batches of an epoch, (..., n) each, of all images in ``order`` (..., N): ceil(N / batch) of them.
+
+    Full ones and a rest, which may be a single image and still is a step of its own; or, with ``even_batches``, of
+    sizes that differ by one at most.
+    """
+    if recipe.even_batches:
+        return order.tensor_split(math.ceil(order.shape[-1] / recipe.batch), -1)
+    return order.split(recipe.batch, -1)
 
 
 def learning_rate(recipe: Recipe, epoch: int) -> float:
@@ -253,7 +265,7 @@ class Training:
         """One pass in random order; each network's loss, the mean over batches: not finite if any batch's is not."""
         self.update.set_learning_rate(learning_rate(self.recipe, self.epoch))
         order = permutations(self.together, len(self.images), self.generator)
-        batches = order.split(self.recipe.batch, -1)
+        batches = batches_of(order, self.recipe)
         total = torch.zeros(self.together, device=self.images.device)
         for index in batches:
             total = total + self.run_batch({"index": index})["loss"]  # read once, when the epoch is over

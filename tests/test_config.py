@@ -356,6 +356,7 @@ SCIENCE: dict[str, dict[str, Any]] = {
         "networks": 7,
         "epochs": 7,
         "batch": 7,
+        "even_batches": True,
         "lr": 0.1,
         "momentum": 0.1,
         "weight_decay": 0.1,

@@ -16,7 +16,7 @@ from hmn.compute import Compute
 from hmn.config import EvaluationConfig
 from hmn.data.preprocess import Normalise
 from hmn.errors import Interrupted
-from hmn.evaluate import Accuracies, Images, Judge, evaluate, quick_accuracy, recipe_of
+from hmn.evaluate import Accuracies, Images, Judge, evaluate, quick_accuracy, recipe_of, tiny_rest
 from hmn.networks.convnet import ConvNet
 from hmn.seeding import derived_seed
 from hmn.training import Recipe, Training, accuracy, training_step
@@ -102,7 +102,9 @@ def test_one_network_has_no_deviation():
 
 
 def test_the_recipe_is_the_profiles():
-    config = EvaluationConfig(profile="mine", schedule="multistep", epochs=7, batch=3, lr=0.3, weight_decay=0.1)
+    config = EvaluationConfig(
+        profile="mine", schedule="multistep", epochs=7, batch=3, even_batches=True, lr=0.3, weight_decay=0.1
+    )
     recipe = recipe_of(config, flip=True)
     names = {field.name for field in dataclasses.fields(Recipe)} - {"rule"}
     assert all(getattr(recipe, name) == getattr(config, name) for name in names)
@@ -117,6 +119,17 @@ def test_data_whose_classes_a_mirror_changes_are_never_flipped(strategy: str, ke
     config = EvaluationConfig(profile="mine", schedule="cosine", strategy=strategy)
     assert recipe_of(config, flip=False).strategy == kept
     assert recipe_of(config, flip=True).strategy == strategy
+
+
+@pytest.mark.parametrize(("images", "rest"), [(450, 2), (455, 7), (456, None), (448, None), (63, None), (65, 1)])
+def test_a_tiny_last_batch_is_told_with_the_way_out_of_it(images: int, rest: int | None):
+    recipe = dataclasses.replace(RECIPE, batch=64)
+    told = tiny_rest(images, recipe)
+    assert (told is None) == (rest is None)
+    if told:
+        assert told.startswith(f"{images} images: batches of 64 leave a last one of {rest}, ")
+        assert "evaluation.even_batches=true" in told
+    assert tiny_rest(images, dataclasses.replace(recipe, even_batches=True)) is None
 
 
 # Evaluating

@@ -31,6 +31,7 @@ from hmn.training import (
     Recipe,
     Training,
     accuracy,
+    batches_of,
     learning_rate,
     logits_of,
     train_networks,
@@ -316,6 +317,25 @@ def test_every_epoch_shows_every_image_once_in_an_order_of_its_own():
     epochs = [torch.cat(seen[start : start + 3]).tolist() for start in (0, 3)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(21))] * 2
     assert epochs[0] != epochs[1] != list(range(21))
+
+
+@pytest.mark.parametrize(
+    ("images", "sizes"), [(21, [7, 7, 7]), (17, [6, 6, 5]), (16, [8, 8]), (9, [5, 4]), (8, [8]), (3, [3])]
+)
+def test_even_batches_are_as_many_and_differ_by_one_image_at_most(images: int, sizes: list[int]):
+    order = torch.randperm(images, generator=generator())
+    even = batches_of(order, dataclasses.replace(RECIPE, even_batches=True))
+    assert [len(batch) for batch in even] == sizes
+    assert len(even) == len(batches_of(order, RECIPE))
+    assert torch.equal(torch.cat(even), order)
+    together = batches_of(order.expand(2, -1), dataclasses.replace(RECIPE, even_batches=True))
+    assert [batch.shape for batch in together] == [(2, size) for size in sizes]
+
+
+def test_a_training_with_even_batches_shows_them():
+    seen = shown(training(dataclasses.replace(RECIPE, even_batches=True)), 2)
+    assert [len(batch) for batch in seen] == [7, 7, 7] * 2
+    assert [sorted(torch.cat(seen[start : start + 3]).tolist()) for start in (0, 3)] == [list(range(21))] * 2
 
 
 def test_a_set_smaller_than_a_batch_is_one_batch_without_padding():

@@ -178,6 +178,9 @@ class EvaluationConfig:
     epochs: int = 1000
     full_data_epochs: int | None = field(default=None, metadata={"modes": ("full_data",)})  # null: epochs
     batch: int = 64
+    # Where an epoch ends in a batch of a few images, their noisy step weighs as much as that of a full one and costs
+    # points. false, as IDC: full batches and that rest; true: as many batches, of equal size
+    even_batches: bool = newer(False)
     lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 5e-4
