@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hmn.budget import budget_floats
 from hmn.config import HmnConfig
 from hmn.containers import storage
-from hmn.containers.hierarchical import HierarchicalMemory, HmnShape, Tangent
+from hmn.containers.hierarchical import HierarchicalMemory, HmnShape, Tangent, UpsamplingConv2d
 from hmn.containers.presets import PRESETS
 from hmn.errors import ConfigError
 from hmn.prune import kept_instances
@@ -137,6 +137,21 @@ def test_decoding_equals_the_equation_image_by_image(changes):
     for row, image in enumerate(images):
         expected = plain_image(container, row // 4, row % 4)
         torch.testing.assert_close(image, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "height", "width"), [(3, 5, 4, 4), (4, 3, 1, 1), (2, 2, 3, 5)])
+def test_a_convolution_that_upsamples_is_upsampling_and_then_the_convolution(inputs, outputs, height, width):
+    layer = UpsamplingConv2d(inputs, outputs, 3, padding=1).double()
+    plain = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(inputs, outputs, 3, padding=1)).double()
+    plain[1].load_state_dict(layer.state_dict())  # the same names: sets that were kept before load as they are
+    x = torch.randn(2, inputs, height, width, generator=generator(), dtype=torch.float64, requires_grad=True)
+    direction = torch.randn(2, outputs, 2 * height, 2 * width, generator=generator(1), dtype=torch.float64)
+    found, expected = layer(x), plain(x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    ours = torch.autograd.grad(found, [x, *layer.parameters()], direction)
+    theirs = torch.autograd.grad(expected, [x, *plain.parameters()], direction)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
 def test_a_linear_output_is_the_sigmoids_tangent_at_grey():
