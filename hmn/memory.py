@@ -40,12 +40,18 @@ def saved_bytes(function: Callable[[], object], owned: list[Tensor]) -> int:
 
 
 def decoding_bytes(container: Container, strategy: str) -> int:
-    """Kept for one synthetic image between decoding and its backward pass, augmentation included."""
-    size = container.shape.image_size
-    index = torch.arange(2, device=next(container.parameters()).device)
-    drawn = augment.draw(strategy, 2, size, torch.Generator(index.device).manual_seed(0))
-    kept = saved_bytes(lambda: augment.apply(container.decode_matched(index), drawn), list(container.parameters()))
-    return kept // 2
+    """Kept for one synthetic image between decoding and its backward pass, augmentation included.
+
+    That is what two images keep more than one: what a decoder makes of its weights is kept once for all.
+    """
+    size, device = container.shape.image_size, next(container.parameters()).device
+
+    def kept(images: int) -> int:
+        index = torch.arange(images, device=device)
+        drawn = augment.draw(strategy, images, size, torch.Generator(device).manual_seed(0))
+        return saved_bytes(lambda: augment.apply(container.decode_matched(index), drawn), list(container.parameters()))
+
+    return kept(2) - kept(1)
 
 
 def matching_bytes(

@@ -7,7 +7,7 @@ import torch
 
 from hmn.compute import Compute
 from hmn.errors import ConfigError
-from hmn.memory import classes_per_chunk, feature_bytes, matching_bytes, saved_bytes
+from hmn.memory import classes_per_chunk, decoding_bytes, feature_bytes, matching_bytes, saved_bytes
 from hmn.objectives.distance import all_weights
 from tests.small_matching import CLASSES, CPU, PER_CLASS, build, clone_of, config, make_container, make_run
 
@@ -16,6 +16,14 @@ def test_saved_bytes_are_what_backward_needs():
     x, weight = torch.randn(10, 4), torch.randn(4, 4, requires_grad=True)
     # x @ w keeps x, tanh its result; the weight is owned, not kept for this call
     assert saved_bytes(lambda: (x @ weight).tanh(), [weight]) == 4 * (10 * 4 + 10 * 4)
+
+
+def test_what_an_image_keeps_while_it_is_decoded_does_not_count_what_is_kept_once_for_all():
+    container = make_container()
+    owned = list(container.parameters())
+    many, few = (saved_bytes(lambda n=n: container.decode_matched(torch.arange(n)), owned) for n in (6, 3))
+    assert decoding_bytes(container, "none") == (many - few) // 3
+    assert decoding_bytes(container, "none") < few / 3  # the convolutions' phases
 
 
 def test_features_keep_less_than_a_gradient_and_all_weights_more_than_the_convolutions():

@@ -183,7 +183,7 @@ class UpsamplingConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         k, c = self.weight.shape[:2]
-        phases = (self.weight.view(k, c, 9) @ self.taps).view(k, c, 4, 3, 3).transpose(1, 2).reshape(4 * k, c, 3, 3)
+        phases = (self.weight.flatten(2) @ self.taps).view(k, c, 4, 3, 3).transpose(1, 2).reshape(4 * k, c, 3, 3)
         return F.pixel_shuffle(F.conv2d(x, phases, self.bias.repeat_interleave(4), padding=1), 2)
 
 
