@@ -123,10 +123,12 @@ def decoding_variants(form: Form, at: Problem, options: argparse.Namespace) -> l
     alone = at.container(options.images_per_class)
     firsts = torch.arange(at.classes, device=at.device)[:, None] * alone.images_per_class
     index = (firsts + torch.arange(synthetic, device=at.device)).flatten()
-    pixel_gradient = torch.randn_like(alone.decode(index))
+    chunks = index.split(run.chunk * synthetic)  # as many classes at a time as the run decodes
+    pixel_gradients = [torch.randn_like(alone.decode(chunk)) for chunk in chunks]
 
     def decode() -> None:
-        alone.decode(index).backward(pixel_gradient)
+        for chunk, pixel_gradient in zip(chunks, pixel_gradients, strict=True):
+            alone.decode(chunk).backward(pixel_gradient)
         for parameter in alone.parameters():
             parameter.grad = None
 
