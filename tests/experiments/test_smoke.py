@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,7 +30,8 @@ def folder(tmp_path_factory):
 def test_the_smoke_variant_of_every_table_runs_and_is_rendered(name, folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(tempfile, "tempdir", str(folder))  # whose slots are nobody else's
-    monkeypatch.setattr(attempt.subprocess, "Popen", Forked)
+    # The launcher's alone: matplotlib asks fc-list for fonts when it is first imported on a machine.
+    monkeypatch.setattr(attempt, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": Forked}))
     sweep = of_arguments([f"experiment={name}", *SETTINGS], "")
     counts = launch(sweep)
     told = json.loads((sweep.folder / "sweep.json").read_text())
