@@ -39,10 +39,10 @@ def saved_bytes(function: Callable[[], object], owned: list[Tensor]) -> int:
     return sum(size for address, size in kept.items() if address not in storages)
 
 
-def decoding_bytes(container: Container, strategy: str) -> int:
-    """Kept for one synthetic image between decoding and its backward pass, augmentation included.
+def decoding_bytes(container: Container, strategy: str) -> tuple[int, int]:
+    """Kept between decoding and its backward pass, augmentation included: once for all images, and for each of them.
 
-    That is what two images keep more than one: what a decoder makes of its weights is kept once for all.
+    Once is what a container makes of its shared parameters before it decodes any image.
     """
     size, device = container.shape.image_size, next(container.parameters()).device
 
@@ -51,7 +51,9 @@ def decoding_bytes(container: Container, strategy: str) -> int:
         drawn = augment.draw(strategy, images, size, torch.Generator(device).manual_seed(0))
         return saved_bytes(lambda: augment.apply(container.decode_matched(index), drawn), list(container.parameters()))
 
-    return kept(2) - kept(1)
+    one = kept(1)
+    each = kept(2) - one
+    return max(0, one - each), each
 
 
 def matching_bytes(
@@ -97,10 +99,11 @@ def classes_per_chunk(
     synthetic = min(config.synthetic_batch, container.matched_per_class)
     image = FLOAT * math.prod(pixels)
     # Of each class in a chunk: its graph of decoding, and about four copies of every image on its way to the step.
-    per_class = ALIVE * synthetic * decoding_bytes(container, strategy) + 4 * (config.real_batch + synthetic) * image
-    matching = synthetic * in_step(network, pixels) * min(compute.classes_per_call, group)
-    free = limit * 2**30 - compute.current_bytes() - SLACK * matching
-    least = (compute.current_bytes() + SLACK * (matching + per_class)) / 2**30
+    once, each = decoding_bytes(container, strategy)
+    per_class = ALIVE * synthetic * each + 4 * (config.real_batch + synthetic) * image
+    fixed = ALIVE * once + synthetic * in_step(network, pixels) * min(compute.classes_per_call, group)
+    free = limit * 2**30 - compute.current_bytes() - SLACK * fixed
+    least = (compute.current_bytes() + SLACK * (fixed + per_class)) / 2**30
     chunk = int(free / (SLACK * per_class))
     hint = f"at least {least:.1f}: one class needs that; or lower objective.synthetic_batch or compute.classes_per_call"
     require("compute.memory_limit", chunk >= 1, limit, hint)
@@ -124,9 +127,9 @@ def images_per_chunk(
     # All images and the gradients of their pixels, beside what the student needs.
     shown = 2 * container.classes * container.matched_per_class * math.prod(pixels)
     student = SLACK * (batch * matching_bytes(network, pixels, "mse") + FLOAT * (kept * parameters + shown))
-    per_image = SLACK * ALIVE * decoding_bytes(container, "none")
-    chunk = int((limit * 2**30 - compute.current_bytes() - student) / per_image)
-    least = (compute.current_bytes() + student + per_image) / 2**30
+    once, each = (SLACK * ALIVE * value for value in decoding_bytes(container, "none"))
+    chunk = int((limit * 2**30 - compute.current_bytes() - student - once) / each)
+    least = (compute.current_bytes() + student + once + each) / 2**30
     hint = f"at least {least:.1f}; or lower the student's batch, or raise objective.segment"
     require("compute.memory_limit", chunk >= 1, limit, hint)
     return chunk
