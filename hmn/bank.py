@@ -132,7 +132,7 @@ class BankSide:
             return {name.removeprefix(head): kept.get_tensor(name) for name in names}
 
     def choose(self, classes: Tensor) -> Choice:
-        classes = classes.to(self.device)
+        classes = classes.to(self.device, non_blocking=True)
         return {
             name: value if name.startswith("parameters/") else value[classes] for name, value in self.current.items()
         }

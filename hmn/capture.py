@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -40,8 +41,12 @@ class Replay:
     def __call__(self, inputs: Tensors) -> Tensors:
         shapes = tuple((name, value.shape) for name, value in inputs.items())
         if shapes not in self.recorded and not self.plain:
+            gc.collect()  # what was recorded before is held in cycles, and its memory with it
+            self._warm_up(inputs)
             try:
                 self.recorded[shapes] = self._record(inputs)
+            except torch.cuda.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 self.plain = True
                 reason = str(error).splitlines()[0]
@@ -54,13 +59,15 @@ class Replay:
         recorded.graph.replay()
         return {name: value.clone() for name, value in recorded.outputs.items()}
 
-    def _record(self, inputs: Tensors) -> _Recorded:
-        inputs = {name: value.clone() for name, value in inputs.items()}
+    def _warm_up(self, inputs: Tensors) -> None:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             warm_up(self.function, inputs, self.state, self.generators)
         torch.cuda.current_stream().wait_stream(side)
+
+    def _record(self, inputs: Tensors) -> _Recorded:
+        inputs = {name: value.clone() for name, value in inputs.items()}
         graph = torch.cuda.CUDAGraph()
         for generator in self.generators:
             graph.register_generator_state(generator)

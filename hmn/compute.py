@@ -125,19 +125,21 @@ def device_of(config: ComputeConfig) -> torch.device:
 def choose(config: ComputeConfig, expected_flops: float, classes: int) -> Compute:
     """Everything that ``config`` leaves open; ``expected_flops`` of the whole run decide whether compiling pays.
 
-    Sets the process's threads and float32 arithmetic. Raises ``ConfigError`` for what this machine lacks, or what does
-    not go together.
+    Sets the process's threads, float32 arithmetic and current GPU. Raises ``ConfigError`` for what this machine lacks,
+    or what does not go together.
     """
     device = device_of(config)
     if config.threads:
         torch.set_num_threads(config.threads)
     on_gpu = device.type == "cuda"
+    if on_gpu and device.index is not None:
+        torch.cuda.set_device(device)  # streams and graphs are made on the current one
     require("compute.precision", config.precision != "tf32" or on_gpu, "tf32", "fp32 or bf16 on a CPU")
     # cuDNN's own default is tf32: without this, fp32 would not be.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
-    can_compile = on_gpu or any(shutil.which(name) for name in ("g++", "clang++", "c++"))
+    language, can_compile = _compiler(on_gpu)
     if config.matching in ("compiled", "r_operator"):
-        require("compute.matching", can_compile, config.matching, "loop or auto: no C++ compiler was found")
+        require("compute.matching", can_compile, config.matching, f"loop or auto: no {language} compiler was found")
     # Compiling takes about two minutes; eager code does some 2e11 operations a second on two cores, 1e13 on a GPU.
     eager_seconds = expected_flops / (1e13 if on_gpu else 2e11)
     matching = config.matching
@@ -155,6 +157,15 @@ def choose(config: ComputeConfig, expected_flops: float, classes: int) -> Comput
         classes_per_call=width,
         networks_together=config.networks_together,
     )
+
+
+def _compiler(on_gpu: bool) -> tuple[str, bool]:
+    """The language that torch.compile needs a compiler of, Triton's launchers being C, and whether there is one."""
+    if on_gpu:
+        language, names = "C", [os.environ.get("CC"), "gcc", "clang", "cc"]
+    else:
+        language, names = "C++", [os.environ.get("CXX"), "g++", "clang++", "c++"]
+    return language, any(shutil.which(name) for name in names if name)
 
 
 def keep_heap_pages() -> bool:

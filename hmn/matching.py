@@ -117,6 +117,8 @@ class ClassMatching(Condensation):
 
     def _match_and_apply(self, classes: Tensor, choice: Choice) -> dict[str, Tensor]:
         """Match ``classes`` (k,), step the optimiser; returns ``losses`` per layer and the gradient norm by tier."""
+        for parameter in self.optimizer.parameters:
+            parameter.grad = None  # a step whose recording failed may have left one
         losses = self._match(classes, choice)
         if (penalty := self.container.penalty()) is not None:
             penalty.backward()
@@ -169,7 +171,8 @@ class ClassMatching(Condensation):
         for parameter in self.optimizer.parameters:
             if parameter.grad is None:  # none of these classes is ours
                 parameter.grad = torch.zeros_like(parameter)
-        squares = {id(p): p.grad.norm().square() for p in self.optimizer.class_parameters}
+        own = slice(self.owned.start, self.owned.stop)  # a penalty adds to the rows of all classes everywhere
+        squares = {id(p): p.grad[own].norm().square() for p in self.optimizer.class_parameters}
         shared = [p for p in self.optimizer.parameters if id(p) not in squares]
         distributed.sum_([layers, *squares.values(), *(p.grad for p in shared)])
         squares |= {id(p): p.grad.norm().square() for p in shared}

@@ -70,6 +70,9 @@ class ContainerOptimizer:
         else:
             # Of SGD's forms only the fused one takes a rate that lies on the device unread.
             self.inner = torch.optim.SGD(groups, momentum=config.momentum, fused=self.on_gpu)
+            if config.momentum:  # from zeros, as the fused form refuses a step where only some rows have moved before
+                for parameter in [member for group in self.inner.param_groups for member in group["params"]]:
+                    self.inner.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     @property
     def learning_rate(self) -> float:
@@ -108,10 +111,14 @@ class ContainerOptimizer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         here = [dict(group) for group in self.inner.param_groups]
-        self.inner.load_state_dict(state)
-        for group, before in zip(self.inner.param_groups, here, strict=True):
-            group |= {key: before[key] for key in ("capturable", "fused") if key in before}
-            if self.on_gpu:
+        # Before loading: by `capturable` and `fused` torch decides where an Adam's step counts go.
+        groups = [
+            {**group, **{key: before[key] for key in ("capturable", "fused") if key in before}}
+            for group, before in zip(state["param_groups"], here, strict=True)
+        ]
+        self.inner.load_state_dict({**state, "param_groups": groups})
+        if self.on_gpu:
+            for group, before in zip(self.inner.param_groups, here, strict=True):
                 group["lr"] = before["lr"].fill_(group["lr"])
 
     def class_rows(self) -> Iterator[tuple[int, Tensor]]:

@@ -231,7 +231,7 @@ class LiveSide(TrainedSide):
     def choose(self, classes: Tensor) -> Choice:
         if self.config.k_means_interval is None:
             return super().choose(classes)
-        return {"real": self.nearest[classes.to(self.nearest.device)]}
+        return {"real": self.nearest[classes.to(self.nearest.device, non_blocking=True)]}
 
     def choose_update(self) -> Choice:
         everything = torch.zeros(1, dtype=torch.int64)

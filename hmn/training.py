@@ -308,11 +308,13 @@ def train_networks(
     """
     world = distributed.world()
     together = min(together, math.ceil(count / world))
-    first, stop, resumed = distributed.rank() * together, 0, None
     state = checkpoints.load(slot)
     dealt_out = world > 1 and (state is None or state["index"] < count)
-    if dealt_out and (state := checkpoints.load(slot, own=True)) is not None:
-        together = state["together"]  # as the groups were dealt out
+    if dealt_out:
+        state = checkpoints.load(slot, own=True)
+        # As the groups were dealt out before, if any process got to save.
+        together = distributed.agree(state["together"] if state else 0)[0] or together
+    first, stop, resumed = distributed.rank() * together, 0, None
     if state is not None:
         first, stop, resumed = state["index"], state["stop"], state["training"]
         for name, value in state["memo"].items():

@@ -41,12 +41,18 @@ def test_warming_up_leaves_no_trace(steps_before: int):
         assert torch.equal(warmed.step(INPUTS)["value"], plain.step(INPUTS)["value"])
 
 
-def test_a_step_that_cannot_be_recorded_is_called_as_it_is_and_says_so_once(capsys, monkeypatch):
-    def refuse(self: Replay, inputs: dict[str, Tensor]) -> None:
-        warm_up(self.function, inputs, self.state, self.generators)
-        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+def cannot_record(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Warm up without a GPU's streams, and have every recording fail."""
 
-    monkeypatch.setattr(Replay, "_record", refuse)
+    def fail(self: Replay, inputs: dict[str, Tensor]) -> None:
+        raise error
+
+    monkeypatch.setattr(Replay, "_warm_up", lambda s, inputs: warm_up(s.function, inputs, s.state, s.generators))
+    monkeypatch.setattr(Replay, "_record", fail)
+
+
+def test_a_step_that_cannot_be_recorded_is_called_as_it_is_and_says_so_once(capsys, monkeypatch):
+    cannot_record(monkeypatch, RuntimeError("operation not permitted\nwhen stream is capturing"))
     walk, plain = Walk(), Walk()
     replay = Replay(walk.step, walk.state, [walk.stream])
     for _ in range(2):
@@ -54,6 +60,32 @@ def test_a_step_that_cannot_be_recorded_is_called_as_it_is_and_says_so_once(caps
     assert capsys.readouterr().err.splitlines() == [
         "a step cannot be recorded as a CUDA graph, so it is launched anew: operation not permitted"
     ]
+
+
+def test_a_gpu_that_is_full_is_not_called_unable_to_record(monkeypatch, capsys):
+    cannot_record(monkeypatch, torch.cuda.OutOfMemoryError("CUDA out of memory"))
+    walk = Walk()
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        Replay(walk.step, walk.state, [walk.stream])(INPUTS)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_step_whose_recording_failed_half_way_starts_from_no_gradient(monkeypatch):
+    """What was to be recorded does not run, but the gradients that it was to fill are there."""
+    plain, failed = make_run(config()), make_run(config())
+    failed.replay = Replay(failed._whole_step, failed._state_tensors, [failed.generators["rows"]])
+
+    def fail(self: Replay, inputs: dict[str, Tensor]) -> None:
+        for parameter in failed.optimizer.parameters:
+            parameter.grad = torch.full_like(parameter, 1e3)
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(Replay, "_warm_up", lambda self, inputs: None)
+    monkeypatch.setattr(Replay, "_record", fail)
+    for _ in range(2):
+        assert torch.equal(plain.run_step()[0], failed.run_step()[0])
+    for one, other in zip(plain._state_tensors(), failed._state_tensors(), strict=True):
+        assert torch.equal(one, other)
 
 
 class HostReads(torch.utils._python_dispatch.TorchDispatchMode):

@@ -21,11 +21,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch):
-    """Make torch see so many GPUs."""
+    """Make torch see so many GPUs; gives those that were made the current one."""
+    current: list[torch.device] = []
 
-    def see(count: int) -> None:
+    def see(count: int) -> list[torch.device]:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", current.append)
+        return current
 
     return see
 
@@ -61,6 +64,12 @@ def test_auto_takes_a_gpu_where_there_is_one_and_any_other_device_is_taken_at_it
     assert device_of(ComputeConfig(device=name)) == torch.device(device)
 
 
+def test_a_gpu_that_is_named_is_the_current_one_which_streams_and_graphs_are_made_on(gpus):
+    current = gpus(2)
+    choose(ComputeConfig(device="cuda:1"), 0, 10)
+    assert current == [torch.device("cuda:1")]
+
+
 # Networks together
 
 
@@ -83,7 +92,7 @@ WORTH_IT = {"cpu": 600 * 2e11, "cuda": 600 * 1e13}  # ten minutes of eager code:
 @pytest.mark.parametrize("device", WORTH_IT)
 def test_auto_compiles_what_would_run_for_more_than_ten_minutes(gpus, compilers, device: str):
     gpus(1)
-    compilers("g++")
+    compilers("g++", "gcc")
     config = ComputeConfig(device=device)
     assert not choose(config, 0.99 * WORTH_IT[device], 10).compiled
     assert choose(config, 1.01 * WORTH_IT[device], 10).compiled
@@ -96,24 +105,33 @@ def test_a_choice_other_than_auto_is_kept_whatever_it_costs(compilers, flops: fl
     assert choose(ComputeConfig(device="cpu", matching="compiled"), flops, 10).compiled
 
 
-def test_compiling_without_a_compiler_is_refused_and_auto_does_without(compilers):
-    compilers()
-    with pytest.raises(ConfigError) as raised:
-        choose(ComputeConfig(device="cpu", matching="compiled"), 0, 10)
-    assert str(raised.value) == "compute.matching=compiled: must be loop or auto: no C++ compiler was found"
-    assert not choose(ComputeConfig(device="cpu"), 1e20, 10).compiled
-
-
-@pytest.mark.parametrize("name", ["g++", "clang++", "c++"])
-def test_any_of_the_usual_compilers_will_do(compilers, name: str):
-    compilers(name)
-    assert choose(ComputeConfig(device="cpu"), 1e20, 10).compiled
-
-
-def test_a_gpu_needs_no_cpp_compiler(gpus, compilers):
+@pytest.mark.parametrize(("device", "language", "other"), [("cpu", "C++", "gcc"), ("cuda", "C", "g++")])
+def test_compiling_without_a_compiler_is_refused_and_auto_does_without(gpus, compilers, device, language, other):
     gpus(1)
-    compilers()
-    assert choose(ComputeConfig(device="cuda", matching="compiled"), 0, 10).compiled
+    compilers(other)
+    with pytest.raises(ConfigError) as raised:
+        choose(ComputeConfig(device=device, matching="compiled"), 0, 10)
+    assert str(raised.value) == f"compute.matching=compiled: must be loop or auto: no {language} compiler was found"
+    assert not choose(ComputeConfig(device=device), 1e20, 10).compiled
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [("cpu", name) for name in ("g++", "clang++", "c++")] + [("cuda", name) for name in ("gcc", "clang", "cc")],
+)
+def test_any_of_the_usual_compilers_will_do(gpus, compilers, device: str, name: str):
+    gpus(1)
+    compilers(name)
+    assert choose(ComputeConfig(device=device), 1e20, 10).compiled
+
+
+@pytest.mark.parametrize(("device", "variable"), [("cpu", "CXX"), ("cuda", "CC")])
+def test_the_compiler_that_the_environment_names_will_do(gpus, compilers, monkeypatch, device, variable):
+    gpus(1)
+    compilers("mine")
+    assert not choose(ComputeConfig(device=device), 1e20, 10).compiled
+    monkeypatch.setenv(variable, "mine")
+    assert choose(ComputeConfig(device=device), 1e20, 10).compiled
 
 
 def test_only_a_compiling_run_wraps_functions(monkeypatch: pytest.MonkeyPatch):
@@ -159,7 +177,7 @@ def test_large_images_go_through_in_smaller_chunks(size: int, images: int):
 )
 def test_a_cpu_takes_one_class_per_call_and_a_gpu_all(gpus, compilers, device, matching, asked, width):
     gpus(1)
-    compilers("g++")
+    compilers("g++", "gcc")
     chosen = choose(ComputeConfig(device=device, matching=matching, classes_per_call=asked), 0, 10)
     assert (chosen.matching, chosen.classes_per_call) == (matching, width)
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ from hmn.networks.convnet import ConvNet
 from hmn.objectives.gradient import matching_step
 from hmn.prune import area_under_margin
 from hmn.realside import LiveSide
-from hmn.training import Recipe, training_step
+from hmn.training import Recipe, train_networks, training_step
 from tests.command import ROOT, TINY, WAIT_SECONDS, Command, meeting, processes, run, run_several, start, start_several
 
 CPU = Compute(torch.device("cpu"))
@@ -61,7 +62,7 @@ def real(classes: int) -> RealData:
     )
 
 
-def condensation(classes: int, **changes: Any) -> ClassMatching:
+def condensation(classes: int, penalty: float = 0.0, **changes: Any) -> ClassMatching:
     values = {"outer_steps": 3, "inner_steps": 2, "real_batch": 4, "network_samples": 16, "network_batch": 8}
     settings = GradientMatchingConfig(name="gradient_matching", **{**values, **changes})
     shape = HmnShape(
@@ -78,6 +79,8 @@ def condensation(classes: int, **changes: Any) -> ClassMatching:
     )
     container = HierarchicalMemory(shape, 3)
     container.initialise(torch.Generator().manual_seed(0), HmnConfig(name="hmn"), None)
+    if penalty:  # of the memories of all classes, as SPEED's
+        container.penalty = lambda: penalty * container.instances.abs().sum()
     build, data = network_of(classes), real(classes)
     train = training_step(build(), CPU)
     side = LiveSide(data, settings, build=build, train=train, compute=CPU, seed=4, flip=True)
@@ -104,6 +107,7 @@ VARIANTS = {
     "groups": (5, {"classes_per_step": 2, "average": 0.5}),
     "groups_per_class": (5, {"classes_per_step": 3, "step_policy": "per_class"}),
     "three_classes": (3, {}),
+    "penalty": (5, {"penalty": 0.3}),
 }
 
 
@@ -130,8 +134,42 @@ def judged(folder: Path) -> dict[str, Any]:
     return {
         "accuracies": accuracies.by_network,
         "margins": area_under_margin(made, images, "logit_margin", networks=3, epochs=2),
+        "dealt out": dealt_out(folder),
         "read back": evaluate(made, images, images, networks=3, points=2, stream="evaluate").by_network,
     }
+
+
+class OneEpoch:
+    """A training of so many networks that learn nothing."""
+
+    recipe, epoch = SimpleNamespace(epochs=1), 0
+
+    def __init__(self, networks: range) -> None:
+        self.networks = networks
+
+    @property
+    def finished(self) -> bool:
+        return self.epoch == 1
+
+    def run_epoch(self) -> list[float]:
+        self.epoch = 1
+        return [0.0] * len(self.networks)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+def dealt_out(folder: Path) -> list[float]:
+    """How often each of five networks is trained where the first process alone had saved, when there were pairs."""
+    checkpoints, trained = Checkpoints(folder, 0), {"times": torch.zeros(5)}
+    if distributed.first() and distributed.world() > 1:
+        begun = {"index": 0, "stop": 2, "together": 2, "training": None, "memo": {"times": torch.zeros(5)}}
+        checkpoints.save("dealt", begun, own=True)
+
+    def observe(networks: range, training: OneEpoch, memo: dict[str, Tensor]) -> None:
+        memo["times"][list(networks)] += 1
+
+    return train_networks(5, OneEpoch, observe, trained, checkpoints, "dealt", "train")["times"].tolist()
 
 
 def exchanged(here: Path, alone: Path) -> dict[str, Any]:
@@ -266,9 +304,10 @@ def test_a_checkpoint_goes_on_in_another_number_of_processes(alone, several, dou
 def test_networks_are_dealt_out_and_their_measurements_meet_again(alone, several, count: int):
     for found in several(count):
         assert_close(found["judged"], alone["judged"])
+        assert found["judged"]["dealt out"] == [1] * 5
     kept = {path.stem for path in (several(count)[0]["folder"] / "judged").iterdir()}
-    own = {f"{slot}-{rank}of{count}" for slot in ("evaluate", "score") for rank in range(count)}
-    assert kept == {"clock", "evaluate", "score"} | own
+    own = {f"{slot}-{rank}of{count}" for slot in ("dealt", "evaluate", "score") for rank in range(count)}
+    assert kept == {"clock", "dealt", "evaluate", "score"} | own
 
 
 def test_what_processes_tell_each_other(several):

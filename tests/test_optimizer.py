@@ -107,6 +107,35 @@ def test_a_state_that_is_loaded_goes_on_bit_for_bit(optimizer, by_class):
         assert torch.equal(value, values_of(other)[name]), name
 
 
+def test_the_step_counts_of_an_adam_that_is_recorded_go_where_its_parameters_are():
+    """A GPU's Adam is capturable and its checkpoints lie on the host; `meta` stands for the GPU."""
+    made = container()
+    one = ContainerOptimizer(made, settings(), 4, by_class=False)
+    give_gradients(made, torch.Generator().manual_seed(1))
+    one.step()
+    two = ContainerOptimizer(container().to("meta"), settings(), 4, by_class=False)
+    for group in two.inner.param_groups:
+        group["capturable"] = True
+    two.load_state_dict(one.state_dict())
+    assert all(group["capturable"] for group in two.inner.param_groups)
+    assert {entry["step"].device.type for entry in two.inner.state.values()} == {"meta"}
+
+
+def test_fused_sgd_as_a_gpu_has_it_steps_groups_of_classes_as_plain_sgd_does():
+    found = []
+    for fused in (False, True):
+        made, stream = container(), torch.Generator().manual_seed(1)
+        optimizer = ContainerOptimizer(made, settings(optimizer="sgd", momentum=0.9), 4, by_class=True)
+        for group in optimizer.inner.param_groups:
+            group["fused"] = fused
+        for classes in ([0], [0, 1], [1]):
+            give_gradients(made, stream)
+            optimizer.step(torch.tensor(classes))
+        found.append(values_of(made))
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name])
+
+
 def test_the_rows_that_classes_own_come_with_their_moments():
     made, stream = container(), torch.Generator().manual_seed(1)
     optimizer = ContainerOptimizer(made, settings(optimizer="sgd"), 4, by_class=False)

@@ -161,8 +161,8 @@ def _colours(images: Tensor, drawn: Draw) -> Tensor:
 def shift(images: Tensor, offsets: Tensor) -> Tensor:
     """Move image i by ``offsets[i]`` = (y, x) pixels: output[y, x] = input[y + oy, x + ox], zero outside.
 
-    Two products with 0/1 matrices per image: exact, and neither direction needs a scatter, which is slow on a CPU and
-    not deterministic on a GPU.
+    Two products with 0/1 matrices per image: exact but for ``compute.precision=tf32``, which rounds pixels to 10 bits,
+    and neither direction needs a scatter, which is slow on a CPU and not deterministic on a GPU.
     """
     size = images.shape[-1]
     positions = torch.arange(size, device=images.device)

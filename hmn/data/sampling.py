@@ -102,7 +102,7 @@ def repeated_subset(
     labels: Tensor, per_class_count: int, class_names: tuple[str, ...], generator: torch.Generator
 ) -> Tensor:
     """As :func:`random_subset`, but a class with too few images gives all of them, and then repeats them."""
-    smallest = int(torch.bincount(labels.cpu(), minlength=len(class_names)).min())
-    drawn = random_subset(labels, min(per_class_count, smallest), class_names, generator)
-    positions = torch.arange(per_class_count, device=drawn.device) % min(per_class_count, smallest)
-    return drawn.unflatten(0, (len(class_names), -1))[:, positions].flatten()
+    sizes = class_sizes(labels, 1, class_names)
+    sampler = GroupSampler(sizes, 1, generator)  # its order is shuffled within each class
+    positions = sampler.starts[:, None] + torch.arange(per_class_count) % sizes[:, None]
+    return sampler.order[positions.flatten().to(sampler.order.device)]
