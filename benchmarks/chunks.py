@@ -83,7 +83,6 @@ def child(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         normalise=live.normalise,
         compute=compute,
         seed=0,
-        fingerprint="noise",
         chunk=chunk,
     )
     start = time.perf_counter()

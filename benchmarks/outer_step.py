@@ -59,7 +59,7 @@ def condensation(
     """
     compute = form.compute(at.device)
     network = at.network(channels_last=True)
-    shared = {"normalise": at.normalise, "compute": compute, "seed": 0, "fingerprint": at.data.fingerprint}
+    shared = {"normalise": at.normalise, "compute": compute, "seed": 0}
     if chunk is None:
         chunk = classes_per_chunk(container, network, config, compute, limit=None, strategy=config.strategy)
     shared["chunk"] = chunk

@@ -20,9 +20,12 @@ from hmn.tracking import read_metrics
 WAYS = {
     "precision": lambda result: result["config"]["compute"]["precision"],
     "matching": lambda result: result["config"]["compute"]["matching"],
-    "bank": lambda result: _bank(result["config"]["objective"]["bank"]),
+    "bank": lambda result: _bank(result["config"]["objective"].get("bank", {"networks": 0})),
     "steps": lambda result: result["condense_steps"],
 }
+
+
+NOT_COMPARED = ("seed", "compute", "tracking", "paths")
 
 
 def _bank(settings: dict[str, int]) -> str:
@@ -77,6 +80,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _alike(members: list[tuple[Path, dict[str, Any]]]) -> None:
+    """End the program unless all are of the same settings but for the seed and how they were computed."""
+    own = [{k: v for k, v in result["config"].items() if k not in NOT_COMPARED} for _, result in members]
+    for (folder, _), settings in zip(members, own, strict=True):
+        if differing := [key for key in settings | own[0] if settings.get(key) != own[0].get(key)]:
+            sys.exit(f"{folder} and {members[0][0]}: no seeds of one experiment, they differ in {', '.join(differing)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", type=Path, nargs="+")
@@ -88,6 +99,8 @@ def main() -> None:
         if result is None or result["mode"] != "run":
             sys.exit(f"{folder}: no finished condensation")
         groups.setdefault(tuple(way(result) for way in WAYS.values()), []).append((folder, result))
+    for members in groups.values():
+        _alike(members)
     rows = [row(*map(list, zip(*members, strict=True))) for members in groups.values()]
     print(table(rows))
     if arguments.json:

@@ -17,6 +17,7 @@ from hmn.checkpoint import write_text
 from hmn.config import CONF
 from hmn.containers import KINDS
 from hmn.errors import ConfigError
+from hmn.explain import in_one_line
 from hmn.plan import Plan, make_plan
 
 DATASETS = ("svhn", "cifar10", "cifar100", "tiny_imagenet", "imagenet10", "digits")
@@ -79,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)

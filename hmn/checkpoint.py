@@ -10,14 +10,15 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 from hmn import distributed
-from hmn.errors import ArtifactError, Busy, Interrupted
+from hmn.config import require
+from hmn.errors import ArtifactError, Busy, DataError, Interrupted
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LOCK = ".lock"
@@ -128,16 +129,44 @@ class Checkpoints:
 
     Of several processes the first one writes and reads, at steps that all agree on. With ``own``, each keeps the state
     of its own part of a stage: in a file of its own, which only as many processes find again.
+
+    ``origin`` names what the state belongs to: ``data`` and ``device``, which may not differ from those of the state
+    that is there (``DataError``, ``ConfigError``), and ``code``, which may, but is said and remembered in ``codes``.
     """
 
-    def __init__(self, folder: Path, every_seconds: float, stop: Stop | None = None) -> None:
+    def __init__(
+        self, folder: Path, every_seconds: float, stop: Stop | None = None, origin: Mapping[str, str] | None = None
+    ) -> None:
         self.folder = folder
         self.every_seconds = every_seconds
         self.stop = stop or Stop()
         self.saved_at = time.monotonic()
         clock = self._read(self._path("clock"))
         self.seconds: dict[str, float] = clock["seconds"] if clock else {}  # by stage, over all sittings
+        self.origin = dict(origin or {})
+        self.codes: list[str] = []  # of all sources that had a part in the state, in turn
+        if self.origin:
+            self.codes = self._continued(clock) if clock and clock.get("origin") else [self.origin["code"]]
         self._stage: tuple[str, float] | None = None  # the running one, and since when it is not yet counted
+
+    def beside(self, folder: Path) -> Checkpoints:
+        """Others of the same run, for a state that other runs may go on with: they are kept in ``folder``."""
+        return Checkpoints(folder, self.every_seconds, self.stop, self.origin)
+
+    def _continued(self, clock: dict[str, Any]) -> list[str]:
+        """The sources of the state that is there, and ours. Raises for a state of other images or another device."""
+        began, run = clock["origin"], self.folder.parent
+        if began["data"] != self.origin["data"]:
+            raise DataError(f"{run}: its checkpoint was made on other images; move the run away to start anew")
+        device, now = began["device"], self.origin["device"]
+        rule = f"{device}, on which {run} was begun; or move it away to start anew"
+        require("compute.device", device == now, now, rule)  # random streams of one cannot go on on the other
+        codes = clock["codes"]
+        if codes[-1] != self.origin["code"]:
+            if distributed.first():
+                print(f"going on with what other sources ({codes[-1]}, now {self.origin['code']}) began")
+            codes = [*codes, self.origin["code"]]
+        return codes
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -175,7 +204,7 @@ class Checkpoints:
         if own or distributed.first():
             self._write(self._path(slot, own), state)
         if distributed.first():
-            self._write(self._path("clock"), {"seconds": self.seconds})
+            self._write(self._path("clock"), {"seconds": self.seconds, "origin": self.origin, "codes": self.codes})
         self.saved_at = time.monotonic()
 
     def _write(self, path: Path, state: dict[str, Any]) -> None:

@@ -12,10 +12,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from hmn import config, distributed, experiment
-from hmn.explain import explain
+from hmn.errors import ConfigError
+from hmn.explain import ended_by_the_person, explain
 from hmn.plan import make_plan
 from hmn.sweeps.attempt import end_with_parent
 from hmn.sweeps.cli import as_multirun
+from hmn.sweeps.sweep import OWN, section_of
 
 MULTIRUN = ("-m", "--multirun")
 
@@ -24,7 +26,7 @@ MULTIRUN = ("-m", "--multirun")
 def _task(raw: DictConfig) -> float | None:
     """Accuracy in [0, 1] of this run, for a sweeper; ``None`` for a plan."""
     try:
-        with distributed.one_output():
+        with ended_by_the_person(), distributed.one_output():
             return _run(raw)
     except Exception as error:
         line, code = explain(error)
@@ -61,9 +63,13 @@ def main() -> None:
     _register_resolvers()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on, instead of printing them and exiting with 1
     try:
-        if is_sweep(sys.argv[1:]):
-            sys.exit(as_multirun([argument for argument in sys.argv[1:] if argument not in MULTIRUN]))
-        _task()
+        with ended_by_the_person():
+            if is_sweep(sys.argv[1:]):
+                sys.exit(as_multirun([argument for argument in sys.argv[1:] if argument not in MULTIRUN]))
+            for argument in sys.argv[1:]:
+                if section_of(argument) in OWN:
+                    raise ConfigError(f"{argument}: a sweep's, not a run's: add -m, or use sweep.py")
+            _task()
     except Exception as error:
         line, code = explain(error)
         if line is None:

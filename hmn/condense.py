@@ -49,12 +49,11 @@ class Condensation(ABC):
         optimizer: ContainerOptimizer,
         *,
         compute: Compute,
-        fingerprint: str,
         images_per_step: int,
         gradient_clip: float | None = None,
         average: float | None = None,
     ) -> None:
-        self.container, self.optimizer, self.compute, self.fingerprint = container, optimizer, compute, fingerprint
+        self.container, self.optimizer, self.compute = container, optimizer, compute
         self.total_steps = optimizer.total_steps
         self.images_per_step = images_per_step
         self.gradient_clip = gradient_clip
@@ -129,7 +128,6 @@ class Condensation(ABC):
             "seconds": self.seconds,
             "curve": self.curve,
             "unreported": list(self.unreported),
-            "data": self.fingerprint,
             "container": self.container.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "averages": list(self.averages),

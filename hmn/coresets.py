@@ -30,13 +30,14 @@ def choose(
     Raises ``DataError`` naming a class that has fewer than ``count`` images.
     """
     labels, device, method = train.labels, train.labels.device, config.method
+    stop = judge.checkpoints.stop
     if method == "random":  # the images of mode=random_subset
         return random_subset(labels, count, class_names, generator(judge.seed, "random_subset", device=device))
     sizes = class_sizes(labels, count, class_names).tolist()
     stream = generator(judge.seed, "coreset", device=device)
     if method in ("herding", "k_center", "k_means"):
         path = cache / "weights.safetensors"
-        stacked = remembered(path, lambda: weights(judge, train, config.networks, config.epochs), device)
+        stacked = remembered(path, lambda: weights(judge, train, config.networks, config.epochs), device, stop)
         networks = networks_of(judge.build, stacked)
         chosen, start = [], 0
         for size in sizes:
@@ -45,7 +46,7 @@ def choose(
             start += size
         return torch.cat(chosen)
     path = cache / "difficulty.safetensors"
-    found = remembered(path, lambda: vars(difficulty(judge, train, config.networks, config.epochs)), device)
+    found = remembered(path, lambda: vars(difficulty(judge, train, config.networks, config.epochs)), device, stop)
     scores = Difficulty(**found)
     if method == "forgetting":
         return highest(scores.forgetting, labels, count, stream)

@@ -70,7 +70,9 @@ def _work(plan: Plan, folder: Path, stop: Stop) -> dict[str, Any]:
             print(note)
         if distributed.first():
             write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
-        checkpoints = Checkpoints(folder / "checkpoints", config.compute.checkpoint_every_seconds, stop)
+        origin = {"data": data.fingerprint, "device": chosen.device.type, "code": provenance["code"]}
+        every = config.compute.checkpoint_every_seconds
+        checkpoints = Checkpoints(folder / "checkpoints", every, stop, origin)
         session = Session(plan, data.to(chosen.device), chosen, checkpoints, tracker, folder, provenance)
         measured = {
             "run": session.condense_and_evaluate,
@@ -95,6 +97,7 @@ def _work(plan: Plan, folder: Path, stop: Stop) -> dict[str, Any]:
             "wall_seconds": checkpoints.seconds,
             "peak_bytes": chosen.peak_bytes(),
             "config": plain,
+            "codes": checkpoints.codes,
             **provenance,
         }
         tracker.summary(results.summary(result))

@@ -16,11 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from hmn.checkpoint import Stop, atomic_write, exclusive
+from hmn.checkpoint import Checkpoints, atomic_write, clear, exclusive
 from hmn.config.objectives import ExpertsConfig
 from hmn.errors import ArtifactError, Diverged
 from hmn.objectives.distance import Parameters
 from hmn.training import Recipe, Training
+
+SLOT = "experts"
+TOGETHER = 10  # at most: a checkpoint holds all that those in training were so far
 
 
 def recipe_of(config: ExpertsConfig, strategy: str) -> Recipe:
@@ -45,33 +48,39 @@ def build(
     *,
     fingerprint: str,
     together: int,
-    stop: Stop,
+    checkpoints: Checkpoints,
 ) -> list[Path]:
     """One file per expert 0 .. ``count`` - 1 in ``folder``; those that are there already stay, so it can be stopped.
 
-    ``train(numbers)`` begins the training of these experts, of which there are at most ``together``. Raises
-    ``ArtifactError`` for a file made on other images, and ``Diverged`` for an expert whose loss is not finite.
+    ``train(numbers)`` begins the training of these experts, of which there are at most ``together``; ``checkpoints``
+    keep the state of those in training, for whichever run goes on. Raises ``ArtifactError`` for a file made on other
+    images, and ``Diverged`` for an expert whose loss is not finite.
     """
-    paths = [folder / f"expert-{number:04d}.safetensors" for number in range(count)]
-    with exclusive(folder, wait=stop):
-        missing = [number for number, path in enumerate(paths) if not path.exists()]
-        with tqdm(total=len(missing), desc="experts", unit="expert", disable=not missing) as bar:
-            for start in range(0, len(missing), together):
-                numbers = missing[start : start + together]
-                for number, snapshots in zip(numbers, _record(train(numbers), stop), strict=True):
-                    with atomic_write(paths[number]) as temporary:
-                        save_file(snapshots, temporary, metadata={"data": fingerprint})
-                bar.update(len(numbers))
-    for path in paths:
+    paths = {number: folder / f"expert-{number:04d}.safetensors" for number in range(count)}
+    with exclusive(folder, wait=checkpoints.stop):
+        missing = [number for number, path in paths.items() if not path.exists()]
+        begun = checkpoints.load(SLOT)
+        if begun is not None and not set(begun["numbers"]) & set(missing):  # written since
+            begun = None
+        while missing:
+            numbers = [*begun["numbers"]] if begun else missing[:together]
+            for number, snapshots in zip(numbers, _record(train(numbers), numbers, begun, checkpoints), strict=True):
+                with atomic_write(paths[number]) as temporary:
+                    save_file(snapshots, temporary, metadata={"data": fingerprint})
+            missing, begun = [number for number in missing if number not in numbers], None
+        clear(checkpoints.folder)
+    for path in paths.values():
         with safe_open(path, "pt") as kept:
             if kept.metadata()["data"] != fingerprint:
                 raise ArtifactError(f"{path}: made on other images; remove {folder}, it is then made anew")
-    return paths
+    return [*paths.values()]
 
 
-def _record(training: Training, stop: Stop) -> list[dict[str, Tensor]]:
+def _record(
+    training: Training, numbers: Sequence[int], begun: dict[str, Any] | None, checkpoints: Checkpoints
+) -> list[dict[str, Tensor]]:
     """Every expert's parameters by ``epoch/name``, epoch 0 being the untrained network."""
-    kept: list[dict[str, Tensor]] = [{} for _ in range(*training.together or (1,))]
+    kept: list[dict[str, Tensor]] = [{} for _ in numbers]
 
     def snapshot() -> None:
         for name, value in training.network.named_parameters():
@@ -79,16 +88,24 @@ def _record(training: Training, stop: Stop) -> list[dict[str, Tensor]]:
             for expert, own in zip(kept, copied if training.together else [copied], strict=True):
                 expert[f"{training.epoch}/{name}"] = own.contiguous()
 
-    snapshot()
-    while not training.finished:
-        stop.check("experts that are finished are kept; the same command goes on from there")
-        losses = torch.tensor(training.run_epoch())
-        if not losses.isfinite().all():
-            raise Diverged(
-                f"experts: the training loss is {float(losses.sum())} after epoch {training.epoch}: "
-                "lower objective.experts.lr"
-            )
+    if begun is None:
         snapshot()
+    else:
+        training.load_state_dict(begun["training"])
+        kept = begun["kept"]
+    title = f"experts {numbers[0] + 1}-{numbers[-1] + 1}" if len(numbers) > 1 else f"expert {numbers[0] + 1}"
+    epochs = training.recipe.epochs
+    with tqdm(total=epochs, initial=training.epoch, desc=title, unit="epoch", leave=False) as bar:
+        while not training.finished:
+            losses = torch.tensor(training.run_epoch())
+            if not losses.isfinite().all():
+                raise Diverged(
+                    f"experts: the training loss is {float(losses.sum())} after epoch {training.epoch}: "
+                    "lower objective.experts.lr"
+                )
+            snapshot()
+            bar.update()
+            checkpoints.tick(SLOT, lambda: {"numbers": [*numbers], "training": training.state_dict(), "kept": kept})
     return kept
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
+import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import hydra
 import torch
@@ -21,13 +24,27 @@ from hmn.errors import ConfigError, HmnError
 def in_one_line(program: Callable[[], object]) -> None:
     """Do ``program``; what a person can mend ends the process with its one line."""
     try:
-        program()
+        with ended_by_the_person():
+            program()
     except Exception as error:
         line, code = explain(error)
         if line is None:
             raise
         print(line, file=sys.stderr)
         sys.exit(code)
+
+
+@contextlib.contextmanager
+def ended_by_the_person() -> Iterator[None]:
+    """Ctrl-C, and a reader of the output that has seen enough, as ``head``, end the process without a word."""
+    try:
+        yield
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes nowhere
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def explain(error: BaseException, overrides: Sequence[str] | None = None) -> tuple[str | None, int]:
@@ -40,8 +57,11 @@ def explain(error: BaseException, overrides: Sequence[str] | None = None) -> tup
         if isinstance(cause, HmnError):
             return str(cause), cause.exit_code
         cause = cause.__cause__ or cause.__context__
+    overrides = sys.argv[1:] if overrides is None else overrides
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return _one_line(error, sys.argv[1:] if overrides is None else overrides), ConfigError.exit_code
+        return _one_line(error, overrides), ConfigError.exit_code
+    if isinstance(error, ValueError) and "Config group override" in str(error):
+        return _no_option(overrides), ConfigError.exit_code
     return _lack(error), 1
 
 
@@ -64,8 +84,9 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
         return _unknown_key(match[1], overrides)
     if match := re.search(r"Could not find '([^']+)'", text):
         group, _, option = match[1].rpartition("/")
-        known = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-        return f"{group}={option}: must be one of {', '.join(known)}"
+        return _unknown_option(group, option)
+    if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
+        return f"{match[1]}: one run has one value: add -m to run each of them, or write [...] where a list is meant"
     if "override_grammar" in text:
         return f"an override cannot be read: {text.splitlines()[0]}"
     # The reason is the first line of Hydra's message, or the one after it, or that of the error it stands for.
@@ -73,6 +94,21 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
     reason = str(error.__cause__).splitlines()[0] if error.__cause__ else second if first.endswith(":") else ""
     first = first.removesuffix(":")
     return ": ".join(filter(None, (first, reason)))
+
+
+def _unknown_option(group: str, option: str) -> str:
+    known = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    near = difflib.get_close_matches(option, known, n=1, cutoff=0.5)
+    return f"{group}={option}: must be one of {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _no_option(overrides: Sequence[str]) -> str:
+    """Of an option of a group that reads as a number, true or null, Hydra does not say which it was."""
+    for argument in overrides:
+        group, _, option = argument.lstrip("+").partition("=")
+        if (CONF / group).is_dir() and not (CONF / group / f"{option}.yaml").exists():
+            return _unknown_option(group, option)
+    return "an option of a group must be the name of one of its files in conf/"
 
 
 def _unknown_key(key: str, overrides: Sequence[str]) -> str:
@@ -93,4 +129,6 @@ def _unknown_key(key: str, overrides: Sequence[str]) -> str:
     known += ["experiment", "debug"] if not path else []
     near = difflib.get_close_matches(last, known, n=1)
     hint = f"; did you mean {'.'.join([*path, near[0]])}?" if near else ""
+    if not known:
+        return f"{key}: {'.'.join(path)} has no keys yet: +{key}=VALUE adds one"
     return f"{key}: unknown key; {'.'.join(path) or 'the top level'} has {', '.join(known)}{hint}"

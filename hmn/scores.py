@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hmn import distributed
-from hmn.checkpoint import atomic_write
+from hmn.checkpoint import Stop, atomic_write, exclusive
 from hmn.compute import at_once
 from hmn.data.preprocess import Normalise
 from hmn.errors import ArtifactError
@@ -106,10 +107,13 @@ def networks_of(build: Builder, stacked: dict[str, Tensor]) -> list[nn.Module]:
     return made
 
 
-def remembered(path: Path, make: Callable[[], dict[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
+def remembered(
+    path: Path, make: Callable[[], dict[str, Tensor]], device: torch.device, stop: Stop
+) -> dict[str, Tensor]:
     """What ``make`` gives, read from ``path`` if it is there, else made and written to it.
 
-    Other methods and sizes of coresets ask for the same, and training on all images is what they cost.
+    Other methods and sizes of coresets ask for the same, and training on all images is what they cost: while one run
+    makes it the others wait, until ``stop`` is asked.
     """
 
     def read() -> dict[str, Tensor] | None:
@@ -118,13 +122,16 @@ def remembered(path: Path, make: Callable[[], dict[str, Tensor]], device: torch.
         except safetensors.SafetensorError as error:
             raise ArtifactError(f"{path}: not a safetensors file ({error}): remove it") from None
 
-    if (found := distributed.from_first(read)) is not None:
-        print(f"coreset: read {path}")
-        return {name: value.to(device) for name, value in found.items()}
-    made = make()
-    if distributed.first():
-        with atomic_write(path) as temporary:
-            save_file({name: value.cpu().contiguous() for name, value in made.items()}, temporary)
+    # Of several processes the first holds the folder for all.
+    alone = exclusive(path.parent, wait=stop) if distributed.first() else contextlib.nullcontext()
+    with alone:
+        if (found := distributed.from_first(read)) is not None:
+            print(f"coreset: read {path}")
+            return {name: value.to(device) for name, value in found.items()}
+        made = make()
+        if distributed.first():
+            with atomic_write(path) as temporary:
+                save_file({name: value.cpu().contiguous() for name, value in made.items()}, temporary)
     return made
 
 

@@ -91,6 +91,9 @@ class Session:
         config, stored = self.config, self.plan.storage
         mean, std = tuple(self.data.mean), tuple(self.data.std)
         container = self.plan.container(stored.over_budget_instances, mean, std).to(self.compute.device)
+        # What the later stages recorded is recorded again, whether they are repeated or read back.
+        for step_key in ("prune/step", "prune/candidate", "evaluate/network"):
+            self.tracker.rewind(step_key, -1)
         condensed = self._condensed(container)
         over_budget = Images(*decode_all(container))
         pruning = {"over_budget": config.pruning.over_budget, "cut_per_class": stored.over_budget_images_per_class}
@@ -178,6 +181,8 @@ class Session:
                 if not distributed.first():
                     container.finish()
                 distributed.copy_first_(container.state_dict().values())
+                for step_key in ("condense/step", "curve/step"):  # of what this run had begun to condense itself
+                    self.tracker.rewind(step_key, -1)
                 print(f"condensed by {made['condensed_by']} already: {folder / condensations.TENSORS}")
         return made
 
@@ -204,16 +209,9 @@ class Session:
         distributed.copy_first_(container.state_dict().values())
         work = build.condensation(self.workshop, container)
         if state is not None:
-            if state["data"] != self.data.fingerprint:
-                raise DataError(
-                    f"{self.folder}: its checkpoint was made on other images; move the run away to start anew"
-                )
             work.load_state_dict(state)
             print(f"continuing at step {work.step} of {work.total_steps}")
         self.tracker.rewind("condense/step", work.step)
-        # What the later stages recorded is recorded again, whether they are repeated or read back.
-        for step_key in ("prune/step", "prune/candidate", "evaluate/network"):
-            self.tracker.rewind(step_key, -1)
         self.tracker.rewind("curve/step", max(work.curve, default=-1))
         logging = config.tracking
 

@@ -36,6 +36,7 @@ ARTIFACT_TYPE = "condensed-set"
 AGENT_SWEEP = "WANDB_SWEEP_ID"  # which `wandb agent` sets, beside the WANDB_RUN_ID of the W&B run that it made
 HISTOGRAM_BINS = 64
 INIT_TIMEOUT_SECONDS = 30.0  # without an answer in this time, an online run goes on offline
+FINISH_TIMEOUT = "WANDB_FINISH_TIMEOUT"  # which a launcher sets where jobs must end soon after they are asked to
 FINISH_TIMEOUT_SECONDS = 600.0  # what is not uploaded by then stays on disk for `wandb sync`
 SUMMARIES = {  # of metrics whose last value is not what compares runs
     "condense/peak_bytes": "max",
@@ -167,7 +168,8 @@ class Tracker:
         self._rewrite(lambda record: record.get(step_key, step) <= step)
 
     def close(self, exit_code: int = 0) -> None:
-        """End the W&B run. Waits for the upload, at most ``FINISH_TIMEOUT_SECONDS``."""
+        """End the W&B run. Waits for the upload, at most ``FINISH_TIMEOUT_SECONDS`` if the
+        environment does not say otherwise."""
         self._mirrored(lambda run: run.finish(exit_code=exit_code))
         self.mirror = None
 
@@ -310,7 +312,7 @@ def _settings(mode: str) -> wandb.Settings:
         disable_code=True,
         save_code=False,
         init_timeout=INIT_TIMEOUT_SECONDS,
-        finish_timeout=FINISH_TIMEOUT_SECONDS,
+        finish_timeout=float(os.environ.get(FINISH_TIMEOUT, FINISH_TIMEOUT_SECONDS)),
         finish_timeout_raises=True,
     )
 

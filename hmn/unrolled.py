@@ -172,7 +172,6 @@ class ThroughStudent(Condensation):
         strategy: str,
         compute: Compute,
         seed: int,
-        fingerprint: str,
         chunk: int,
         rate_factor: float = 1.0,
         lr_scale: dict[str, float] | None = None,
@@ -191,7 +190,6 @@ class ThroughStudent(Condensation):
                 container, config, config.outer_steps, by_class=False, factor=rate_factor, lr_scale=lr_scale
             ),
             compute=compute,
-            fingerprint=fingerprint,
             images_per_step=sum(sizes),
             gradient_clip=config.gradient_clip,
             average=config.average,

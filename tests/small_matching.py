@@ -83,7 +83,7 @@ def make_run(settings: GradientMatchingConfig, *, container_seed: int = 0, flip:
     parts = {"match": matching_step(build().to(compute.device), settings.metric, compute), **parts}
     side = live_side(settings, flip=flip, compute=compute)
     container = make_container(container_seed).to(compute.device)
-    shared = {"normalise": side.normalise, "compute": compute, "seed": SEED, "fingerprint": REAL.fingerprint}
+    shared = {"normalise": side.normalise, "compute": compute, "seed": SEED}
     return ClassMatching(container, side, settings, **shared, **parts)
 
 

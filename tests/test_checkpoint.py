@@ -15,7 +15,7 @@ import torch
 
 from hmn import checkpoint
 from hmn.checkpoint import STOP_SIGNALS, Checkpoints, Stop, atomic_write, clear, exclusive, write_text
-from hmn.errors import ArtifactError, HmnError, Interrupted
+from hmn.errors import ArtifactError, ConfigError, DataError, HmnError, Interrupted
 
 ROOT = Path(__file__).parents[1]
 
@@ -149,6 +149,32 @@ def test_clearing_removes_every_slot_and_the_folder(tmp_path: Path):
 
 
 # Time
+
+
+ORIGIN = {"data": "d1", "device": "cpu", "code": "c1"}
+
+
+def continued(folder: Path, **other: str) -> Checkpoints:
+    Checkpoints(folder / "checkpoints", 0, origin=ORIGIN).save("stage", {"step": 1})
+    return Checkpoints(folder / "checkpoints", 0, origin=ORIGIN | other)
+
+
+def test_a_state_of_other_images_or_another_device_is_refused(tmp_path: Path):
+    with pytest.raises(DataError, match=f"{tmp_path}: its checkpoint was made on other images; move the run away"):
+        continued(tmp_path, data="d2")
+    with pytest.raises(ConfigError) as raised:
+        continued(tmp_path, device="cuda")
+    rule = f"cpu, on which {tmp_path} was begun; or move it away to start anew"
+    assert str(raised.value) == f"compute.device=cuda: must be {rule}"
+
+
+def test_what_other_sources_began_goes_on_and_they_are_remembered(tmp_path: Path, capsys):
+    assert continued(tmp_path).codes == ["c1"]
+    assert capsys.readouterr().out == ""
+    continued(tmp_path, code="c2").save("stage", {"step": 2})
+    assert capsys.readouterr().out == "going on with what other sources (c1, now c2) began\n"
+    assert Checkpoints(tmp_path / "checkpoints", 0, origin=ORIGIN | {"code": "c2"}).codes == ["c1", "c2"]
+    assert Checkpoints(tmp_path / "checkpoints", 0, origin=ORIGIN).codes == ["c1", "c2", "c1"]
 
 
 def test_seconds_add_up_over_sittings_and_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -351,10 +351,6 @@ def test_two_steps_a_checkpoint_and_two_more_are_four_steps_bit_for_bit(tmp_path
     assert_same({**rest.state_dict(), "curve": {}}, whole.state_dict())
 
 
-def test_a_checkpoint_names_the_data_it_was_made_on():
-    assert make_run(config()).state_dict()["data"] == REAL.fingerprint
-
-
 def test_the_seed_decides_everything_and_another_one_differs():
     settings = config()
     runs = [make_run(settings) for _ in range(2)]
@@ -366,7 +362,6 @@ def test_the_seed_decides_everything_and_another_one_differs():
         normalise=runs[0].normalise,
         compute=CPU,
         seed=SEED + 1,
-        fingerprint=REAL.fingerprint,
     )
     for run in (*runs, other):
         run.run_step()

@@ -6,9 +6,13 @@ import base64
 import hashlib
 import importlib.metadata
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +27,7 @@ from safetensors.torch import load_file
 
 import hmn
 from hmn.config import Config
-from tests.command import TINY, Outcome, planned, run, start
+from tests.command import ROOT, TINY, Outcome, planned, run, start
 from tests.wandb_reader import read_offline_run, without_login
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
@@ -88,6 +92,15 @@ def test_a_run_keeps_its_files_in_a_folder_of_its_id_and_nothing_else(finished):
     assert finished.folder == finished.where / "runs" / plan.run_id
     kept = {f"runs/{plan.run_id}/{name}" for name in KEPT | PRUNED}
     assert set(finished.outcome.files) == {"toy.npz", "runs", f"runs/{plan.run_id}"} | kept
+
+
+def test_a_reader_that_has_seen_enough_ends_a_plan_without_a_word():
+    command = [sys.executable, str(ROOT / "run.py"), *TINY, "mode=plan"]
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write) as nobody:
+        ended = subprocess.run(command, stdout=nobody, stderr=subprocess.PIPE, cwd=ROOT)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, b"")
 
 
 def test_the_result_tells_what_was_measured_with_which_code_on_what(finished):
@@ -384,6 +397,12 @@ BAD_SETTINGS = {
     "mode=train": ["mode=train: must be one of run, plan, evaluate, full_data, random_subset, experts"],
     "mode=evaluate": ["artifact=null: must be given for mode=evaluate"],
     "mode=evaluate artifact=absent": ["artifact=absent: no condensed.safetensors there"],
+    "memory=10": ["memory=10: must be one of ipc1, ipc10, ipc50", "did you mean ipc10?"],
+    "debug=true": ["debug=true: must be one of smoke, "],
+    "seed=1,2": ["seed=1,2: one run has one value: add -m to run each of them"],
+    "objective.inner_steps=null": ["objective.inner_steps=null: must be a number of steps"],
+    "container.lr_scale.decoder=0.1": ["container.lr_scale has no keys yet: +container.lr_scale.decoder=VALUE adds"],
+    "launcher=submitit": ["launcher=submitit: a sweep's, not a run's: add -m, or use sweep.py"],
     "dataset=folder": ["dataset.root=null: must be given for dataset=folder"],
     "dataset=folder dataset.root=absent": ["dataset.root: absent cannot be listed"],
     "dataset=arrays dataset.root=absent.npz": ["dataset.root=absent.npz: no such file"],

@@ -134,6 +134,36 @@ def test_a_killed_run_goes_on_and_keeps_the_same_condensation(tmp_path):
     assert found["artifact_sha256"] == expected["artifact_sha256"]
 
 
+def records(folder: Path, run_id: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "runs" / run_id / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_killed_run_that_took_it_records_its_later_stages_once(tmp_path):
+    assert run(tmp_path, *TINY, SHARED).code == 0
+    given = (*TINY, SHARED, "pruning.score=random", "evaluation.epochs=60", "compute.checkpoint_every_seconds=0")
+    command = start(tmp_path, *given)
+    command.wait_for(lambda: any(tmp_path.glob("runs/*/checkpoints/evaluate.pt")))
+    command.process.kill()
+    command.finish()
+    assert run(tmp_path, *given).code == 0
+    (taken,) = [run_id for run_id, one in results(tmp_path).items() if one["condensed_by"] != run_id]
+    found = records(tmp_path, taken)
+    assert sum("prune/aum" in record for record in found) == 1
+    assert len({json.dumps(record, sort_keys=True) for record in found}) == len(found)
+
+
+def test_what_a_run_had_begun_to_condense_before_another_had_done_it_is_not_in_its_record(tmp_path):
+    given = (*TINY, SHARED, "objective.outer_steps=40", "tracking.log_every_steps=1")
+    command = start(tmp_path, *given, "compute.checkpoint_every_seconds=0")
+    command.wait_for(lambda: any(tmp_path.glob("runs/*/checkpoints/condense.pt")))
+    command.process.kill()
+    command.finish()
+    assert run(tmp_path, *given, *AFTER["networks"]).code == 0
+    assert run(tmp_path, *given).code == 0
+    (taken,) = [run_id for run_id, one in results(tmp_path).items() if one["condensed_by"] != run_id]
+    assert not [record for record in records(tmp_path, taken) if "condense/step" in record]
+
+
 @pytest.mark.parametrize("damage", [b"", b"no tensors", None])
 def test_a_damaged_condensation_is_told_in_one_line(tmp_path, damage):
     assert run(tmp_path, *TINY, SHARED).code == 0

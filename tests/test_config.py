@@ -17,12 +17,13 @@ from tests.command import configured
 
 def changed(config: Config, **values: Any) -> Config:
     """``config`` with other values; a key ``section__field`` is the dotted ``section.field``."""
+    sections: dict[str, Any] = {}
     for key, value in values.items():
         section, _, name = key.partition("__")
         if name:
-            value = dataclasses.replace(getattr(config, section), **{name: value})
-        config = dataclasses.replace(config, **{section: value})
-    return config
+            value = dataclasses.replace(sections.get(section, getattr(config, section)), **{name: value})
+        sections[section] = value
+    return dataclasses.replace(config, **sections)
 
 
 def refused(line: str, **values: Any) -> None:
@@ -238,6 +239,10 @@ def test_judging_needs_an_artifact(mode):
     refused(f"artifact=[]: must be given for mode={mode}", artifact=[], mode=mode)
 
 
+def test_an_artifact_that_nothing_would_read_is_refused():
+    refused("artifact=there: must be null but for mode=evaluate and mode=redundancy", artifact="there")
+
+
 def test_no_artifact_is_joined_with_itself_and_redundancy_is_of_one():
     refused("artifact=[a,b,a]: must be different kept sets", artifact=["a", "b", "a"], mode="evaluate")
     refused("artifact=[a,b]: must be one kept set for mode=redundancy", artifact=["a", "b"], mode="redundancy")
@@ -254,6 +259,7 @@ def test_no_artifact_is_joined_with_itself_and_redundancy_is_of_one():
         ("+foo=1", "foo: unknown key; valid are mode, seed, artifact, "),
         ("+network.foo=1", "network.foo: unknown key; valid are name, width, depth, norm"),
         ("+plan.foo=1", "plan.foo: unknown key; valid are format"),
+        ("+objective.bank.foo=1", "objective.bank.foo: unknown key; valid are networks, snapshots"),
         ("~memory", "memory: give it a value"),
         ("memory.images_per_class=???", "memory.images_per_class: give it a value"),
         ("plan.format=xml", "plan.format=xml: must be one of text, json"),

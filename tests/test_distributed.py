@@ -85,7 +85,7 @@ def condensation(classes: int, penalty: float = 0.0, **changes: Any) -> ClassMat
     train = training_step(build(), CPU)
     side = LiveSide(data, settings, build=build, train=train, compute=CPU, seed=4, flip=True)
     match = matching_step(build(), settings.metric, CPU)
-    shared = {"normalise": side.normalise, "compute": CPU, "seed": 4, "fingerprint": data.fingerprint}
+    shared = {"normalise": side.normalise, "compute": CPU, "seed": 4}
     return ClassMatching(container, side, settings, match=match, **shared)
 
 

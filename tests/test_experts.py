@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hmn import experts
-from hmn.checkpoint import Stop
+from hmn.checkpoint import Checkpoints, Stop
 from hmn.config import experts_identity
 from hmn.config.objectives import ExpertsConfig
 from hmn.data.preprocess import Normalise
@@ -38,7 +38,8 @@ def train(numbers: Sequence[int], settings: ExpertsConfig = SETTINGS) -> Trainin
 
 
 def make(folder: Path, *, count: int = 3, fingerprint: str = REAL.fingerprint, stop: Stop | None = None, **changes):
-    options = {"fingerprint": fingerprint, "together": 1, "stop": stop or Stop()} | changes
+    checkpoints = Checkpoints(folder / "unfinished", 1e9, stop)
+    options = {"fingerprint": fingerprint, "together": 1, "checkpoints": checkpoints} | changes
     return experts.build(folder, train, count, **options)
 
 
@@ -84,12 +85,30 @@ def test_experts_are_trained_at_a_constant_rate_on_one_operator_per_batch_unmixe
     assert train([0]).update.rule == "vico"
 
 
-def test_finished_experts_stay_and_stopped_ones_are_made_again(tmp_path: Path):
-    stop = Stop()
-    stop.signum = signal.SIGTERM
-    with pytest.raises(Interrupted, match="stopped by SIGTERM; experts that are finished are kept"):
-        make(tmp_path, stop=stop)
-    assert not list(tmp_path.glob("*.safetensors"))
+@pytest.mark.parametrize(("together", "groups", "stop_in", "finished"), [(1, 3, 3, 1), (2, 2, 1, 0)])
+def test_stopped_experts_go_on_from_their_last_epoch(tmp_path, monkeypatch, together, groups, stop_in, finished):
+    expected = [contents(path) for path in make(tmp_path / "whole", together=together)]
+    stop, epochs = Stop(), []
+    run_epoch = Training.run_epoch
+
+    def counted(training: Training) -> list[float]:
+        epochs.append(training.epoch)
+        if len(epochs) == stop_in:
+            stop.signum = signal.SIGTERM
+        return run_epoch(training)
+
+    monkeypatch.setattr(Training, "run_epoch", counted)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM; the same command goes on from here"):
+        make(tmp_path / "halves", together=together, stop=stop)
+    assert len(list((tmp_path / "halves").glob("*.safetensors"))) == finished
+    found = [contents(path) for path in make(tmp_path / "halves", together=1)]  # what was begun together stays so
+    for one, other in zip(found, expected, strict=True):
+        assert_same(one, other)
+    assert epochs == [0, 1] * groups
+    assert not (tmp_path / "halves" / "unfinished").exists()
+
+
+def test_finished_experts_stay(tmp_path: Path):
     first, second, _ = make(tmp_path)
     kept, expected = first.stat().st_mtime_ns, contents(second)
     second.unlink()
@@ -118,7 +137,7 @@ def test_an_expert_that_diverges_is_not_kept(tmp_path: Path):
         return training
 
     with pytest.raises(Diverged, match="the training loss is nan .*lower objective.experts.lr"):
-        experts.build(tmp_path, diverging, 1, fingerprint="", together=1, stop=Stop())
+        experts.build(tmp_path, diverging, 1, fingerprint="", together=1, checkpoints=Checkpoints(tmp_path, 1e9))
     assert not list(tmp_path.glob("*.safetensors"))
 
 

@@ -112,7 +112,7 @@ def make_run(config: ClassMatchingConfig, *, container_seed: int = 0) -> ClassMa
         pool = config.pool_networks
         side = PoolSide(REAL, config, train=train, **shared) if pool else FeatureSide(REAL, config, **shared)
         match, parts = distribution_step(build(), CPU), 1
-    options = {"normalise": side.normalise, "compute": CPU, "seed": SEED, "fingerprint": REAL.fingerprint}
+    options = {"normalise": side.normalise, "compute": CPU, "seed": SEED}
     return ClassMatching(make_container(container_seed), side, config, match=match, parts=parts, **options)
 
 

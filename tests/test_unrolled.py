@@ -18,7 +18,7 @@ from torch.func import functional_call
 from hmn import experts
 from hmn.adversary import StyleAdversary, supervised_contrast
 from hmn.build import Workshop, condensation
-from hmn.checkpoint import Checkpoints, Stop
+from hmn.checkpoint import Checkpoints
 from hmn.config.containers import HabaConfig
 from hmn.config.objectives import BpttConfig, TrajectoryMatchingConfig
 from hmn.containers import KINDS
@@ -74,8 +74,9 @@ def expert_files(tmp_path_factory) -> list[Path]:
         step, normalise = training_step(build(), CPU), Normalise(MEAN, STD)
         return Training(build, REAL.train.images, REAL.train.labels, recipe, normalise, step, *streams)
 
-    options = {"fingerprint": "", "together": 1, "stop": Stop()}
-    return experts.build(tmp_path_factory.mktemp("experts"), train, 2, **options)
+    folder = tmp_path_factory.mktemp("experts")
+    checkpoints = Checkpoints(folder / "unfinished", 1e9)
+    return experts.build(folder, train, 2, fingerprint="", together=1, checkpoints=checkpoints)
 
 
 def make_haba(seed: int = 0) -> Haba:
@@ -124,7 +125,7 @@ def unrolled(settings: TrajectoryMatchingConfig | BpttConfig) -> Unrolled:
 
 def shared() -> dict[str, Any]:
     parts = {"normalise": Normalise(MEAN, STD), "strategy": STRATEGY, "compute": CPU, "seed": SEED}
-    return parts | {"fingerprint": REAL.fingerprint, "chunk": 4}
+    return parts | {"chunk": 4}
 
 
 def adversary_of(container: Haba, **weights: float) -> StyleAdversary:

@@ -107,7 +107,6 @@ def _class_matching(
         normalise=shop.normalise,
         compute=shop.compute,
         seed=config.seed,
-        fingerprint=shop.data.fingerprint,
         chunk=chunk,
         rate_factor=shop.rate_factor,
         lr_scale=config.container.lr_scale,

@@ -35,14 +35,15 @@ def experts(shop: Workshop) -> list[Path]:
         train = shop.data.train
         return Training(shop.build, train.images, train.labels, recipe, shop.normalise, shop.train_step, *streams)
 
+    folder = Path(config.paths.cache_dir) / "experts" / digest(experts_identity(config))
     with shop.checkpoints.timed("experts"):
         return expert_training.build(
-            Path(config.paths.cache_dir) / "experts" / digest(experts_identity(config)),
+            folder,
             train,
             settings.count,
             fingerprint=shop.data.fingerprint,
-            together=compute.together(settings.count),
-            stop=shop.checkpoints.stop,
+            together=min(compute.together(settings.count), expert_training.TOGETHER),
+            checkpoints=shop.checkpoints.beside(folder / "unfinished"),
         )
 
 
@@ -137,7 +138,6 @@ def _through_student(
         strategy=shop.strategy,
         compute=shop.compute,
         seed=config.seed,
-        fingerprint=shop.data.fingerprint,
         chunk=chunk,
         rate_factor=shop.rate_factor,
         lr_scale=config.container.lr_scale,

@@ -312,6 +312,8 @@ class Config:
         require("seed", self.seed >= 0, self.seed, "at least 0")
         if self.judges:
             self._check_artifacts()
+        else:
+            require("artifact", self.artifact is None, self.artifact, "null but for mode=evaluate and mode=redundancy")
         if self.condenses and self.pruning.over_budget > 0 and self.pruning.beta is None:
             share = self.dataset.held_out_fraction
             rule = "positive while pruning.beta is null: the search is judged on held-out images"
@@ -386,10 +388,17 @@ def from_hydra(raw: DictConfig) -> Config:
         sections = OmegaConf.to_object(OmegaConf.masked_copy(raw, known))
         for name, section in sections.items():
             if dataclasses.is_dataclass(section):
-                _refuse_added(f"{name}.", list(vars(section)), [item.name for item in dataclasses.fields(section)])
+                _refuse_added_to(section, f"{name}.")
         return Config(**sections)
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key}: give it a value") from None
+
+
+def _refuse_added_to(section: Any, prefix: str) -> None:
+    _refuse_added(prefix, list(vars(section)), [item.name for item in dataclasses.fields(section)])
+    for name, value in vars(section).items():
+        if dataclasses.is_dataclass(value):
+            _refuse_added_to(value, f"{prefix}{name}.")
 
 
 def _refuse_added(prefix: str, keys: Sequence[str], known: Sequence[str]) -> None:

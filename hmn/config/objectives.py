@@ -118,6 +118,7 @@ class GradientMatchingConfig(ClassMatchingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require("objective.inner_steps", self.inner_steps is not None, "null", "a number of steps")
         one_of("objective.metric", self.metric, ("mse", "l1", "cosine"))
         can = not self.unbiased or (self.metric == "mse" and self.synthetic_batch % 2 == 0)
         require("objective.unbiased", can, "true", "false but for metric=mse and an even synthetic_batch")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hmn import distributed
+from hmn.config import require
 from hmn.errors import ConfigError
 from hmn.explain import in_one_line
 from hmn.report import text_table
@@ -38,7 +39,7 @@ def run(arguments: Sequence[str]) -> int:
     if given.command == "search":
         return search(given.settings)
     sweep = of_arguments(given.settings, shlex.join(["python", "sweep.py", *given.settings]))
-    if given.command == "plan":
+    if given.command == "plan" or _plans(given.settings):
         print(plan_text(sweep, sweep.plan()))
         return 0
     if given.command == "status":
@@ -53,10 +54,18 @@ def as_multirun(settings: Sequence[str]) -> int:
     if distributed.launched():
         raise ConfigError("--multirun: must be left out under torchrun, which starts the processes of one run")
     sweep = of_arguments(settings, shlex.join(["python", "run.py", "-m", *settings]))
-    if "mode=plan" in settings:
+    if _plans(settings):
         print(plan_text(sweep, sweep.plan()))
         return 0
     return _launch(sweep)
+
+
+def _plans(settings: Sequence[str]) -> bool:
+    """Whether ``mode=plan`` asks for the plan, as it does of one run."""
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        require(key, key != "plan.format" or value == "text", value, "left out: a sweep's plan is text")
+    return "mode=plan" in settings
 
 
 def _launch(sweep: Sweep) -> int:

@@ -17,8 +17,9 @@ import hydra
 from hmn import condensations, config, results
 from hmn.artifacts import CARD, card_file, sha256
 from hmn.checkpoint import write_text
-from hmn.config import CONF, Config, digest, require
-from hmn.errors import ArtifactError, ConfigError, Damaged, Interrupted
+from hmn.config import CONF, Config, DatasetConfig, digest, require
+from hmn.data import datasets
+from hmn.errors import ArtifactError, ConfigError, Damaged, HmnError, Interrupted
 from hmn.explain import explain
 from hmn.plan import Plan, make_plan
 from hmn.sweeps.cells import Cell
@@ -61,6 +62,7 @@ def plan_cells(cells: Sequence[Cell], cache: Path | None = None, kept: Path | No
     version = _version()
     known = _kept(cache, version)
     fresh: dict[str, dict[str, Any]] = {}
+    outside = functools.cache(_outside)  # looked at once by all cells
     planned: dict[str, Planned] = {}
     complaints: dict[str, list[str]] = {}  # the cells, by what they have in common to complain of
     for cell in sorted(cells, key=lambda cell: bool(cell.reads)):  # what is read comes first
@@ -73,8 +75,12 @@ def plan_cells(cells: Sequence[Cell], cache: Path | None = None, kept: Path | No
                 continue
             cards = _cards(overrides)
             key = digest({"overrides": list(overrides), "kept": list(cards)})
-            fresh[key] = known.get(key) or _figures(overrides, cards)
-            planned[cell.name] = Planned(cell, overrides, **fresh[key] | {"folder": Path(fresh[key]["folder"])})
+            if (found := known.get(key)) is not None and outside(found["read"]) != found["outside"]:
+                _plan.cache_clear()  # which may be of what was there before, too
+                found = None
+            fresh[key] = found = found or _figures(overrides, cards)
+            figures = found["figures"]
+            planned[cell.name] = Planned(cell, overrides, **figures | {"folder": Path(figures["folder"])})
         except Interrupted:  # no fault of the cell
             raise
         except Exception as error:
@@ -84,7 +90,7 @@ def plan_cells(cells: Sequence[Cell], cache: Path | None = None, kept: Path | No
             complaints.setdefault(line, []).append(cell.name)
     if complaints:
         raise ConfigError("\n".join(map(_complaint, complaints, complaints.values())))
-    if cache is not None and fresh.keys() - known.keys():
+    if cache is not None and any(known.get(key) != found for key, found in fresh.items()):
         with contextlib.suppress(OSError):  # a full disk: next time it takes as long again, that is all
             write_text(cache, json.dumps({"version": version, "cells": known | fresh}) + "\n")
     return [planned[cell.name] for cell in cells]
@@ -119,13 +125,28 @@ def _cards(overrides: Sequence[str]) -> tuple[str, ...]:
     """Digests of the cards of the kept sets in ``overrides``: under the same name they may be made anew."""
     named = next((one.partition("=")[2] for one in overrides if one.startswith("artifact=")), "")
     digests = []
-    for path in filter(None, named.strip("[]").split(",")):
+    for path in filter(None, map(str.strip, named.strip("[]").split(","))):
         with contextlib.suppress(ArtifactError, OSError):  # which the plan complains of
             digests.append(sha256(card_file(path)))
     return tuple(digests)
 
 
+def _outside(where: str) -> list[Any]:
+    """What a plan finds beside its overrides: the shape of its data, and the set that its container starts from.
+
+    ``where`` they are is JSON, as :func:`_figures` has it.
+    """
+    read = json.loads(where)
+    try:
+        shape = datasets.peek(DatasetConfig(**read["dataset"]), Path(read["data_dir"]))
+        start = read["start"] and sha256(card_file(read["start"]))
+    except (HmnError, OSError) as error:  # which planning it anew complains of
+        return [str(error)]
+    return [*dataclasses.astuple(shape), start]
+
+
 def _figures(overrides: Sequence[str], kept: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Of one cell: what is shown of it, what that was read from beside the overrides, and what was found there."""
     seeds = [override.removeprefix("seed=") for override in overrides if override.startswith("seed=")]
     plan = _plan(tuple(override for override in overrides if not override.startswith("seed=")), kept)
     flops = {"flops": plan.expected_flops, "making_flops": plan.making_flops}
@@ -134,7 +155,11 @@ def _figures(overrides: Sequence[str], kept: tuple[str, ...] = ()) -> dict[str, 
     found = {"run_id": plan.run_id, "folder": str(plan.folder), **flops, **_stored(plan)}
     if plan.config.condenses and plan.config.compute.share_condensed:
         found["condensation"] = digest(condensations.identity_of(plan))
-    return found
+    config = plan.config
+    start = getattr(config.container, "start", None) if config.condenses else None
+    where = {"dataset": dataclasses.asdict(config.dataset), "data_dir": config.paths.data_dir, "start": start}
+    read = json.dumps(where)
+    return {"figures": found, "read": read, "outside": _outside(read)}
 
 
 @functools.lru_cache(maxsize=1024)

@@ -169,7 +169,7 @@ def _require_optuna() -> None:
     try:
         import optuna
     except ImportError:
-        raise HmnError("sweep.py search needs Optuna: pip install 'hmn[search]'") from None
+        raise HmnError("sweep.py search needs Optuna: pip install -e '.[search]'") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 

@@ -38,6 +38,7 @@ FILE = "sweep.json"
 PLANS = "plan.json"
 OWN = ("launcher", "sweep")  # sections of the sweep, not of its runs
 SHARED = ("paths", "compute", "tracking")  # of the runs, that the sweep reads too
+WHOLE = ("experiment", "debug")  # files of settings, which may be of these sections
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ def of_arguments(arguments: Sequence[str], command: str) -> Sweep:
 
     Raises ``ConfigError`` for settings of the sweep itself that cannot be used.
     """
-    own = [argument for argument in arguments if _section(argument) in OWN]
+    own = [argument for argument in arguments if section_of(argument) in OWN]
     asked = [argument for argument in arguments if argument not in own]
     named = next((a.partition("=")[2] for a in asked if a.startswith("experiment=")), None)
     if named is not None:
@@ -81,10 +82,11 @@ def _check_experiment(named: str) -> None:
     near = difflib.get_close_matches(named, tables + settings, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     rule = f"a table, {', '.join(tables)}, or settings, {', '.join(settings)}{hint}"
-    require("experiment", set(named.split(",")) <= {*tables, *settings, "null"}, named, rule)
+    require("experiment", set(named.split(",")) <= {*tables, *settings}, named, rule)
 
 
-def _section(argument: str) -> str:
+def section_of(argument: str) -> str:
+    """The section of the configuration that an override is about, or its group."""
     return argument.lstrip("+~").split("=")[0].split(".")[0]
 
 
@@ -114,7 +116,7 @@ def _sweep(
 
 def _common(own: Sequence[str], asked: Sequence[str]) -> Config:
     """The settings that hold for the sweep as a whole: where it keeps its runs, on what it computes, what it logs."""
-    cells = grid([argument for argument in asked if _section(argument) in SHARED])
+    cells = grid([argument for argument in asked if section_of(argument) in (*SHARED, *WHOLE)])
     return compose([*own, *(cells[0].overrides if len(cells) == 1 else [])])
 
 

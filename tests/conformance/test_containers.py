@@ -357,7 +357,7 @@ def condensation(container: Container, **values: object) -> ClassMatching:
 
     side = LiveSide(data, settings, build=build, train=training_step(build(), cpu), compute=cpu, seed=3, flip=True)
     match = matching_step(build(), settings.metric, cpu)
-    shared = {"normalise": side.normalise, "compute": cpu, "seed": 3, "fingerprint": data.fingerprint}
+    shared = {"normalise": side.normalise, "compute": cpu, "seed": 3}
     return ClassMatching(container, side, settings, match=match, **shared)
 
 

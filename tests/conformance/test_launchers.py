@@ -175,6 +175,13 @@ def test_runs_get_their_threads_and_no_gpu_that_was_not_given_to_them(
     assert (line["CUDA_VISIBLE_DEVICES"], line["OMP_NUM_THREADS"]) == ("", "3" if chosen.name == "ray" else "1")
 
 
+def test_a_slurm_job_uploads_for_no_longer_than_its_notice_leaves_it_to_be_queued_again() -> None:
+    from hmn.sweeps.launchers.submitit import _environment
+
+    chosen = SubmititConfig(name="submitit", cluster="slurm", notice_seconds=120)
+    assert _environment(chosen)["WANDB_FINISH_TIMEOUT"] == "60.0"
+
+
 def test_closing_tells_what_runs_to_save_and_waits_for_it(settings: Callable[..., Any], tmp_path: Path) -> None:
     with interrupted_when(lambda: len(events(tmp_path, "start")) == 2):
         do([stub(tmp_path, name, "wait", "go") for name in "abc"], settings(2))

@@ -191,6 +191,32 @@ def test_what_is_known_of_other_settings_files_is_not_used(tmp_path, composed, m
     planning._version.cache_clear()
 
 
+def test_a_plan_is_made_anew_for_images_of_other_classes(tmp_path, composed):
+    def add_class(name: str) -> None:
+        for split in ("train", "test"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            (tmp_path / "images" / split / name / "1.png").touch()
+
+    add_class("ant"), add_class("bee")
+    cells = [cell("a", "dataset=folder", f"dataset.root={tmp_path / 'images'}", "memory=ipc50")]
+    (two,) = plan_cells(cells, tmp_path / "plan.json")
+    assert plan_cells(cells, tmp_path / "plan.json") == [two] and len(composed) == 1
+    add_class("cat")
+    (three,) = plan_cells(cells, tmp_path / "plan.json")
+    assert three.run_id == planned(*cells[0].overrides).run_id
+    assert three.budget_floats == 1.5 * two.budget_floats
+
+
+def test_a_plan_is_made_anew_for_another_kept_set_that_a_container_starts_from(kept, tmp_path):
+    (made,) = plan_cells([cell("made", *TINY)])
+    kept(made)
+    starting = [cell("a", *TINY, "container.init=kept", f"container.start={made.folder}")]
+    (one,) = plan_cells(starting, tmp_path / "plan.json")
+    kept(made, "b")
+    (other,) = plan_cells(starting, tmp_path / "plan.json")
+    assert other.run_id == planned(*starting[0].overrides).run_id != one.run_id
+
+
 @pytest.mark.parametrize("text", ["", "{", '{"version": 1', "[]", "null", '{"cells": {}}'])
 def test_a_damaged_memory_is_made_anew(tmp_path, text):
     (tmp_path / "plan.json").write_text(text)
@@ -225,7 +251,11 @@ def kept(tmp_path, monkeypatch):
             "mean": [0.0],
             "std": [1.0],
         }
-        save(one.folder, plan.container(1), {"budget": {}, "data": data, "sha256": content})
+        save(
+            one.folder,
+            plan.container(plan.storage.over_budget_instances),
+            {"budget": {}, "data": data, "sha256": content},
+        )
         results.write(one.folder, {"accuracy": {"mean": 0.5, "std": None}})
 
     return finish

@@ -16,8 +16,10 @@ from hmn.checkpoint import exclusive
 from hmn.config.sweeps import LocalConfig
 from hmn.errors import ConfigError
 from hmn.sweeps import cli, planning
+from hmn.sweeps import sweep as sweep_module
 from hmn.sweeps.launchers import local
 from hmn.sweeps.sweep import of_arguments
+from tests.command import configured
 from tests.sweeps.launched import SETTINGS, STEPS, THREE, Launched, described
 
 ALL = list(range(STEPS))
@@ -428,6 +430,28 @@ def test_each_gpu_has_its_slots_and_each_is_taken_once_before_any_twice(monkeypa
     assert [slot.name for slot in local.slots(LocalConfig(gpus=1, threads=1))] == ["gpu3-0"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert [slot.name for slot in local.slots(LocalConfig(threads=1))] == ["gpu0-0", "gpu1-0"]
+
+
+def test_a_sweep_reads_its_own_settings_from_the_files_that_its_runs_have(monkeypatch):
+    composed = []
+    monkeypatch.setattr(sweep_module, "compose", lambda overrides: composed.append(list(overrides)) or configured())
+    of_arguments(["experiment=demo", "debug=smoke", "launcher.slots=3", "seed=0,1", "network.width=8"], "")
+    of_arguments(["experiment=main_table", "compute.device=cpu"], "")
+    of_arguments(["experiment=demo,cifar10_q75"], "")  # of several none holds for the sweep
+    assert composed == [["launcher.slots=3", "experiment=demo", "debug=smoke"], ["compute.device=cpu"], []]
+
+
+@pytest.mark.parametrize("settings", [["mode=plan"], ["mode=plan", "plan.format=text"]])
+def test_mode_plan_plans_and_starts_nothing(sweep, here, settings):
+    sweep.settings = (*sweep.settings, *settings)
+    ended = here(sweep)
+    assert ended.code == 0 and "3 runs: 3 waiting" in ended.lines
+    assert sweep.ledger() == []
+
+
+def test_a_sweeps_plan_is_text(capsys):
+    with pytest.raises(ConfigError, match="^plan.format=json: must be left out: a sweep's plan is text$"):
+        cli.run(["mode=plan", "plan.format=json", "seed=0,1"])
 
 
 def test_a_misspelt_table_is_told_the_nearest():

@@ -24,7 +24,7 @@ try:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 except ImportError:
-    raise ConfigError("launcher=ray: Ray is not installed: pip install 'hmn[ray]'") from None
+    raise ConfigError("launcher=ray: Ray is not installed: pip install -e '.[ray]'") from None
 
 ANSWER_SECONDS = 10.0
 NODES_LOST = 10  # at most, under one run, before it counts as failed

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from hmn import tracking
 from hmn.config.sweeps import SubmititConfig
 from hmn.errors import ConfigError
 from hmn.sweeps.attempt import Outcome, Task, attempt, lost
@@ -32,7 +33,7 @@ try:
 
     submitit.JobEnvironment.USR_SIG = "USR1"  # where something has imported it before
 except ImportError:
-    raise ConfigError("launcher=submitit: submitit is not installed: pip install 'hmn[slurm]'") from None
+    raise ConfigError("launcher=submitit: submitit is not installed: pip install -e '.[slurm]'") from None
 
 POLL_SECONDS = 0.5  # of the files that jobs leave
 QUEUE_SECONDS = 15.0  # between two questions to SLURM, which all its users share
@@ -185,7 +186,9 @@ def _array(job: submitit.Job) -> str:
 def _environment(settings: SubmititConfig) -> dict[str, str]:
     """SLURM names a job's GPUs itself, but need not hide any from one that asked for none."""
     hidden = {} if settings.gpus else {"CUDA_VISIBLE_DEVICES": ""}
-    return {"OMP_NUM_THREADS": str(settings.cpus), **hidden}
+    # A job that is not over when its notice is cannot be queued again.
+    upload = str(settings.notice_seconds / 2)
+    return {"OMP_NUM_THREADS": str(settings.cpus), tracking.FINISH_TIMEOUT: upload, **hidden}
 
 
 def _executor(folder: Path, settings: SubmititConfig) -> submitit.Executor:

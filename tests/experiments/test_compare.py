@@ -1,0 +1,39 @@
+"""Comparing runs: what may be one row, and what may not."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import compare
+from hmn import results
+
+KEPT = Path(__file__).parents[2] / "experiments" / "q75" / "results"
+
+
+def run_folder(folder: Path, seed: int, mean: float, **container: object) -> str:
+    result = json.loads((KEPT / "cifar10-q75-ipc1-hmn-19fd6db6" / results.FILE).read_text())
+    result["config"] |= {"seed": seed, "container": result["config"]["container"] | container}
+    result["accuracy"]["mean"] = mean
+    results.write(folder / str(seed), result)
+    return str(folder / str(seed))
+
+
+def compared(monkeypatch: pytest.MonkeyPatch, *folders: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["compare.py", *folders])
+    compare.main()
+
+
+def test_seeds_of_one_experiment_are_a_row(tmp_path, monkeypatch, capsys):
+    compared(monkeypatch, run_folder(tmp_path, 0, 0.5), run_folder(tmp_path, 1, 0.52))
+    (row,) = capsys.readouterr().out.splitlines()[2:]
+    assert "| 51.00 ± 1.41 | 2 |" in row
+
+
+def test_what_differs_in_more_than_the_seed_is_refused(tmp_path, monkeypatch):
+    folders = run_folder(tmp_path, 0, 0.5), run_folder(tmp_path, 1, 0.5, decoder_width=24)
+    with pytest.raises(SystemExit, match="1 and .*0: no seeds of one experiment, they differ in container$"):
+        compared(monkeypatch, *folders)
