@@ -13,38 +13,25 @@ from __future__ import annotations
 import argparse
 import base64
 import hashlib
-import json
 import math
-import re
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 from markupsafe import Markup
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from experiments.collection import Collection, Run, bare, collect, leading_number, shared_settings
 from experiments.embedding import Embedded, embed
-from hmn import results
 from hmn.checkpoint import write_text
-from hmn.errors import ArtifactError, ConfigError
+from hmn.errors import ArtifactError
 from hmn.explain import in_one_line
 from hmn.prune import hardest_count
-from hmn.sweeps import state
-from hmn.sweeps.attempt import FAILURE, LOG
-from hmn.sweeps.sweep import FILE as SWEEP_FILE
-from hmn.tracking import METRICS_FILE, read_metrics
 
 PAGE = Path(__file__).with_name("page")
 PICTURE_CHARACTERS = 14_000_000  # all pictures together
 POINTS = 200  # of a curve
-CONFIG = "config.yaml"
 OVER_BUDGET, CONDENSED = "over_budget.png", "condensed.png"
 STATUSES = ("done", "running", "interrupted", "failed", "damaged", "waiting")
 SCORES = {
@@ -52,170 +39,6 @@ SCORES = {
     "softmax_margin": "margin of probabilities, summed over epochs",
     "random": "random scores",
 }
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run of the page: its place in the sweep, and all that its folder says."""
-
-    cell: str  # its name in the sweep; of other runs the run id
-    labels: dict[str, str]  # by axis
-    run_id: str | None  # None: it reads kept sets that are not there yet
-    folder: Path | None
-    overrides: tuple[str, ...] = ()
-    name: str = ""  # short, that of no other run of the page
-
-    @cached_property
-    def state(self) -> state.State:
-        return state.read(self.folder)
-
-    @property
-    def result(self) -> dict[str, Any]:
-        return self.state.result or {}
-
-    @cached_property
-    def config(self) -> dict[str, str]:
-        """Its settings by dotted key, as JSON; none before it has started."""
-        found = self.result.get("config")
-        if found is None and self.folder is not None and (self.folder / CONFIG).exists():
-            try:
-                found = OmegaConf.to_container(OmegaConf.load(self.folder / CONFIG))
-            except (
-                OSError,
-                ValueError,
-                yaml.YAMLError,
-                OmegaConfBaseException,
-            ):  # cut short: its state says what became of the run
-                found = None
-        return dict(flat(found)) if isinstance(found, Mapping) else {}
-
-    @cached_property
-    def metrics(self) -> list[dict[str, Any]]:
-        try:
-            return read_metrics(self.folder / METRICS_FILE) if self.folder else []
-        except ArtifactError:  # a page of the other runs is worth more than a complaint
-            return []
-
-    @property
-    def command(self) -> str | None:
-        """What repeats it."""
-        return self.state.command or (shlex.join(["python", "run.py", *self.overrides]) if self.overrides else None)
-
-
-@dataclass(frozen=True)
-class Collection:
-    title: str
-    runs: list[Run]
-    axes: list[str]  # along which labels differ
-    alike: dict[str, str]  # labels of all other axes
-    command: str | None = None  # of the sweep
-
-
-def collect(folder: Path) -> Collection:
-    """The runs of a sweep's folder or of a folder of runs. Raises ``ConfigError`` if there are none."""
-    if (folder / SWEEP_FILE).exists():
-        return _of_sweep(folder)
-    found = sorted(path.parent for name in (results.FILE, CONFIG, FAILURE, LOG) for path in folder.glob(f"*/{name}"))
-    runs = [Run(path.name, {}, path.name, path) for path in dict.fromkeys(found)]
-    if not runs:
-        raise ConfigError(f"{folder}: holds neither {SWEEP_FILE} nor run folders; give runs/sweeps/NAME or runs")
-    runs = [replace(run, labels=_labels(run.config)) for run in runs]
-    return Collection(f"Runs in {folder.resolve().name}/", *_named(runs))
-
-
-def _of_sweep(folder: Path) -> Collection:
-    try:
-        sweep = json.loads((folder / SWEEP_FILE).read_text(encoding="utf-8"))
-        cells = [_cell(one, folder.resolve().parent.parent) for one in sweep["cells"]]
-    except (ValueError, KeyError, TypeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{folder / SWEEP_FILE}: damaged ({what}); the sweep's own command writes it anew") from None
-    runs: dict[str, Run] = {}
-    for run in cells:
-        key = run.run_id or f"cell {run.cell}"
-        runs[key] = _joined(runs[key], run) if key in runs else run
-    return Collection(sweep.get("title") or sweep["name"], *_named(list(runs.values())), sweep.get("command"))
-
-
-def _cell(one: Mapping[str, Any], runs_dir: Path) -> Run:
-    run_id = one["run_id"]
-    # The sweep's own folder lies in that of its runs, wherever both were moved to.
-    folder = None if run_id is None else runs_dir / Path(run_id).name
-    return Run(one["name"], dict(one["labels"]), run_id, folder, tuple(one["overrides"]))
-
-
-def _joined(run: Run, other: Run) -> Run:
-    """The run of two cells that are the same one."""
-    labels = {
-        axis: " = ".join(dict.fromkeys(one.labels[axis] for one in (run, other) if axis in one.labels))
-        for axis in dict.fromkeys([*run.labels, *other.labels])
-    }
-    return replace(run, cell=f"{run.cell} = {other.cell}", labels=labels)
-
-
-def _labels(config: Mapping[str, str]) -> dict[str, str]:
-    """What a run outside of a sweep is told apart by at first sight."""
-    mode = json.loads(config.get("mode", '"run"'))
-    name, kind = (json.loads(config.get(f"dataset.{key}", "null")) for key in ("name", "kind"))
-    method = config.get("container.name") if mode == "run" else json.dumps(mode)
-    objective = config.get("objective.name") if mode == "run" else None
-    chosen = {
-        "dataset": json.dumps(name or kind),
-        "IPC": config.get("memory.images_per_class"),
-        "method": method,
-        "objective": objective,
-        "seed": config.get("seed"),
-    }
-    return {axis: _bare(value) for axis, value in chosen.items() if value not in (None, "null")}
-
-
-def _named(runs: Sequence[Run]) -> tuple[list[Run], list[str], dict[str, str]]:
-    """The runs with names for people, the axes along which their labels differ, and the labels of the other axes."""
-    labels: dict[str, set[str]] = {}
-    for axis, label in (item for run in runs for item in run.labels.items()):
-        labels.setdefault(axis, set()).add(label)
-    axes = [axis for axis, found in labels.items() if len(found) > 1]
-    alike = {axis: label for axis, (label, *more) in labels.items() if not more}
-    names = [" · ".join(_words(axis, run.labels[axis]) for axis in axes if axis in run.labels) for run in runs]
-    twice = {name for name, count in Counter(names).items() if count > 1 or not name}
-    shown = [_told_apart(run, name) if name in twice else name for run, name in zip(runs, names, strict=True)]
-    return [replace(run, name=name) for run, name in zip(runs, shown, strict=True)], axes, alike
-
-
-def _told_apart(run: Run, name: str) -> str:
-    """A name that other runs have too, with the hash of the run's settings."""
-    return f"{name} · {run.run_id.rpartition('-')[2]}" if name and run.run_id else run.cell
-
-
-def _words(axis: str, label: str) -> str:
-    """A label that says what it is: a number does not."""
-    return f"{axis.rpartition('.')[2]} {label}" if leading_number(label) is not None else label
-
-
-def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    """Dotted keys and their values as JSON; an empty section is a value."""
-    for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", json.dumps(value)
-
-
-def _bare(value: str) -> str:
-    """JSON without the quotes of a mere string."""
-    loaded = json.loads(value)
-    return loaded if isinstance(loaded, str) else value
-
-
-def shared_settings(configs: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """What all configurations have alike."""
-    configs = [config for config in configs if config]
-    if not configs:
-        return {}
-    return {key: value for key, value in configs[0].items() if all(config.get(key) == value for config in configs)}
-
-
-# What the page shows of a run
 
 
 def accuracy_of(run: Run) -> dict[str, Any] | None:
@@ -276,7 +99,7 @@ def histograms(runs: Sequence[Run]) -> list[dict[str, Any]]:
     for index, run in enumerate(runs):
         aum = next((row["prune/aum"] for row in reversed(run.metrics) if "prune/aum" in row), None)
         if aum and aum.get("counts"):
-            score = _bare(run.config.get("pruning.score", '"logit_margin"'))
+            score = bare(run.config.get("pruning.score", '"logit_margin"'))
             found.append({"index": index, "run": run, "score": SCORES.get(score, score), **aum})
     for one in found:
         alike = [other["edges"] for other in found if other["score"] == one["score"]]
@@ -404,7 +227,7 @@ def provenance(run: Run) -> list[tuple[str, str]]:
         ("Data", data.get("name") and f"{data['name']}, fingerprint {data.get('fingerprint')}"),
         ("Notes on data", "; ".join(data.get("notes") or [])),
         ("Network, profile", found.get("network") and f"{found['network']}, {found.get('profile')}"),
-        ("Seed", _bare(run.config["seed"]) if "seed" in run.config else None),
+        ("Seed", bare(run.config["seed"]) if "seed" in run.config else None),
         ("Seeds of networks", ", ".join(map(str, seeds))),
         ("Accuracies, %", ", ".join(accuracy["by_network"]) if accuracy else None),
         ("Pruning", pruning_of(run)),
@@ -436,12 +259,6 @@ def size(count: float) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.0f} MiB"
 
 
-def leading_number(text: str | None) -> float | None:
-    """The number that ``text`` starts with, such as 36 of "36-40": what it is sorted by."""
-    found = re.match(r"\d+(\.\d+)?(e[+-]?\d+)?(?=$|-)", str(text or ""))
-    return float(found[0]) if found else None
-
-
 def render(found: Collection) -> str:
     """The page."""
     runs = found.runs
@@ -455,7 +272,7 @@ def render(found: Collection) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"duration": duration, "size": size, "number": leading_number, "bare": _bare}
+    environment.filters |= {"duration": duration, "size": size, "number": leading_number, "bare": bare}
     return environment.get_template("page.html").render(
         title=found.title,
         command=found.command,

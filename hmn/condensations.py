@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hmn.checkpoint import atomic_write
-from hmn.config import condensation_identity, digest
+from hmn.config.identity import condensation_identity, digest
 from hmn.containers.base import Container
 from hmn.errors import ArtifactError
 from hmn.plan import Plan

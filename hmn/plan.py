@@ -15,8 +15,9 @@ import torch
 from hmn import distributed, networks
 from hmn.artifacts import check_together, read_card, tensors_file
 from hmn.compute import device_of
-from hmn.config import Config, DatasetConfig, digest, require, scientific
+from hmn.config import Config, DatasetConfig, require
 from hmn.config.containers import HabaConfig
+from hmn.config.identity import digest, scientific
 from hmn.config.objectives import (
     GradientMatchingConfig,
     SyntheticGradientConfig,

@@ -27,8 +27,8 @@ from hmn import (
 )
 from hmn.artifacts import decode_all
 from hmn.checkpoint import Checkpoints, atomic_write, exclusive
-from hmn.config import digest
 from hmn.config.containers import KEPT
+from hmn.config.identity import digest
 from hmn.containers.base import Container
 from hmn.containers.fit import fit_real
 from hmn.data import datasets

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hmn.bank import BankSide, build, snapshot_steps
 from hmn.checkpoint import Checkpoints, Stop
-from hmn.config import BankConfig, bank_identity
+from hmn.config import BankConfig
+from hmn.config.identity import bank_identity
 from hmn.errors import ArtifactError, Interrupted
 from hmn.matching import ClassMatching
 from hmn.objectives.gradient import matching_step, real_gradients, stored_step

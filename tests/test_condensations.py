@@ -12,7 +12,7 @@ import pytest
 
 from hmn import condensations
 from hmn.checkpoint import Stop, exclusive
-from hmn.config import condensation_identity
+from hmn.config.identity import condensation_identity
 from hmn.errors import Interrupted
 from tests.command import TINY, configured, planned, run, run_several, start
 

@@ -9,7 +9,8 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from hmn.config import NETWORK_NORMS, BankConfig, Config, NetworkConfig, digest, scientific
+from hmn.config import NETWORK_NORMS, BankConfig, Config, NetworkConfig
+from hmn.config.identity import digest, scientific
 from hmn.errors import ConfigError
 from hmn.plan import Plan, make_plan
 from tests.command import configured

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hmn import experts
 from hmn.checkpoint import Checkpoints, Stop
-from hmn.config import experts_identity
+from hmn.config.identity import experts_identity
 from hmn.config.objectives import ExpertsConfig
 from hmn.data.preprocess import Normalise
 from hmn.errors import ArtifactError, ConfigError, Diverged, Interrupted

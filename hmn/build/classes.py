@@ -10,7 +10,7 @@ from torch import nn
 
 from hmn import bank, distributed
 from hmn.build.workshop import Workshop
-from hmn.config import bank_identity, digest
+from hmn.config.identity import bank_identity, digest
 from hmn.containers.base import Container
 from hmn.matching import ClassMatching
 from hmn.memory import classes_per_chunk, feature_bytes, matching_bytes

@@ -9,8 +9,8 @@ from pathlib import Path
 from hmn import experts as expert_training
 from hmn.adversary import StyleAdversary
 from hmn.build.workshop import Workshop
-from hmn.config import digest, experts_identity
 from hmn.config.containers import HabaConfig
+from hmn.config.identity import digest, experts_identity
 from hmn.containers.base import Container
 from hmn.data.augment import without_flip
 from hmn.data.sampling import per_class

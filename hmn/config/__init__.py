@@ -1,4 +1,4 @@
-"""The configuration's schemas, range checks and run id.
+"""The configuration's schemas and range checks.
 
 Every value is checked where it is declared; a message names the dotted key, the value and the rule. Only ``run.py``,
 ``hmn/plan.py`` and ``hmn/experiment.py`` see :class:`Config`; all other modules take tensors, numbers or one section.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,7 +21,7 @@ from hmn.config import containers, objectives, sweeps
 from hmn.config.checks import (
     STRATEGY_OPS,
     check_strategy,
-    in_identity,
+    identity_of,
     newer,
     one_of,
     require,
@@ -110,7 +108,7 @@ class DatasetConfig:
 
     def identity(self) -> dict[str, Any]:
         """What images and labels depend on, as plain values."""
-        values = _identity(self)
+        values = identity_of(self)
         if self.kind not in ("folder", "arrays"):
             del values["root"]  # official data are the same wherever they lie
         return values
@@ -406,69 +404,3 @@ def _refuse_added(prefix: str, keys: Sequence[str], known: Sequence[str]) -> Non
     for key in keys:
         if key not in known:
             raise ConfigError(f"{prefix}{key}: unknown key; valid are {', '.join(known)}")
-
-
-# What the outcome of each kind of run depends on, besides seed and precision.
-SECTIONS = {
-    "run": ("dataset", "memory", "container", "objective", "pruning", "network", "evaluation"),
-    "coreset": ("dataset", "memory", "container", "network", "evaluation"),
-    "evaluate": ("dataset", "network", "evaluation"),
-    "redundancy": ("dataset", "pruning", "network", "evaluation", "redundancy"),
-    "full_data": ("dataset", "network", "evaluation"),
-    "random_subset": ("dataset", "memory", "network", "evaluation"),
-    "experts": ("dataset", "network"),  # and objective.experts
-}
-
-
-def scientific(config: Config) -> dict[str, Any]:
-    """The settings that decide what this mode computes, as plain values: the run id is their hash."""
-
-    sections = {name: _identity(getattr(config, name), config.kind) for name in SECTIONS[config.kind]}
-    if config.mode == "experts":
-        sections["experts"] = dataclasses.asdict(config.objective.experts)
-    own = {"mode": config.mode, "seed": config.seed, "precision": config.compute.precision}
-    return own | sections | {"dataset": config.dataset.identity()}
-
-
-def _identity(section: object, kind: str | None = None) -> dict[str, Any]:
-    """What a result depends on in ``section``, of the fields that this ``kind`` of run reads, as plain values."""
-    values = {}
-    for item in dataclasses.fields(section):
-        value = getattr(section, item.name)
-        if in_identity(item, value) and (kind is None or kind in item.metadata.get("modes", (kind,))):
-            values[item.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
-    return values
-
-
-def condensation_identity(config: Config) -> dict[str, Any]:
-    """What condensing depends on, as plain values: its curve too, of which the evaluation's recipe is a part."""
-    everything = scientific(config)
-    names = ("seed", "precision", "dataset", "memory", "container", "objective", "network")
-    kept = {name: everything[name] for name in names} | {"over_budget": config.pruning.over_budget}
-    kept["memory"].pop("number", None)  # numbers are rounded at the end
-    if config.evaluation.curve_points:
-        unread = ("profile", "networks", "epochs", "test_points")
-        kept["curve"] = {name: value for name, value in everything["evaluation"].items() if name not in unread}
-    return kept
-
-
-def bank_identity(config: Config) -> dict[str, Any]:
-    """What the contents of a snapshot bank depend on, as plain values: runs that agree on it share one bank."""
-    objective = config.objective
-    names = ("strategy", "augmentation_rule", "real_batch", "inner_steps", "bank")
-    kept = {k: v for k, v in dataclasses.asdict(objective).items() if k in names or k.startswith("network_")}
-    dataset = scientific(config)["dataset"]
-    network = dataclasses.asdict(config.network)
-    return {"dataset": dataset, "network": network, "objective": kept, "precision": config.compute.precision}
-
-
-def experts_identity(config: Config) -> dict[str, Any]:
-    """What each expert depends on, however many there are, as plain values: runs that agree on it share them."""
-    experts = {name: value for name, value in dataclasses.asdict(config.objective.experts).items() if name != "count"}
-    dataset, network = scientific(config)["dataset"], dataclasses.asdict(config.network)
-    return {"dataset": dataset, "network": network, "experts": experts, "precision": config.compute.precision}
-
-
-def digest(values: dict[str, Any]) -> str:
-    """Eight hexadecimal digits that name ``values``, whatever the order of their keys."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]

@@ -1,7 +1,8 @@
-"""Range checks: a message names the dotted key, the value and the rule."""
+"""Of fields: range checks, whose message names the dotted key, the value and the rule; and which name a run."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import Field, field
 from typing import Any
@@ -58,3 +59,13 @@ def in_identity(item: Field, value: Any) -> bool:
 
 def is_scientific(item: Field) -> bool:
     return item.metadata.get("scientific", True)
+
+
+def identity_of(section: object, kind: str | None = None) -> dict[str, Any]:
+    """What a result depends on in ``section``, of the fields that this ``kind`` of run reads, as plain values."""
+    values = {}
+    for item in dataclasses.fields(section):
+        value = getattr(section, item.name)
+        if in_identity(item, value) and (kind is None or kind in item.metadata.get("modes", (kind,))):
+            values[item.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+    return values

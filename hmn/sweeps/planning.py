@@ -17,7 +17,8 @@ import hydra
 from hmn import condensations, config, results
 from hmn.artifacts import CARD, card_file, sha256
 from hmn.checkpoint import write_text
-from hmn.config import CONF, Config, DatasetConfig, digest, require
+from hmn.config import CONF, Config, DatasetConfig, require
+from hmn.config.identity import digest
 from hmn.data import datasets
 from hmn.errors import ArtifactError, ConfigError, Damaged, HmnError, Interrupted
 from hmn.explain import explain

@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from hmn import results
 from hmn.checkpoint import STOP_SIGNALS, exclusive, write_text
-from hmn.config import CONF, Config, LauncherConfig, SweepConfig, digest, require
+from hmn.config import CONF, Config, LauncherConfig, SweepConfig, require
+from hmn.config.identity import digest
 from hmn.config.sweeps import LocalConfig
 from hmn.errors import Busy, ConfigError, Interrupted
 from hmn.sweeps import launchers, state

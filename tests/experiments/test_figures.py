@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from experiments import figures, filling
-from experiments.figures import Line, Panel, Point, continual, draw, instance_memory, panels_against, panels_of, save
+from experiments.figures import draw, save
 from experiments.filling import Entry, Filled, Measured, Reported, sweep_of
+from experiments.panels import Line, Panel, Point, continual, instance_memory, panels_against, panels_of
 from hmn.errors import ConfigError
 from hmn.sweeps.table import Table
 from tests.experiments.fabricated import noise, result, write_run

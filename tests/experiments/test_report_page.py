@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from experiments import report
+from experiments.collection import collect, leading_number
 from experiments.embedding import embed
-from experiments.report import collect, duration, leading_number, render, size, thinned
+from experiments.report import duration, render, size, thinned
 from hmn.errors import ArtifactError, ConfigError
 from tests.command import TINY, run
 from tests.experiments.fabricated import noise, result, write_failure, write_run, write_sweep

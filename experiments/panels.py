@@ -1,0 +1,173 @@
+"""What figures show, before anything is drawn: the points and lines of their panels, out of filled tables."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from experiments.filling import VALUES, Entry, Filled, Value
+
+# Title of an axis of labels, and by what its numbers are multiplied.
+AXES = {
+    "beta": ("β: share of the cut taken from the hardest images", 1.0),
+    "classes": ("classes seen so far", 1.0),
+    "dropped": ("easiest images left out of each class, %", 100.0),
+    "ipc": ("storage in images per class", 1.0),
+    "over_budget": ("storage condensed beyond the budget, %", 100.0),
+}
+NAMES = {"ipc": "IPC"}
+MOST_LINES = 7  # of a panel: as many as figures.py has colours
+
+
+@dataclass(frozen=True)
+class Point:
+    x: float
+    y: float
+    x_std: float | None = None
+    y_std: float | None = None
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    name: str
+    points: tuple[Point, ...]  # where nothing is measured, y is NaN: no line leads across
+    reported: tuple[Point, ...] = ()
+
+    @property
+    def measured(self) -> list[Point]:
+        return [point for point in self.points if not math.isnan(point.y)]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes."""
+
+    title: str
+    x_title: str
+    y_title: str
+    lines: tuple[Line, ...]
+    ticks: tuple[str, ...] = ()  # of an x axis of words, which are at 0, 1, ...
+    log_x: bool = False
+
+
+def numbers(labels: Sequence[str]) -> list[float] | None:
+    """The labels as numbers, or ``None`` if one is a word."""
+    try:
+        return [float(label) for label in labels]
+    except ValueError:
+        return None
+
+
+def labelled(value: Value) -> str:
+    return f"{value.title}, {value.unit}" if value.unit else value.title
+
+
+def panels_of(filled: Filled, key: str) -> tuple[Panel, ...]:
+    """The value ``key`` over the first axis of the columns; the labels of further ones have a panel each.
+
+    So have those of the first axis of the rows, where one panel would have more lines than there are colours.
+    """
+    entries = [entry for entry in filled.entries if entry.value == key]
+    axis = filled.table.columns[0]
+    labels = list(dict.fromkeys(entry.column[0] for entry in entries))
+    values = numbers(labels)
+    title, factor = AXES.get(axis, (axis.replace("_", " "), 1.0))
+    places = list(map(float, range(len(labels)))) if values is None else [factor * value for value in values]
+    at = dict(zip(labels, places, strict=True))
+
+    def line(name: str, own: Sequence[Entry]) -> Line:
+        measured = [
+            Point(at[one.column[0]], one.measured.mean, None, one.measured.std)
+            if one.measured
+            else Point(at[one.column[0]], math.nan)
+            for one in own
+        ]
+        reported = [Point(at[one.column[0]], one.reported[0].number) for one in own if reports(one)]
+        return Line(name, *(tuple(sorted(found, key=lambda point: point.x)) for found in (measured, reported)))
+
+    rows = filled.table.rows
+    apart = int(len(rows) > 1 and len({entry.row for entry in entries}) > MOST_LINES)
+    heads, ticks = (*rows[:apart], *filled.table.columns[1:]), tuple(labels) if values is None else ()
+    return tuple(
+        Panel(named(heads, head), title, labelled(VALUES[key]), _lines(rows[apart:], own, line), ticks)
+        for head, own in _grouped(entries, lambda entry: (*entry.row[:apart], *entry.column[1:]))
+    )
+
+
+def panels_against(filled: Filled, key: str, against: str) -> tuple[Panel, ...]:
+    """The value ``key`` against ``against`` of the same runs; a point for each of the last column labels."""
+    xs = {(entry.row, entry.column): entry.measured for entry in filled.entries if entry.value == against}
+    entries = [entry for entry in filled.entries if entry.value == key]
+
+    def line(name: str, own: Sequence[Entry]) -> Line:
+        points = [
+            Point(x.mean, entry.measured.mean, x.std, entry.measured.std, entry.column[-1])
+            for entry in own
+            if entry.measured and (x := xs[entry.row, entry.column])
+        ]
+        return Line(name, tuple(points))
+
+    heads = filled.table.columns[:-1]
+    panels = tuple(
+        Panel(
+            named(heads, rest), labelled(VALUES[against]), labelled(VALUES[key]), _lines(filled.table.rows, own, line)
+        )
+        for rest, own in _grouped(entries, lambda entry: entry.column[:-1])
+    )
+    found = [point.x for panel in panels for one in panel.lines for point in one.points]
+    spread = bool(found) and min(found) > 0 and max(found) > 10 * min(found)
+    return tuple(replace(panel, log_x=spread) for panel in panels)
+
+
+def instance_memory(filled: Filled) -> tuple[Panel, ...]:
+    """Images per class and accuracy, one above the other, against the floats of an instance memory."""
+    return tuple(
+        panel for key in ("images_per_class", "accuracy") for panel in panels_against(filled, key, "instance_floats")
+    )
+
+
+def continual(filled: Filled) -> tuple[Panel, ...]:
+    """Accuracy over the classes seen, and in the legend its average over all steps where all are measured."""
+
+    def with_average(line: Line) -> Line:
+        if len(line.measured) < len(line.points):
+            return line
+        average = statistics.fmean(point.y for point in line.measured)
+        return replace(line, name=f"{line.name} ({average:.1f} on average)")
+
+    panels = panels_of(filled, filled.table.shows[0])
+    return tuple(replace(panel, lines=tuple(map(with_average, panel.lines))) for panel in panels)
+
+
+def named(axes: Sequence[str], labels: Sequence[str]) -> str:
+    """Labels that say what they are: a number does not."""
+    return ", ".join(
+        label if numbers([label]) is None else f"{NAMES.get(axis, axis.replace('_', ' '))} {label}"
+        for axis, label in zip(axes, labels, strict=True)
+        if label
+    )
+
+
+def _lines(
+    axes: Sequence[str], entries: Sequence[Entry], line: Callable[[str, Sequence[Entry]], Line]
+) -> tuple[Line, ...]:
+    """A line for each of the rows, named by the last of their labels, those of ``axes``."""
+    rows = _grouped(entries, lambda entry: entry.row[-len(axes) :])
+    return tuple(line(named(axes, row), own) for row, own in rows)
+
+
+def _grouped(
+    entries: Sequence[Entry], key: Callable[[Entry], tuple[str, ...]]
+) -> list[tuple[tuple[str, ...], list[Entry]]]:
+    """In the order in which keys first appear."""
+    found: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in entries:
+        found.setdefault(key(entry), []).append(entry)
+    return list(found.items())
+
+
+def reports(entry: Entry) -> bool:
+    return bool(entry.reported) and entry.reported[0].number is not None
