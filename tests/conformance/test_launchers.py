@@ -267,6 +267,14 @@ def test_ray_goes_on_elsewhere_with_the_run_of_a_node_that_is_lost(
     assert len({line["worker"] for line in events(tmp_path, "start")}) == 2
 
 
+def test_closing_ray_does_not_wait_for_runs_that_no_node_has_room_for(
+    cluster: cluster_utils.Cluster, tmp_path: Path
+) -> None:
+    with interrupted_when(ray.is_initialized):
+        do([stub(tmp_path, name, "pass") for name in "ab"], RayConfig(address=cluster.address, cpus=100))
+    assert events(tmp_path) == []
+
+
 def test_ray_names_the_gpus_of_a_run(cluster: cluster_utils.Cluster, tmp_path: Path) -> None:
     with meanwhile(lambda: len(events(tmp_path, "start")) == 2, (tmp_path / "go").touch):
         do([stub(tmp_path, name, "wait", "go") for name in "ab"], RayConfig(address=cluster.address, gpus=1))

@@ -35,29 +35,35 @@ OWN_CLUSTER = {"memory_monitor_refresh_ms": 0, "worker_niceness": 0}
 
 
 @ray.remote(num_cpus=0)
-class _Flag:
-    """Whether the launcher was closed. Ray's own way to cancel would interrupt a run instead of letting it save."""
+class _Gate:
+    """Which runs have begun, until it is closed. Ray's own way to cancel would not let them save."""
 
     def __init__(self) -> None:
-        self._raised = asyncio.Event()
+        self._closed = asyncio.Event()
+        self._begun: set[str] = set()
 
-    async def set(self) -> None:
-        self._raised.set()
+    async def enter(self, run_id: str) -> bool:
+        """Whether the run may begin."""
+        if not self._closed.is_set():
+            self._begun.add(run_id)
+        return not self._closed.is_set()
 
-    async def is_set(self) -> bool:
-        return self._raised.is_set()
+    async def close(self) -> set[str]:
+        """Those that have begun: they save, and no other begins."""
+        self._closed.set()
+        return self._begun
 
     async def wait(self) -> None:
-        await self._raised.wait()
+        await self._closed.wait()
 
 
 @ray.remote(max_retries=NODES_LOST)  # that are Ray's only for a worker that is gone: `attempt` repeats what failed
-def _run(task: Task, environment: dict[str, str], flag: ray.actor.ActorHandle) -> Outcome:
+def _run(task: Task, environment: dict[str, str], gate: ray.actor.ActorHandle) -> Outcome:
     # Never `ray.get` in here: a task that blocks in it lends its CPUs to another one.
     stop = threading.Event()
-    if flag.is_set.remote().future().result():  # before this one's turn came
+    if not gate.enter.remote(task.run_id).future().result():
         stop.set()
-    closed = flag.wait.remote()
+    closed = gate.wait.remote()
     closed.future().add_done_callback(lambda _: stop.set())
     try:
         return attempt(task, environment, stop)
@@ -68,12 +74,12 @@ def _run(task: Task, environment: dict[str, str], flag: ray.actor.ActorHandle) -
 def launch(tasks: Sequence[Task], settings: RayConfig) -> Launched:
     with _connected(settings):
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        flag = _Flag.options(scheduling_strategy=here).remote()
+        gate = _Gate.options(scheduling_strategy=here).remote()
         run = _run.options(num_cpus=settings.cpus, num_gpus=settings.gpus)
         environment = _environment(settings)
         # While Ray itself waits it swallows what a signal's handler raises.
         ended: queue.SimpleQueue[Future[Outcome]] = queue.SimpleQueue()
-        running = {run.remote(task, environment, flag).future(): task for task in tasks}
+        running = {run.remote(task, environment, gate).future(): task for task in tasks}
         for future in running:
             future.add_done_callback(ended.put)
         try:
@@ -81,8 +87,8 @@ def launch(tasks: Sequence[Task], settings: RayConfig) -> Launched:
                 future = ended.get()
                 yield _outcome(future, running.pop(future))
         finally:
-            flag.set.remote()
-            futures.wait(running)
+            begun = gate.close.remote().future().result()  # the others need not ever fit on a node
+            futures.wait(future for future, task in running.items() if task.run_id in begun)
 
 
 def _outcome(future: Future[Outcome], task: Task) -> Outcome:
