@@ -18,11 +18,18 @@ from typing import Any
 
 import torch
 
-from benchmarks import condensation, evaluation, harness, matching, memory, outer_step
+from benchmarks import chunks, condensation, evaluation, harness, matching, memory, outer_step
 from hmn.checkpoint import write_text
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = {"matching": [], "outer_step": [], "evaluation": [], "condensation": [], "memory": ["--parts", "hmn"]}
+PARTS = {
+    "matching": [],
+    "outer_step": [],
+    "evaluation": [],
+    "condensation": [],
+    "memory": ["--parts", "hmn"],
+    "chunks": [],
+}
 
 
 def planned(kind: str, options: argparse.Namespace) -> list[str]:
@@ -32,7 +39,8 @@ def planned(kind: str, options: argparse.Namespace) -> list[str]:
         found += [f"{module.PART}: {form.name}" for form in module.planned(kind, options)]
     for form in condensation.planned(kind, options):
         found += [f"{condensation.PART}: {name}" for name in condensation.names(form)]
-    return found + [f"memory: {name}" for name in memory.planned(kind, options)]
+    found += [f"memory: {name}" for name in memory.planned(kind, options)]
+    return found + [f"{chunks.PART}: {chunks.name(case, limit)}" for case, limit in chunks.jobs(chunks.LIMIT)]
 
 
 def merge(parts: dict[str, dict[str, Any]], failed: Sequence[str], absent: Sequence[str]) -> dict[str, Any]:

@@ -39,6 +39,19 @@ PART = "memory: chunks"
 CASES = ((10, 32, 16), (10, 32, 64), (100, 32, 16), (100, 32, 64), (200, 64, 16), (10, 128, 8), (10, 224, 4))
 
 
+LIMIT = 2.0  # GiB
+
+
+def jobs(limit: float) -> list[tuple[tuple[int, int, int], float | None]]:
+    """Every case without a limit and with it."""
+    return [(case, given) for case in CASES for given in (None, limit)]
+
+
+def name(case: tuple[int, int, int], limit: float | None) -> str:
+    classes, side, synthetic = case
+    return f"{classes} classes, {side} px, {synthetic} images" + (f", limit {limit:g} GiB" if limit else "")
+
+
 def noise(classes: int, side: int, per_class: int) -> RealData:
     labels = torch.arange(classes).repeat_interleave(per_class)
     stream = generator(0, "noise")
@@ -95,19 +108,17 @@ def child(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 def measure(options: argparse.Namespace, device: torch.device) -> tuple[dict, list[Row]]:
     head = harness.header(options, device, "uniform noise; no real images")
-    jobs = [(case, limit) for case in CASES for limit in (None, options.limit)]
     rows = []
-    for case, limit in harness.progress(jobs, PART, "case"):
+    for case, limit in harness.progress(jobs(options.limit), PART, "case"):
         command = [sys.executable, "-m", "benchmarks.chunks", "--child", "--case", *map(str, case)]
         command += harness.shape_arguments(options) + (["--limit", str(limit)] if limit else ["--limit", "inf"])
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        classes, side, synthetic = case
-        name = f"{classes} classes, {side} px, {synthetic} images" + (f", limit {limit:g} GiB" if limit else "")
         if done.returncode:
-            rows.append(Row(part=PART, name=name, note=f"failed: {done.stderr.strip().splitlines()[-1]}"))
+            *_, last = done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}"]
+            rows.append(Row(part=PART, name=name(case, limit), note=f"failed: {last}"))
             continue
         found = json.loads(done.stdout.splitlines()[-1])
-        row = Row(part=PART, name=name, extra={"classes_per_chunk": found["chunk"]})
+        row = Row(part=PART, name=name(case, limit), extra={"classes_per_chunk": found["chunk"]})
         row.note = f"{found['chunk']} classes a chunk"
         row.peak_bytes, row.idle_bytes, row.reserved_bytes = found["peak"], found["idle"], found["reserved"]
         row.median_ms = row.min_ms = row.max_ms = 1000 * found["seconds"]
@@ -119,7 +130,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> tuple[dict, li
 def main() -> None:
     parser = harness.parser(__doc__, rounds=1)
     parser.set_defaults(width=32, real=16)
-    parser.add_argument("--limit", type=float, default=2.0, help="GiB of the limited rows")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="GiB of the limited rows")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--case", type=int, nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()

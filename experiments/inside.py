@@ -19,13 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from hmn import artifacts, results
+from hmn.data.folder import class_files, class_folders
+from hmn.data.images import stack_files
 from hmn.errors import ArtifactError, DataError
 from hmn.explain import in_one_line
 from hmn.tracking import read_metrics
@@ -33,6 +33,8 @@ from hmn.tracking import read_metrics
 
 def measures(images: Tensor, labels: Tensor) -> dict[str, float]:
     """Of ``images`` (N, channels, H, W) in [0, 1] with ``labels`` (N,), at least two of every class."""
+    even = images.shape[-1] // 2 * 2
+    images = images[..., :even, :even]
     smooth = F.avg_pool2d(images, 2).repeat_interleave(2, -1).repeat_interleave(2, -2)
     variance = images.var(dim=(1, 2, 3), correction=0)
     detail = (images - smooth).square().mean(dim=(1, 2, 3)) / variance.clamp(min=1e-12)
@@ -74,23 +76,22 @@ def of_run(folder: Path) -> dict[str, Any]:
         raise ArtifactError(f"{folder}: no finished run there")
     images, labels = artifacts.load_condensed(folder).tensors()
     row = {"set": result["run_id"], "images_per_class": len(images) // len(labels.unique())}
+    if labels.bincount().min() < 2:
+        raise ArtifactError(f"{folder}: has one image of a class; what is measured lies between those of a class")
     return row | measures(images.clamp(0, 1), labels) | {"logged": logged(folder)}
 
 
-def of_real(folder: Path, count: int, side: int) -> dict[str, Any]:
+def of_real(folder: Path, count: int, side: int, channels: int) -> dict[str, Any]:
     """The same of ``count`` images of every class, evenly spread over the sorted files of DIR/<class>/."""
-    images, labels = [], []
-    for label, inside in enumerate(sorted(path for path in folder.iterdir() if path.is_dir())):
-        files = sorted(path for path in inside.iterdir() if path.is_file())
+    names = class_folders(folder)
+    chosen: list[Path] = []
+    for name, files in zip(names, class_files(folder, names).per_class, strict=True):
         if len(files) < count:
-            raise DataError(f"{inside}: {len(files)} images, {count} are compared")
-        for position in range(count):
-            with Image.open(files[position * len(files) // count]) as file:
-                pixels = np.array(file.convert("RGB").resize((side, side)))
-            images.append(torch.from_numpy(pixels).permute(2, 0, 1) / 255)
-            labels.append(label)
+            raise DataError(f"{folder / name}: {len(files)} images, {count} are compared")
+        chosen += [files[position * len(files) // count] for position in range(count)]
+    images, _ = stack_files(chosen, side, channels, "real images", progress=False)
     row = {"set": f"real, {folder}", "images_per_class": count}
-    return row | measures(torch.stack(images), torch.tensor(labels))
+    return row | measures(images / 255, torch.arange(len(names)).repeat_interleave(count))
 
 
 def text(rows: Sequence[dict[str, Any]]) -> str:
@@ -114,8 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     rows = [of_run(folder) for folder in given.runs]
     if given.real is not None:
-        side = artifacts.load_condensed(given.runs[0]).card["data"]["image_size"]
-        rows.append(of_real(given.real, max(2, rows[0]["images_per_class"]), side))
+        data = artifacts.load_condensed(given.runs[0]).card["data"]
+        rows.append(of_real(given.real, rows[0]["images_per_class"], data["image_size"], data["channels"]))
     print(text(rows))
     if given.json is not None:
         given.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

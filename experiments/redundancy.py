@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hmn import results
-from hmn.errors import ArtifactError, HmnError
+from hmn.errors import ArtifactError
+from hmn.explain import in_one_line
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -63,8 +63,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except HmnError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+    in_one_line(main)

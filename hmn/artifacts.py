@@ -22,14 +22,16 @@ from hmn.errors import ArtifactError
 
 SCHEMA_VERSION = 1
 TENSORS, CARD = "condensed.safetensors", "card.json"
+LARGEST_SIDE = 4096  # of images that are loaded
 NUMBERS = {"float32": torch.float32, "float16": torch.float16}  # in which a container's are kept
 
 
 class CondensedSet(Dataset):
     """The decoded images of a kept container, as a map-style data set of (image, label).
 
-    Images are float32 (channels, H, W) in [0, 1]; a network trained on them expects them normalised by the card's
-    ``data.mean`` and ``data.std``. ``card`` tells budget, shapes, preprocessing, measured accuracy and provenance.
+    Images are float32 (channels, H, W), 0 black and 1 white; those of most containers may leave that range a little. A
+    network trained on them expects them normalised by the card's ``data.mean`` and ``data.std``. ``card`` tells budget,
+    shapes, preprocessing, measured accuracy and provenance.
     """
 
     def __init__(self, container: Container, card: dict[str, Any]) -> None:
@@ -44,13 +46,13 @@ class CondensedSet(Dataset):
         return self._images[index], int(self._labels[index])
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """All images (N, channels, H, W) float32 in [0, 1], ordered by class, and their labels (N,) int64."""
+        """All images (N, channels, H, W) float32, ordered by class, and their labels (N,) int64."""
         return self._images, self._labels
 
 
 @torch.no_grad()
 def decode_all(container: Container, chunk: int | None = None) -> tuple[Tensor, Tensor]:
-    """All images (N, channels, H, W) in [0, 1] and labels (N,) of a container, on its device."""
+    """All images (N, channels, H, W), 0 black and 1 white, and labels (N,) of a container, on its device."""
     device = next(container.parameters()).device
     index = torch.arange(container.classes * container.images_per_class, device=device)
     images = torch.cat(
@@ -114,6 +116,10 @@ def load_condensed(path: str | Path) -> CondensedSet:
             f"{tensors_path}: not a safetensors file ({error}); pickled tensors are never loaded"
         ) from None
     try:
+        shape = card["container"]
+        side, depth = shape["image_size"], shape.get("depth", 0)
+        if not 0 < side <= LARGEST_SIDE or depth > len(tensors):  # which no tensor of every container bears out
+            raise ValueError(f"image_size {side}, depth {depth}")
         with torch.device("meta"):  # a wrong card may ask for any amount of memory
             empty = rebuild(card["container"])
         shapes, parameters = empty.state_dict(), dict(empty.named_parameters())
@@ -209,4 +215,6 @@ def read_card(artifact: str | Path) -> dict[str, Any]:
         raise ArtifactError(f"{path}: schema version {version}, this program reads {SCHEMA_VERSION}")
     if missing := [key for key in ("sha256", "container", "budget", "data") if key not in card]:
         raise ArtifactError(f"{path}: lacks {', '.join(missing)}; fetch it again")
+    if damaged := [key for key in ("container", "budget", "data") if not isinstance(card[key], dict)]:
+        raise ArtifactError(f"{path}: {', '.join(damaged)} is no JSON object; fetch it again")
     return card

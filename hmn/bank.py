@@ -91,7 +91,10 @@ def _record(
 
 
 class BankSide:
-    """The real side read from a bank: every step takes the next snapshot of a random order, pass after pass."""
+    """The real side read from a bank: every step takes the next snapshot of a random order, pass after pass.
+
+    On a GPU the first ``keep_bytes`` of what is read stay there; a CPU has the system's file cache.
+    """
 
     def __init__(
         self,
@@ -102,6 +105,7 @@ class BankSide:
         device: torch.device,
         seed: int,
         rule: str = "idc",
+        keep_bytes: int = 0,
     ) -> None:
         self.paths, self.snapshots, self.device = paths, config.snapshots, device
         self.strategy, self.rule, self.size = strategy, rule, size
@@ -109,7 +113,7 @@ class BankSide:
         self.order = torch.empty(0, dtype=torch.int64)
         self.position = 0
         self.current: dict[str, Tensor] = {}
-        self.resident: dict[int, dict[str, Tensor]] = {}
+        self.keep_bytes, self.resident = keep_bytes, dict[int, dict[str, Tensor]]()
 
     def begin(self, step: int) -> None:
         if self.position == len(self.order):
@@ -117,13 +121,14 @@ class BankSide:
             self.position = 0
         number = int(self.order[self.position])
         self.position += 1
-        if number not in self.resident:
-            # A CPU reads through the system's file cache; a GPU keeps what it has once read.
-            self.current = self._read(*divmod(number, self.snapshots))
-            if self.device.type == "cuda":
-                self.resident[number] = self.current
-        else:
+        if number in self.resident:
             self.current = self.resident[number]
+            return
+        self.current = self._read(*divmod(number, self.snapshots))
+        size = sum(value.nbytes for value in self.current.values())
+        if size <= self.keep_bytes:
+            self.resident[number] = self.current
+            self.keep_bytes -= size
 
     def _read(self, network: int, snapshot: int) -> dict[str, Tensor]:
         head = f"{snapshot}/"

@@ -48,10 +48,12 @@ class Compute:
             return torch.cuda.max_memory_allocated(self.device)
         try:  # the resident peak of getrusage starts from that of the process that started this one
             status = Path("/proc/self/status").read_text()
-            return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
         except OSError:
-            units = 1 if sys.platform == "darwin" else 1024
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * units
+            status = ""
+        if found := re.search(r"VmHWM:\s+(\d+) kB", status):  # which some sandboxes leave out
+            return 1024 * int(found[1])
+        units = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * units
 
     def current_bytes(self) -> int:
         """Held now: of the device's memory, or by the process on a CPU (Linux; elsewhere the peak so far)."""

@@ -146,7 +146,7 @@ def through_student(
         batch = min(objective.student_batch or classes * images, classes * images)
     with torch.device("meta"):
         forward, backward = student_flops(build(), pixels)
-    again = forward * (objective.segment > 1)  # all but the first step of a segment
+    again = forward * (objective.segment - 1) // objective.segment  # all but the first step of a segment
     return Step(objective.student_steps * batch * (forward + again + backward), real * forward)
 
 

@@ -70,6 +70,9 @@ def _lack(error: BaseException) -> str | None:
     text = str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
         return "no space left on the disk: free some, and the same command goes on from the last checkpoint"
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        places = "paths.runs_dir, paths.data_dir, paths.cache_dir or dataset.root"
+        return f"{error.filename}: {error.strerror}: mend that, or name another place with {places}"
     out = isinstance(error, MemoryError | torch.OutOfMemoryError)
     said = re.search(r"can't allocate memory|not enough memory|bad_alloc", text)
     if out or (isinstance(error, RuntimeError) and said):

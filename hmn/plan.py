@@ -309,7 +309,7 @@ def _evaluated_dataset(
     typed_keys = [override.split("=")[0].lstrip("+") for override in typed]
     if "dataset" in typed_keys:
         return given
-    (first_path, first), *others = ((path, DatasetConfig(**card["data"]["config"])) for path, card in cards.items())
+    (first_path, first), *others = ((path, _dataset_of(path, card)) for path, card in cards.items())
     spans = [first.class_range]
     for path, other in others:
         here, there = (dataclasses.replace(config, class_range=None).identity() for config in (first, other))
@@ -321,6 +321,14 @@ def _evaluated_dataset(
     changes = {name: getattr(given, name) for name in fields}
     whole = [min(span[0] for span in spans), max(span[1] for span in spans)] if all(spans) else None
     return dataclasses.replace(first, **{"class_range": whole} | changes)
+
+
+def _dataset_of(path: str, card: dict[str, Any]) -> DatasetConfig:
+    try:
+        return DatasetConfig(**card["data"]["config"])
+    except (KeyError, TypeError) as error:
+        reason = "of another version of this program: say which data are meant with dataset=NAME"
+        raise ArtifactError(f"artifact={path}: its data settings ({error}) are {reason}") from None
 
 
 def _number(value: object) -> str:

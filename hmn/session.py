@@ -434,7 +434,7 @@ class Session:
                 "class_names": list(data.class_names),
                 "channels": self.plan.data.channels,
                 "image_size": self.plan.data.image_size,
-                "pixels": "float32 in [0, 1]; subtract mean and divide by std per channel before use",
+                "pixels": "float32, 0 black and 1 white; subtract mean and divide by std per channel before use",
                 "mean": list(data.mean),
                 "std": list(data.std),
                 "fingerprint": data.fingerprint,

@@ -266,6 +266,8 @@ def test_a_card_that_is_missing_or_damaged_is_refused(tmp_path):
     for key in ("sha256", "container", "budget", "data"):
         path.write_text(json.dumps({name: value for name, value in card.items() if name != key}))
         refused(tmp_path, CARD, key)
+    path.write_text(json.dumps(card | {"container": "hmn"}))
+    refused(tmp_path, CARD, "container is no JSON object")
     path.unlink()
     refused(tmp_path, CARD, "missing")
 
@@ -299,7 +301,16 @@ def test_tensors_that_the_card_does_not_describe_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "specification",
-    [{"name": "pixels"}, {"classes": 4}, {"latent_side": 0}, {"image_size": -8}, {"classes": "three"}, {"unknown": 1}],
+    [
+        {"name": "pixels"},
+        {"classes": 4},
+        {"latent_side": 0},
+        {"image_size": -8},
+        {"image_size": 40000},
+        {"depth": 10**9},
+        {"classes": "three"},
+        {"unknown": 1},
+    ],
 )
 def test_a_card_that_describes_no_container_or_another_is_refused(tmp_path, specification):
     card = json.loads((save(tmp_path) / CARD).read_text())

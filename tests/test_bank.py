@@ -23,6 +23,7 @@ from hmn.training import training_step
 from tests.command import configured
 from tests.small_matching import CLASSES, CPU, REAL, SEED, assert_same, config, make_container
 from tests.small_matching import build as build_network
+from tests.test_capture import HostReads
 
 SETTINGS = config(inner_steps=4, bank=BankConfig(networks=2, snapshots=2))
 
@@ -111,6 +112,42 @@ def test_a_banked_step_is_the_live_step_of_the_same_network_images_and_draw(tmp_
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
     for tier, value in expected_norms.items():
         torch.testing.assert_close(norms[tier], value, rtol=1e-4, atol=0)
+
+
+def test_a_whole_banked_step_reads_nothing_back_and_is_the_step_without_recording(tmp_path: Path, monkeypatch):
+    paths = make_bank(tmp_path)
+    plain, whole = make_run(paths), make_run(paths)
+    whole.replay = whole._whole_step
+    for _ in range(5):
+        (losses, norms), (other, others) = plain.run_step(), whole.run_step()
+        assert torch.equal(losses, other)
+        assert_same(norms, others)
+    for one, other in zip(plain._state_tensors(), whole._state_tensors(), strict=True):
+        assert torch.equal(one, other)
+    monkeypatch.setattr(plain.optimizer.inner, "step", lambda: None)  # on a CPU, and only there, it reads its count
+    plain.side.begin(plain.step)
+    choice = plain._chosen(torch.arange(CLASSES))
+    with HostReads() as reads:
+        plain._whole_step(choice)
+    assert reads.count == 0
+
+
+@pytest.mark.parametrize(("fitting", "read"), [(0, 12), (2, 8), (4, 4)])
+def test_what_is_read_stays_as_far_as_there_is_room_for_it(tmp_path: Path, monkeypatch, fitting: int, read: int):
+    """Four snapshots, three passes."""
+    paths, numbers = make_bank(tmp_path), []
+    size = sum(value.nbytes for value in side(paths)._read(0, 0).values())
+    reader = BankSide(
+        paths, SETTINGS.bank, SETTINGS.strategy, 8, torch.device("cpu"), SEED, keep_bytes=fitting * size + 1
+    )
+    reading = reader._read
+    monkeypatch.setattr(reader, "_read", lambda *number: numbers.append(number) or reading(*number))
+    reference = side(paths)
+    for step in range(12):
+        reader.begin(step)
+        reference.begin(step)
+        assert_same(reader.current, reference.current)
+    assert len(numbers) == read
 
 
 def test_the_number_of_classes_taken_at_once_changes_nothing(tmp_path: Path):

@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 
 import hmn
 from hmn.config import Config
+from hmn.explain import explain
 from tests.command import ROOT, TINY, Outcome, planned, run, start
 from tests.wandb_reader import read_offline_run, without_login
 
@@ -427,6 +428,13 @@ def test_bad_settings_get_one_line_and_leave_nothing(refusals, arguments):
     assert (outcome.code, outcome.out, outcome.files) == (2, "", [])
     for part in BAD_SETTINGS[arguments]:
         assert part in outcome.complaint
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    error = PermissionError(13, "Permission denied", str(tmp_path))
+    line, code = explain(error)
+    assert line.startswith(f"{tmp_path}: Permission denied: mend that, or name another place with paths.runs_dir")
+    assert code == 1
 
 
 def tree(root: Path) -> Path:

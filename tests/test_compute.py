@@ -236,6 +236,11 @@ def test_peak_bytes_on_a_cpu_are_the_most_this_process_ever_held():
     assert Compute(CPU).peak_bytes() == pytest.approx(1024 * kilobytes, rel=0.05)
 
 
+def test_where_a_sandbox_does_not_tell_the_peak_the_system_does(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda self: "VmRSS: 5 kB")
+    assert Compute(CPU).peak_bytes() > 10**7
+
+
 # The fewest page faults of several equal, large, freed allocations; without the setting each has 16,385.
 FAULTS = """
 import resource

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +19,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hmn import compute, distributed
-from hmn.checkpoint import Checkpoints
+from hmn import bank, compute, distributed
+from hmn.checkpoint import Checkpoints, Stop
 from hmn.compute import Compute
-from hmn.config import ComputeConfig, GradientMatchingConfig, HmnConfig
+from hmn.config import BankConfig, ComputeConfig, GradientMatchingConfig, HmnConfig
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
 from hmn.data.datasets import RealData, Split
 from hmn.data.preprocess import Normalise
@@ -29,7 +30,7 @@ from hmn.errors import Busy, ConfigError, Lost
 from hmn.evaluate import Images, Judge, evaluate
 from hmn.matching import ClassMatching
 from hmn.networks.convnet import ConvNet
-from hmn.objectives.gradient import matching_step
+from hmn.objectives.gradient import matching_step, real_gradients, stored_step
 from hmn.prune import area_under_margin
 from hmn.realside import LiveSide
 from hmn.training import Recipe, train_networks, training_step
@@ -62,7 +63,7 @@ def real(classes: int) -> RealData:
     )
 
 
-def condensation(classes: int, penalty: float = 0.0, **changes: Any) -> ClassMatching:
+def condensation(classes: int, penalty: float = 0.0, banked: bool = False, **changes: Any) -> ClassMatching:
     values = {"outer_steps": 3, "inner_steps": 2, "real_batch": 4, "network_samples": 16, "network_batch": 8}
     settings = GradientMatchingConfig(name="gradient_matching", **{**values, **changes})
     shape = HmnShape(
@@ -84,8 +85,13 @@ def condensation(classes: int, penalty: float = 0.0, **changes: Any) -> ClassMat
     build, data = network_of(classes), real(classes)
     train = training_step(build(), CPU)
     side = LiveSide(data, settings, build=build, train=train, compute=CPU, seed=4, flip=True)
-    match = matching_step(build(), settings.metric, CPU)
-    shared = {"normalise": side.normalise, "compute": CPU, "seed": 4}
+    match, normalise = matching_step(build(), settings.metric, CPU), side.normalise
+    if banked:  # each process makes the same one
+        options = {"classes": classes, "fingerprint": data.fingerprint, "chunk": classes, "stop": Stop()}
+        paths = bank.build(Path(tempfile.mkdtemp()), lambda _: side, real_gradients(build(), CPU), settings, **options)
+        side = bank.BankSide(paths, settings.bank, settings.strategy, 8, CPU.device, 4)
+        match = stored_step(build(), settings.metric, CPU)
+    shared = {"normalise": normalise, "compute": CPU, "seed": 4}
     return ClassMatching(container, side, settings, match=match, **shared)
 
 
@@ -108,6 +114,7 @@ VARIANTS = {
     "groups_per_class": (5, {"classes_per_step": 3, "step_policy": "per_class"}),
     "three_classes": (3, {}),
     "penalty": (5, {"penalty": 0.3}),
+    "bank": (5, {"banked": True, "bank": BankConfig(networks=1, snapshots=2)}),
 }
 
 

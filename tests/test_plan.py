@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
+from hmn import plan
 from hmn.data.official import IMAGENET10
-from hmn.errors import ConfigError, DataError
+from hmn.errors import ArtifactError, ConfigError, DataError
 from hmn.plan import make_plan
 from tests.command import ROOT, configured, planned
 
@@ -307,3 +308,9 @@ def test_habas_adversary_is_refused_where_nothing_reads_it():
     with pytest.raises(ConfigError, match=r"^container\.club_weight=0\.5: must be 0\.1 but for objective=trajectory_"):
         planned(*haba)
     assert planned(*haba, "objective=trajectory_matching").config.container.club_weight == 0.5
+
+
+def test_a_card_of_another_version_asks_which_data_are_meant():
+    card = {"data": {"config": {"kind": "digits", "colour": 1}}}
+    with pytest.raises(ArtifactError, match=r"^artifact=a: its data settings \(.*colour.*\) are of another version"):
+        plan._dataset_of("a", card)

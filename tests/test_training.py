@@ -203,6 +203,35 @@ def test_an_update_augments_with_parameters_per_image_and_mixes_by_the_cutmix_lo
     assert_close_networks(network, reference)
 
 
+@pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_updates_with_cutmix_are_those_of_plain_autograd_in_float64(double):
+    network, reference = pair()
+    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "strategy": "color_crop", "cutmix": 0.7}
+    stream, optimizer, normalise = generator(5), sgd(reference), Normalise(MEAN, STD)
+    update = NetworkUpdate(network, training_step(build(), CPU), normalise, generator(5), batch=8, **settings)
+    shares = []
+    for step in range(6):
+        images, labels = torch.rand(8, 3, 8, 8, generator=generator(step)), torch.arange(8) % 3
+        loss = update(images, labels)
+        drawn = augment.draw("color_crop", 8, 8, stream)
+        inputs, partners, share = augment.cutmix(augment.apply(normalise(images), drawn), labels, 0.7, stream)
+        logits = reference(inputs)
+        expected = share * F.cross_entropy(logits, labels) + (1 - share) * F.cross_entropy(logits, partners)
+        optimizer.zero_grad()
+        expected.backward()
+        optimizer.step()
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-9, atol=0)
+        shares.append(float(share))
+    assert min(shares) < max(shares) == 1  # some were mixed, some were not
+    assert_close_networks(network, reference, tolerance=1e-9)
+
+
 def test_the_mixed_loss_and_its_gradients_by_hand():
     """One linear layer: the gradient of the bias is softmax minus the mixed target."""
     network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))

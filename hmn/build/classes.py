@@ -20,6 +20,8 @@ from hmn.objectives.gradient import MatchingStep, matching_step, real_gradients,
 from hmn.pool import PoolSide
 from hmn.realside import FeatureSide, LiveSide, RealSide, SyntheticSide
 
+KEPT_ON_GPU = 8 << 30  # bytes of a snapshot bank: 200 snapshots of ten classes take 2.6e9
+
 
 def gradient_matching(shop: Workshop, container: Container) -> ClassMatching:
     """Networks and real images as the run goes, or from a bank, which is made first if it is missing."""
@@ -45,7 +47,9 @@ def gradient_matching(shop: Workshop, container: Container) -> ClassMatching:
                 )
             )
         size, rule = container.shape.image_size, objective.augmentation_rule
-        side = bank.BankSide(paths, objective.bank, shop.strategy, size, compute.device, config.seed, rule)
+        # Where memory is limited, the limit is for what a step needs.
+        keep = KEPT_ON_GPU if compute.device.type == "cuda" and config.compute.memory_limit is None else 0
+        side = bank.BankSide(paths, objective.bank, shop.strategy, size, compute.device, config.seed, rule, keep)
         make_step = stored_step
     else:
         side, make_step = live(config.seed, "condense"), matching_step

@@ -51,11 +51,15 @@ def find(root: Path, test_fraction: float | None) -> Tree:
         raise DataError(
             f"dataset.root={root}: no class folders in a test/ or val/ beside train/, set dataset.test_fraction"
         )
+    notes = (f"{root / 'val'} is not used: {root / 'test'} is the test split",) if len(tests) == 2 else ()
+    used = {"train", *(tests or ["test", "val"])} if train != root else set(top)
+    if others := sorted(set(top) - used - {"test", "val"}):
+        notes += (f"not used, as they lie beside {train}: {listing(others)}",)
     tree = Tree(
         train=train,
         test=root / tests[0] if tests else None,
         class_names=class_folders(train),
-        notes=(f"{root / 'val'} is not used: {root / 'test'} is the test split",) if len(tests) == 2 else (),
+        notes=notes,
     )
     if tree.test is not None:
         check_same_classes(tree.train, tree.test)
@@ -131,10 +135,22 @@ def _has_folders(folder: Path) -> bool:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Every file below ``folder`` that is not hidden, sorted by path."""
+    """Every file below ``folder`` that is neither hidden nor in a hidden folder, sorted by path.
+
+    Links are followed, but not back to a folder above, nor to one that was seen.
+    """
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename} cannot be listed ({error.strerror})")
 
-    walk = os.walk(folder, onerror=refuse, followlinks=True)
-    return sorted(Path(where, name) for where, _, names in walk for name in names if not name.startswith("."))
+    found: list[Path] = []
+    top, seen = Path(os.path.realpath(folder)), set[Path]()
+    for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = Path(os.path.realpath(where))
+        if real in seen or real in top.parents:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(where, name) for name in names if not name.startswith(".")]
+    return sorted(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -36,7 +37,14 @@ def stack(
 
     The first item (by position) that cannot be decoded raises, and the rest is left alone.
     """
-    images = np.empty((len(items), *shape), np.uint8)
+    try:
+        images = np.empty((len(items), *shape), np.uint8)
+    except MemoryError:
+        size = len(items) * math.prod(shape) / 2**30
+        raise DataError(
+            f"{label}: {len(items)} images of side {shape[-1]} take {size:.0f} GiB of memory: lower "
+            "dataset.image_size, or use fewer images"
+        ) from None
     modes = [""] * len(items)
 
     def fill(start: int) -> int:
@@ -106,7 +114,7 @@ def _convert(image: Image.Image, target: str) -> Image.Image:
     if image.mode.startswith("I;16"):  # Pillow would clip at 255 instead of scaling
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode} has no known range, save it with 8 or 16 bits per channel")
+        raise ValueError(f"mode {image.mode} has no known range, save it as PNG with 8 or 16 bits per channel")
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the way that Pillow asks for
     return image.convert(target)

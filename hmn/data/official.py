@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import http.client
 import logging
 import os
+import socket
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,6 +21,8 @@ from hmn.data.splits import Source
 from hmn.errors import DataError
 
 log = logging.getLogger(__name__)
+
+SILENT_SECONDS = 60.0  # of a server, before a download counts as failed
 
 CLASSES = {"svhn": 10, "cifar10": 10, "cifar100": 100, "tiny_imagenet": 200, "imagenet10": 10}
 TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -105,13 +111,30 @@ def fetch(root: Path, filename: str, url: str, md5: str, download: bool) -> Path
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as scratch:  # no half file under the final name
         try:
-            utils.download_url(url, scratch, filename, md5)
+            with _answers_within(SILENT_SECONDS):
+                utils.download_url(url, scratch, filename, md5)
         except (OSError, http.client.HTTPException, RecursionError) as error:  # the last: too many redirects
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                raise
             raise DataError(f"{url} cannot be downloaded ({error}): put the file at {path}") from None
         except RuntimeError:  # torchvision's word for a checksum that does not fit
-            raise DataError(f"{url}: what was downloaded has a wrong checksum (its MD5 must be {md5})") from None
+            raise DataError(
+                f"{url}: what was downloaded has a wrong checksum (its MD5 must be {md5}): try again, or put the file "
+                f"at {path}"
+            ) from None
         os.replace(Path(scratch, filename), path)
     return path
+
+
+@contextlib.contextmanager
+def _answers_within(seconds: float) -> Iterator[None]:
+    """Within the block a server that says nothing for so long is an ``OSError``: torchvision would wait without end."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def unpack(archive: Path, target: Path) -> None:

@@ -21,10 +21,17 @@ class BatchNorm2d(nn.BatchNorm2d):
         return super().forward(wide(images))
 
 
+class GroupNorm(nn.GroupNorm):
+    """PyTorch's, in fp32 at least under autocast too: compiled, it rounds statistics that its gradient needs."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(wide(images)).to(images.dtype)
+
+
 def norm_layer(norm: str, channels: int) -> nn.Module:
     """``instance``: GroupNorm with one channel per group, affine, no running statistics; ``batch``; ``none``."""
     if norm == "instance":
-        return nn.GroupNorm(channels, channels)
+        return GroupNorm(channels, channels)
     return BatchNorm2d(channels) if norm == "batch" else nn.Identity()
 
 

@@ -153,6 +153,11 @@ def test_mtt_files_are_the_rows_of_its_table(row):
     assert (objective.name, objective.momentum, objective.outer_steps) == ("trajectory_matching", 0.5, 5000)
 
 
+def test_speed_moves_container_and_student_rate_with_its_momentum():
+    objective = configured("objective=mtt_speed").objective
+    assert (objective.momentum, objective.student_lr_momentum, objective.student_lr_lr) == (0.95, 0.95, 1e-5)
+
+
 @pytest.mark.parametrize("path", VARIANTS, ids=str)
 def test_each_variant_composes_and_has_a_plan(path, roots):
     assert planned_with_data("mode=plan", f"{path.parts[0]}={path.stem}", roots=roots).storage.images_per_class >= 1

@@ -136,6 +136,32 @@ def test_images_may_lie_deeper_and_hidden_or_other_files_are_left_out(tmp_path):
     assert data.notes == (f"skipped in train, as not an image: 1, first {tmp_path}/train/bee/about.txt",)
 
 
+def test_hidden_folders_and_links_that_lead_back_are_left_out(tmp_path):
+    tree(tmp_path)
+    ant = tmp_path / "train" / "ant"
+    save(ant / ".ipynb_checkpoints" / "0-checkpoint.png", noise(40))
+    save(tmp_path / "elsewhere" / "y.png", noise(41))
+    (ant / "up").symlink_to("..")
+    (ant / "itself").symlink_to(".")
+    (ant / "linked").symlink_to(tmp_path / "elsewhere")
+    assert torch.bincount(load(tmp_path).train.labels).tolist() == [3, 2]
+
+
+def test_folders_beside_the_splits_are_noted(tmp_path):
+    tree(tmp_path)
+    save(tmp_path / "valid" / "ant" / "0.png", noise(40))
+    assert load(tmp_path).notes == (f"not used, as they lie beside {tmp_path}/train: valid",)
+
+
+def test_images_that_memory_cannot_hold_are_counted(monkeypatch):
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(images.np, "empty", full)
+    with pytest.raises(DataError, match="^train: 1024 images of side 1024 take 3 GiB of memory: lower dataset.image_s"):
+        images.stack_files([Path("a.png")] * 1024, 1024, 3, "train", progress=False)
+
+
 def test_many_files_stay_in_the_order_of_their_names(tmp_path):
     count = 2 * images.CHUNK + 5
     for i in range(count):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import http.server
 import io
 import pickle
+import socket
 import tarfile
 import threading
 import zipfile
@@ -22,6 +24,7 @@ from PIL import Image
 from hmn.config import DatasetConfig
 from hmn.data import datasets, official, vision
 from hmn.errors import DataError
+from hmn.explain import explain
 
 
 def load(kind: str, data_dir: Path, **changes: object) -> datasets.RealData:
@@ -130,6 +133,25 @@ def test_cifar_is_downloaded_if_allowed(tmp_path, monkeypatch, server):
     here = tmp_path / "mine"
     assert len(load("cifar10", tmp_path, download=True, root=str(here)).train) == 50
     assert sorted(path.name for path in here.iterdir()) == ["cifar-10-batches-py", "cifar-10-python.tar.gz"]
+
+
+def test_a_server_that_says_nothing_is_not_waited_for_without_end(tmp_path, monkeypatch):
+    silent = socket.create_server(("127.0.0.1", 0))
+    write_cifar(tmp_path / "a.tar.gz", monkeypatch, "cifar10", f"http://127.0.0.1:{silent.getsockname()[1]}")
+    monkeypatch.setattr(official, "SILENT_SECONDS", 0.2)
+    with silent:
+        refused(r"cannot be downloaded \(.*timed out.*\): put the file at", "cifar10", tmp_path, download=True)
+    assert socket.getdefaulttimeout() is None
+
+
+def test_a_full_disk_is_not_blamed_on_the_server(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(official.vision.torchvision().datasets.utils, "download_url", full)
+    with pytest.raises(OSError) as raised:
+        load("cifar10", tmp_path, download=True)
+    assert explain(raised.value)[0].startswith("no space left on the disk")
 
 
 def test_a_wrong_download_leaves_nothing_behind(tmp_path, monkeypatch, server):

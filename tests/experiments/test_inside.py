@@ -65,7 +65,7 @@ def test_finished_runs_beside_real_images(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert folder.name in shown and "gradient_norm/decoder" in shown
     with pytest.raises(DataError, match="9 images, 10 are compared"):
-        of_real(tmp_path / "real", 10, 8)
+        of_real(tmp_path / "real", 10, 8, 3)
 
 
 def test_an_unfinished_run_is_told(tmp_path):

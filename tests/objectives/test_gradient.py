@@ -283,6 +283,19 @@ def test_every_form_and_number_of_classes_per_call_equals_the_loop(form, per_cal
     torch.testing.assert_close(found[1], gradient, rtol=0, atol=1e-9 * float(gradient.abs().max()))
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("depth", "size"), [(3, 8), (4, 16)])
+@pytest.mark.parametrize("form", ["compiled", "r_operator"])
+def test_every_form_equals_the_loop_in_fp32_too(form, depth, size, metric):
+    network, parameters, real, synthetic, labels = classes(depth, size, dtype=torch.float32)
+    expected = matching_step(network, metric, CPU)(parameters, real, synthetic, labels)
+    found = matching_step(network, metric, Compute(torch.device("cpu"), matching=form))(
+        parameters, real, synthetic, labels
+    )
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-4 * float(expected[1].abs().max()))
+
+
 @pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize("per_call", [1, 2])
 @pytest.mark.parametrize("form", FORMS)
