@@ -106,7 +106,7 @@ def test_methods_choose_different_images(chosen):
 def test_methods_that_learn_the_same_from_the_full_set_learn_it_once(chosen):
     """Features are of networks trained with CutMix, margins without."""
     (folder,) = (chosen["herding"].parents[1] / ".cache" / "coresets").iterdir()
-    assert {path.name for path in folder.iterdir()} == {"difficulty.safetensors", "weights.safetensors"}
+    assert {path.name for path in folder.glob("*.safetensors")} == {"difficulty.safetensors", "weights.safetensors"}
 
 
 def test_random_images_and_their_accuracy_are_those_of_the_reference(at_random, data, tmp_path):

@@ -56,7 +56,9 @@ def test_finished_runs_beside_real_images(tmp_path, capsys):
     for name in ("a", "b"):
         (tmp_path / "real" / name).mkdir(parents=True)
         for number in range(9):
-            Image.new("RGB", (9, 9), (20 * number, 10, 10)).save(tmp_path / "real" / name / f"{number}.png")
+            Image.linear_gradient("L").resize((9, 9 + number)).convert("RGB").save(
+                tmp_path / "real" / name / f"{number}.png"
+            )
     main([str(folder), "--real", str(tmp_path / "real"), "--json", str(tmp_path / "rows.json")])
     kept, real = json.loads((tmp_path / "rows.json").read_text())
     assert kept["set"] == folder.name and kept["images_per_class"] == real["images_per_class"] == 7

@@ -142,7 +142,7 @@ def test_without_anything_to_choose_there_is_no_search(folder):
 
 def test_without_optuna_the_line_says_what_to_install(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(HmnError, match=r"pip install 'hmn\[search\]'"):
+    with pytest.raises(HmnError, match=r"pip install -e '\.\[search\]'"):
         search(["study=a", "trials=2", *FIXED, *SPACE])
 
 
