@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hmn.compute import Compute
 from hmn.config import NETWORK_NORMS, NetworkConfig
@@ -114,6 +115,27 @@ def test_instance_norm_is_group_norm_with_affine_parameters_and_no_running_stati
     assert all((norm.num_groups, norm.num_channels, norm.eps) == (128, 128, 1e-5) for norm in norms)
     assert all(norm.weight.shape == norm.bias.shape == (128,) for norm in norms)
     assert list(network.buffers()) == []
+
+
+class NormInputs(TorchDispatchMode):
+    """The types of what is normalised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.native_group_norm, torch.ops.aten.native_batch_norm):
+            self.dtypes.append(args[0].dtype)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_statistics_are_of_fp32_under_autocast(norm):
+    network, seen = ConvNet(3, 3, 8, width=4, depth=2, norm=norm), NormInputs()
+    with torch.autocast("cpu", torch.bfloat16), seen:
+        network(torch.rand(2, 3, 8, 8))
+    assert seen.dtypes == [torch.float32] * 2
 
 
 @pytest.mark.parametrize(
