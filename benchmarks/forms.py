@@ -70,10 +70,10 @@ def matching(kind: str, classes: int) -> list[Form]:
 def outer_step(kind: str, classes: int) -> list[Form]:
     """Forms of a whole outer step: fewer, since the matching step already tells them apart."""
     if kind == "cpu":
-        kept = ("reference", "compiled fp32", "compiled bf16", "r_operator bf16", "r_operator bf16 stored")
+        kept = ("reference", "compiled fp32", "compiled bf16", "r_operator bf16")
     else:
         kept = ("reference", "compiled tf32", "compiled bf16", "r_operator tf32", "r_operator bf16")
-        kept += ("r_operator bf16 stored",)
+    kept += ("compiled bf16 stored", "r_operator bf16 stored")
     return [form for form in matching(kind, classes) if form.name in kept]
 
 
