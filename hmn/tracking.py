@@ -168,8 +168,7 @@ class Tracker:
         self._rewrite(lambda record: record.get(step_key, step) <= step)
 
     def close(self, exit_code: int = 0) -> None:
-        """End the W&B run. Waits for the upload, at most ``FINISH_TIMEOUT_SECONDS`` if the
-        environment does not say otherwise."""
+        """End the W&B run. Waits for the upload, as long as :func:`_settings` allows."""
         self._mirrored(lambda run: run.finish(exit_code=exit_code))
         self.mirror = None
 

@@ -52,8 +52,7 @@ def find(root: Path, test_fraction: float | None) -> Tree:
             f"dataset.root={root}: no class folders in a test/ or val/ beside train/, set dataset.test_fraction"
         )
     notes = (f"{root / 'val'} is not used: {root / 'test'} is the test split",) if len(tests) == 2 else ()
-    used = {"train", *(tests or ["test", "val"])} if train != root else set(top)
-    if others := sorted(set(top) - used - {"test", "val"}):
+    if train != root and (others := sorted(set(top) - {"train", "test", "val"})):
         notes += (f"not used, as they lie beside {train}: {listing(others)}",)
     tree = Tree(
         train=train,
