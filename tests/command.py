@@ -12,9 +12,11 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import connection, popen_forkserver
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,6 +41,19 @@ config.register()
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["hmn.cli", "sklearn.datasets", "torch._dynamo"])
 _started = itertools.count()
+
+_poll, _reading = popen_forkserver.Popen.poll, threading.Lock()
+
+
+def _poll_in_turn(popen: popen_forkserver.Popen, flag: int = os.WNOHANG) -> int | None:
+    """Every start polls all processes, so threads may read one's exit code at once: the second of them read 255."""
+    if popen.returncode is None and not connection.wait([popen.sentinel], 0 if flag == os.WNOHANG else None):
+        return None
+    with _reading:
+        return _poll(popen, flag)
+
+
+popen_forkserver.Popen.poll = _poll_in_turn
 
 
 def compose(*overrides: str) -> DictConfig:
