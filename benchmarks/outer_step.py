@@ -25,6 +25,7 @@ from benchmarks.forms import REFERENCE, Form
 from benchmarks.harness import Row, Times, Variant
 from benchmarks.problem import Problem, work
 from hmn import bank
+from hmn.build.classes import kept_on
 from hmn.checkpoint import Stop
 from hmn.compute import Compute
 from hmn.config import BankConfig, GradientMatchingConfig
@@ -83,7 +84,8 @@ def condensation(
         chunk=at.classes,
         stop=Stop(),
     )
-    side = bank.BankSide(paths, config.bank, config.strategy, problem.SIZE, at.device, 0)
+    keep = kept_on(at.device)
+    side = bank.BankSide(paths, config.bank, config.strategy, problem.SIZE, at.device, 0, keep_bytes=keep)
     side.folder = folder  # removed with the side that reads it
     return ClassMatching(container, side, config, match=stored_step(network, config.metric, compute), **shared)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hmn import results
+from hmn.explain import in_one_line
 from hmn.tracking import read_metrics
 
 # What a way to compute may change; anything else that differs makes another experiment.
@@ -23,9 +24,8 @@ WAYS = {
     "bank": lambda result: _bank(result["config"]["objective"].get("bank", {"networks": 0})),
     "steps": lambda result: result["condense_steps"],
 }
-
-
-NOT_COMPARED = ("seed", "compute", "tracking", "paths")
+# What the same experiment may have otherwise; of images, the fingerprint is compared instead of the place.
+NOT_COMPARED = ("seed", "compute", "tracking", "paths", "dataset.root", "dataset.download")
 
 
 def _bank(settings: dict[str, int]) -> str:
@@ -34,12 +34,14 @@ def _bank(settings: dict[str, int]) -> str:
 
 
 def row(folders: list[Path], found: list[dict[str, Any]]) -> dict[str, Any]:
-    """One row of runs that differ in their seed alone."""
+    """One row of runs that differ in their seed alone, in its order."""
+    pairs = sorted(zip(folders, found, strict=True), key=lambda pair: pair[1]["config"]["seed"])
+    folders, found = map(list, zip(*pairs, strict=True))
     accuracies = [100 * result["accuracy"]["mean"] for result in found]
     curves = [[100 * point["held_out_accuracy"] for point in result["curve"]] for result in found]
     return {
         **{name: way(found[0]) for name, way in WAYS.items()},
-        "seeds": sorted(result["config"]["seed"] for result in found),
+        "seeds": [result["config"]["seed"] for result in found],
         "networks": len(found[0]["accuracy"]["by_network"]),
         "accuracy": [round(value, 2) for value in accuracies],
         "mean": statistics.mean(accuracies),
@@ -82,10 +84,25 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def _alike(members: list[tuple[Path, dict[str, Any]]]) -> None:
     """End the program unless all are of the same settings but for the seed and how they were computed."""
-    own = [{k: v for k, v in result["config"].items() if k not in NOT_COMPARED} for _, result in members]
-    for (folder, _), settings in zip(members, own, strict=True):
-        if differing := [key for key in settings | own[0] if settings.get(key) != own[0].get(key)]:
-            sys.exit(f"{folder} and {members[0][0]}: no seeds of one experiment, they differ in {', '.join(differing)}")
+    first, reference = members[0]
+    for folder, result in members:
+        if differing := _differing(result, reference):
+            sys.exit(f"{folder} and {first}: no seeds of one experiment, they differ in {', '.join(differing)}")
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The settings that differ; what only one of two versions of the code has is none."""
+    own, others = ({**_flat(found["config"]), "images": found["data"]["fingerprint"]} for found in (one, other))
+    return sorted(key for key in own.keys() & others.keys() if own[key] != others[key])
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for key, value in config.items():
+        if f"{prefix}{key}" in NOT_COMPARED:
+            continue
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def main() -> None:
@@ -96,7 +113,7 @@ def main() -> None:
     groups: dict[tuple[Any, ...], list[tuple[Path, dict[str, Any]]]] = {}
     for folder in arguments.folders:
         result = results.read(folder)
-        if result is None or result["mode"] != "run":
+        if result is None or "condense_steps" not in result:
             sys.exit(f"{folder}: no finished condensation")
         groups.setdefault(tuple(way(result) for way in WAYS.values()), []).append((folder, result))
     for members in groups.values():
@@ -108,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    in_one_line(main)

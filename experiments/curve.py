@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from hmn import results
+from hmn.explain import in_one_line
 from hmn.tracking import read_metrics
 
 
@@ -43,9 +44,13 @@ def draw(folder: Path, output: Path) -> None:
     print(json.dumps({"steps": steps, "held_out_percent": percents}))
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("output", type=Path)
     arguments = parser.parse_args()
     draw(arguments.folder, arguments.output)
+
+
+if __name__ == "__main__":
+    in_one_line(main)

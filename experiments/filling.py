@@ -14,7 +14,7 @@ from typing import Any
 
 from hmn.artifacts import CARD
 from hmn.errors import ConfigError
-from hmn.results import held_out_accuracy, write
+from hmn.results import code_of, held_out_accuracy, write
 from hmn.sweeps import state
 from hmn.sweeps.cells import Cell
 from hmn.sweeps.planning import Planned, by_run
@@ -302,7 +302,7 @@ def _gap(one: Planned, states: Mapping[str, state.State], command: str) -> Gap:
 
 
 def _refuse_mixture(name: str, results: Mapping[str, Mapping[str, Any]]) -> None:
-    codes = Counter(result.get("code", "unknown") for result in results.values())
+    codes = Counter(code_of(result) for result in results.values())
     if len(codes) > 1:
         listed = ", ".join(f"{code} ({count} runs)" for code, count in codes.most_common())
         raise ConfigError(f"{name}: results of {len(codes)} code versions, {listed}: --mix shows them in one table")
@@ -325,7 +325,7 @@ def _with_best(entries: Sequence[Entry]) -> Iterator[Entry]:
 def _footer(results: Sequence[Mapping[str, Any]], command: str) -> Iterator[str]:
     if results:
         data = sorted({(result["data"]["name"], result["data"]["fingerprint"][:12]) for result in results})
-        codes = sorted({result.get("code", "unknown") for result in results})
+        codes = sorted({code_of(result) for result in results})
         commits = sorted({_commit(result) for result in results})
         yield "Data: " + "; ".join(f"{name}{REENCODED if 'q75' in name else ''}, {digits}" for name, digits in data)
         yield "Device: " + "; ".join(sorted({result["device"] for result in results}))

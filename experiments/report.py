@@ -28,6 +28,7 @@ from hmn.checkpoint import write_text
 from hmn.errors import ArtifactError
 from hmn.explain import in_one_line
 from hmn.prune import hardest_count
+from hmn.results import code_of
 
 PAGE = Path(__file__).with_name("page")
 PICTURE_CHARACTERS = 14_000_000  # all pictures together
@@ -146,12 +147,12 @@ def _embedded(path: Path, allowed: int) -> Embedded | None:
         return None
 
 
-def code_of(run: Run) -> str | None:
-    """The digest of its sources, of results older than that the commit."""
+def sources(run: Run) -> str | None:
+    """Its sources, of results older than their digests the commit."""
     if not run.result:
         return None
-    if code := run.result.get("code"):
-        return code
+    if run.result.get("code"):
+        return code_of(run.result)
     commit = run.result.get("commit")
     return f"commit {commit[:12]}" if commit else "unknown"
 
@@ -166,7 +167,7 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
         "seconds": sum(seconds.values()),
         "stages": seconds.most_common(4),
         "devices": _tally(run.result.get("device") for run in runs),
-        "codes": _tally(map(code_of, runs)),
+        "codes": _tally(map(sources, runs)),
         "data": _tally(
             f"{data.get('name')} {str(data.get('fingerprint'))[:12]}" if (data := run.result.get("data")) else None
             for run in runs
@@ -222,7 +223,7 @@ def provenance(run: Run) -> list[tuple[str, str]]:
         ("Cell", run.cell if run.cell != run.run_id else None),
         ("Run id", run.run_id),
         ("Commit", f"{commit}{', with uncommitted changes' if found.get('dirty') else ''}" if commit else None),
-        ("Sources", found.get("code")),
+        ("Sources", code_of(found) if found.get("code") else None),
         ("Device", found.get("device") and f"{found['device']}, {'compiled' if found.get('compiled') else 'eager'}"),
         ("Data", data.get("name") and f"{data['name']}, fingerprint {data.get('fingerprint')}"),
         ("Notes on data", "; ".join(data.get("notes") or [])),

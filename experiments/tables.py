@@ -19,6 +19,7 @@ from pathlib import Path
 
 from experiments.filling import NO_VALUE, VALUES, Entry, Filled, Gap, Measured, Reported, Value, fill, sweep_of
 from hmn.checkpoint import write_text
+from hmn.errors import ConfigError
 from hmn.explain import in_one_line
 
 
@@ -224,6 +225,22 @@ def csv_text(filled: Filled) -> str:
 RENDERED = {"md": markdown, "tex": latex, "csv": csv_text}
 
 
+def _refuse_loss(path: Path, filled: Filled) -> None:
+    """Raises ``ConfigError`` if what is there shows measured values of runs of which nothing is left here."""
+    if not path.exists():
+        return
+    axes = len([*filled.table.rows, *filled.table.columns]) + 1  # and the value's name
+    new, old = (
+        {tuple(line[:axes]) for line in csv.reader(io.StringIO(text)) if line[axes + 1 : axes + 2] not in ([], [""])}
+        for text in (csv_text(filled), path.read_text(encoding="utf-8"))
+    )
+    if lost := sorted(old - new):
+        raise ConfigError(
+            f"{path}: shows {len(lost)} measured values, {', '.join(lost[0])} the first, of runs that are not here: "
+            "name another --output, or --results with theirs; or remove it"
+        )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", help="a file of experiments/tables, without .yaml")
@@ -238,6 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.output is None:
         print(markdown(filled), end="")
         return
+    _refuse_loss(given.output / f"{given.name}.csv", filled)
     given.output.mkdir(parents=True, exist_ok=True)
     for suffix, render in RENDERED.items():
         write_text(given.output / f"{given.name}.{suffix}", render(filled))

@@ -45,11 +45,12 @@ class Replay:
             self._warm_up(inputs)
             try:
                 self.recorded[shapes] = self._record(inputs)
-            except torch.cuda.OutOfMemoryError:
-                raise
             except RuntimeError as error:
+                error = _first(error)  # ending a recording that has failed fails, too
+                if isinstance(error, torch.cuda.OutOfMemoryError):
+                    raise error from None
                 self.plain = True
-                reason = str(error).splitlines()[0]
+                reason = str(error).partition("\n")[0]
                 print(f"a step cannot be recorded as a CUDA graph, so it is launched anew: {reason}", file=sys.stderr)
         if self.plain:
             return self.function(inputs)
@@ -71,9 +72,20 @@ class Replay:
         graph = torch.cuda.CUDAGraph()
         for generator in self.generators:
             graph.register_generator_state(generator)
-        with torch.cuda.graph(graph):
-            outputs = self.function(inputs)
+        stream = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph):
+                outputs = self.function(inputs)
+        finally:
+            torch.cuda.set_stream(stream)  # a recording that fails leaves its own
         return _Recorded(graph, inputs, outputs)
+
+
+def _first(error: BaseException) -> BaseException:
+    """The error that others came of."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def warm_up(

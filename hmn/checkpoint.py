@@ -135,9 +135,15 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: Path, every_seconds: float, stop: Stop | None = None, origin: Mapping[str, str] | None = None
+        self,
+        folder: Path,
+        every_seconds: float,
+        stop: Stop | None = None,
+        origin: Mapping[str, str] | None = None,
+        whole: Path | None = None,
     ) -> None:
         self.folder = folder
+        self.whole = whole or folder.parent  # what is moved away to start anew
         self.every_seconds = every_seconds
         self.stop = stop or Stop()
         self.saved_at = time.monotonic()
@@ -151,15 +157,15 @@ class Checkpoints:
 
     def beside(self, folder: Path) -> Checkpoints:
         """Others of the same run, for a state that other runs may go on with: they are kept in ``folder``."""
-        return Checkpoints(folder, self.every_seconds, self.stop, self.origin)
+        return Checkpoints(folder, self.every_seconds, self.stop, self.origin, whole=folder)
 
     def _continued(self, clock: dict[str, Any]) -> list[str]:
         """The sources of the state that is there, and ours. Raises for a state of other images or another device."""
-        began, run = clock["origin"], self.folder.parent
+        began = clock["origin"]
         if began["data"] != self.origin["data"]:
-            raise DataError(f"{run}: its checkpoint was made on other images; move the run away to start anew")
+            raise DataError(f"{self.whole}: its checkpoint was made on other images; move it away to start anew")
         device, now = began["device"], self.origin["device"]
-        rule = f"{device}, on which {run} was begun; or move it away to start anew"
+        rule = f"{device}, on which {self.whole} was begun; or move it away to start anew"
         require("compute.device", device == now, now, rule)  # random streams of one cannot go on on the other
         codes = clock["codes"]
         if codes[-1] != self.origin["code"]:
@@ -170,10 +176,14 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Count the block's wall seconds as ``stage``; of an interrupted block, up to its last checkpoint."""
+        """Count the block's wall seconds as ``stage``; of a killed block, up to its last checkpoint."""
         self._stage = (stage, time.monotonic())
         try:
             yield
+        except Interrupted:  # what the block keeps need not be a slot of these checkpoints
+            self._count()
+            self._keep_clock()
+            raise
         finally:
             self._count()
             self._stage = None
@@ -203,9 +213,18 @@ class Checkpoints:
         self._count()
         if own or distributed.first():
             self._write(self._path(slot, own), state)
+        self._keep_clock()
+        self.saved_at = time.monotonic()
+
+    def _keep_clock(self) -> None:
         if distributed.first():
             self._write(self._path("clock"), {"seconds": self.seconds, "origin": self.origin, "codes": self.codes})
-        self.saved_at = time.monotonic()
+
+    def drop(self, slot: str) -> None:
+        """Remove the slot's state, and with the last one all."""
+        self._path(slot).unlink(missing_ok=True)
+        if not [path for path in self.folder.glob("*.pt") if path != self._path("clock")]:
+            clear(self.folder)
 
     def _write(self, path: Path, state: dict[str, Any]) -> None:
         written = io.BytesIO()  # torch's own writer says nothing of a full disk

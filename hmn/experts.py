@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from hmn.checkpoint import Checkpoints, atomic_write, clear, exclusive
+from hmn.checkpoint import Checkpoints, Stop, atomic_write, exclusive
 from hmn.config.objectives import ExpertsConfig
 from hmn.errors import ArtifactError, Diverged
 from hmn.objectives.distance import Parameters
 from hmn.training import Recipe, Training
 
-SLOT = "experts"
-TOGETHER = 10  # at most: a checkpoint holds all that those in training were so far
+TOGETHER = 10  # experts at most
+CHECKPOINT_BYTES = 2 << 30  # at most, of one that holds all that the experts in training were so far
 
 
 def recipe_of(config: ExpertsConfig, strategy: str) -> Recipe:
@@ -41,6 +41,12 @@ def recipe_of(config: ExpertsConfig, strategy: str) -> Recipe:
     )
 
 
+def together(network: nn.Module, epochs: int, most: int) -> int:
+    """How many experts to train at once, of at most ``most``: a checkpoint holds every epoch of theirs so far."""
+    one = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters()) * (epochs + 1)
+    return max(1, min(most, TOGETHER, CHECKPOINT_BYTES // one))
+
+
 def build(
     folder: Path,
     train: Callable[[Sequence[int]], Training],
@@ -48,36 +54,43 @@ def build(
     *,
     fingerprint: str,
     together: int,
-    checkpoints: Checkpoints,
+    stop: Stop,
+    open_checkpoints: Callable[[], Checkpoints],
 ) -> list[Path]:
     """One file per expert 0 .. ``count`` - 1 in ``folder``; those that are there already stay, so it can be stopped.
 
-    ``train(numbers)`` begins the training of these experts, of which there are at most ``together``; ``checkpoints``
-    keep the state of those in training, for whichever run goes on. Raises ``ArtifactError`` for a file made on other
-    images, and ``Diverged`` for an expert whose loss is not finite.
+    ``train(numbers)`` begins the training of these experts, of which there are at most ``together``. Checkpoints keep
+    the state of those in training, for whichever run goes on; they are opened if there is something to train. Raises
+    ``ArtifactError`` for a file made on other images, and ``Diverged`` for an expert whose loss is not finite.
     """
-    paths = {number: folder / f"expert-{number:04d}.safetensors" for number in range(count)}
-    with exclusive(folder, wait=checkpoints.stop):
-        missing = [number for number, path in paths.items() if not path.exists()]
-        begun = checkpoints.load(SLOT)
-        if begun is not None and not set(begun["numbers"]) & set(missing):  # written since
-            begun = None
+    paths = [_path(folder, number) for number in range(count)]
+    with exclusive(folder, wait=stop):
+        missing = [number for number, path in enumerate(paths) if not path.exists()]
+        checkpoints = open_checkpoints() if missing else None
         while missing:
-            numbers = [*begun["numbers"]] if begun else missing[:together]
-            for number, snapshots in zip(numbers, _record(train(numbers), numbers, begun, checkpoints), strict=True):
-                with atomic_write(paths[number]) as temporary:
+            slot = f"experts-{missing[0]:04d}"
+            begun = checkpoints.load(slot)
+            numbers = begun["numbers"] if begun else missing[:together]
+            made = _record(train(numbers), numbers, begun, checkpoints, slot)
+            # The one that names the slot is written last.
+            for number, snapshots in reversed([*zip(numbers, made, strict=True)]):
+                with atomic_write(_path(folder, number)) as temporary:
                     save_file(snapshots, temporary, metadata={"data": fingerprint})
-            missing, begun = [number for number in missing if number not in numbers], None
-        clear(checkpoints.folder)
-    for path in paths.values():
+            checkpoints.drop(slot)
+            missing = [number for number in missing if number not in numbers]
+    for path in paths:
         with safe_open(path, "pt") as kept:
             if kept.metadata()["data"] != fingerprint:
                 raise ArtifactError(f"{path}: made on other images; remove {folder}, it is then made anew")
-    return [*paths.values()]
+    return paths
+
+
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"expert-{number:04d}.safetensors"
 
 
 def _record(
-    training: Training, numbers: Sequence[int], begun: dict[str, Any] | None, checkpoints: Checkpoints
+    training: Training, numbers: Sequence[int], begun: dict[str, Any] | None, checkpoints: Checkpoints, slot: str
 ) -> list[dict[str, Tensor]]:
     """Every expert's parameters by ``epoch/name``, epoch 0 being the untrained network."""
     kept: list[dict[str, Tensor]] = [{} for _ in numbers]
@@ -105,7 +118,7 @@ def _record(
                 )
             snapshot()
             bar.update()
-            checkpoints.tick(SLOT, lambda: {"numbers": [*numbers], "training": training.state_dict(), "kept": kept})
+            checkpoints.tick(slot, lambda: {"numbers": [*numbers], "training": training.state_dict(), "kept": kept})
     return kept
 
 

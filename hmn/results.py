@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,11 @@ def provenance() -> dict[str, Any]:
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "platform": f"{platform.system()} {platform.machine()}",
     }
+
+
+def code_of(result: Mapping[str, Any]) -> str:
+    """The sources that made a result; all that had a part in it, in turn, if it was continued under others."""
+    return "+".join(result.get("codes") or [result.get("code", "unknown")])
 
 
 @functools.cache

@@ -122,8 +122,8 @@ def remembered(
         except safetensors.SafetensorError as error:
             raise ArtifactError(f"{path}: not a safetensors file ({error}): remove it") from None
 
-    # Of several processes the first holds the folder for all.
-    alone = exclusive(path.parent, wait=stop) if distributed.first() else contextlib.nullcontext()
+    # Of several processes the first holds it for all; what else lies beside it is of others.
+    alone = exclusive(path.with_suffix(""), wait=stop) if distributed.first() else contextlib.nullcontext()
     with alone:
         if (found := distributed.from_first(read)) is not None:
             print(f"coreset: read {path}")

@@ -175,14 +175,15 @@ class Session:
             distributed.agree(0)  # nobody looks before the first holds it
             if (made := distributed.from_first(lambda: condensations.load(folder, container))) is None:
                 made = self._condense(container) | {"condensed_by": self.plan.run_id}
-                if distributed.first():
+                if distributed.first() and len(self.checkpoints.codes) == 1:  # else it is not of the folder's sources
                     condensations.save(folder, container, made)
             else:
                 if not distributed.first():
                     container.finish()
                 distributed.copy_first_(container.state_dict().values())
-                for step_key in ("condense/step", "curve/step"):  # of what this run had begun to condense itself
-                    self.tracker.rewind(step_key, -1)
+                if made["condensed_by"] != self.plan.run_id:
+                    for step_key in ("condense/step", "curve/step"):  # of what this run had begun to condense itself
+                        self.tracker.rewind(step_key, -1)
                 print(f"condensed by {made['condensed_by']} already: {folder / condensations.TENSORS}")
         return made
 

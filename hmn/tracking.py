@@ -26,6 +26,7 @@ from torch import Tensor
 from hmn import distributed
 from hmn.checkpoint import write_text
 from hmn.config import TrackingConfig
+from hmn.config.sweeps import FINISH_TIMEOUT
 from hmn.errors import ArtifactError, HmnError
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ ARTIFACT_TYPE = "condensed-set"
 AGENT_SWEEP = "WANDB_SWEEP_ID"  # which `wandb agent` sets, beside the WANDB_RUN_ID of the W&B run that it made
 HISTOGRAM_BINS = 64
 INIT_TIMEOUT_SECONDS = 30.0  # without an answer in this time, an online run goes on offline
-FINISH_TIMEOUT = "WANDB_FINISH_TIMEOUT"  # which a launcher sets where jobs must end soon after they are asked to
 FINISH_TIMEOUT_SECONDS = 600.0  # what is not uploaded by then stays on disk for `wandb sync`
 SUMMARIES = {  # of metrics whose last value is not what compares runs
     "condense/peak_bytes": "max",

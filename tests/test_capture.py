@@ -70,6 +70,22 @@ def test_a_gpu_that_is_full_is_not_called_unable_to_record(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_the_first_of_the_errors_of_a_recording_is_the_one_that_counts(monkeypatch, capsys):
+    """Ending a recording that has failed raises an error of its own."""
+
+    def failed(first: Exception) -> RuntimeError:
+        ending = RuntimeError("capture invalidated")
+        ending.__context__ = first
+        return ending
+
+    cannot_record(monkeypatch, failed(RuntimeError("operation not permitted")))
+    Replay(Walk().step, list, [])(INPUTS)
+    assert capsys.readouterr().err.endswith("launched anew: operation not permitted\n")
+    cannot_record(monkeypatch, failed(torch.cuda.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        Replay(Walk().step, list, [])(INPUTS)
+
+
 def test_a_step_whose_recording_failed_half_way_starts_from_no_gradient(monkeypatch):
     """What was to be recorded does not run, but the gradients that it was to fill are there."""
     plain, failed = make_run(config()), make_run(config())

@@ -160,7 +160,7 @@ def continued(folder: Path, **other: str) -> Checkpoints:
 
 
 def test_a_state_of_other_images_or_another_device_is_refused(tmp_path: Path):
-    with pytest.raises(DataError, match=f"{tmp_path}: its checkpoint was made on other images; move the run away"):
+    with pytest.raises(DataError, match=f"{tmp_path}: its checkpoint was made on other images; move it away"):
         continued(tmp_path, data="d2")
     with pytest.raises(ConfigError) as raised:
         continued(tmp_path, device="cuda")
@@ -204,6 +204,35 @@ def test_a_block_that_raises_is_timed_too(tmp_path: Path, monkeypatch: pytest.Mo
         clock.now += 4
         raise RuntimeError
     assert checkpoints.seconds == {"condense": 4.0}
+
+
+def test_what_an_interrupted_block_took_is_kept_though_its_state_is_elsewhere(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    checkpoints = Checkpoints(tmp_path / "own", 60)
+    shared = checkpoints.beside(tmp_path / "shared")
+    checkpoints.stop.signum = signal.SIGTERM
+    with pytest.raises(Interrupted), checkpoints.timed("experts"):
+        clock.now += 4
+        shared.tick("experts-0000", dict)
+    assert Checkpoints(tmp_path / "own", 60).seconds == {"experts": 4.0}
+
+
+def test_a_state_of_several_runs_is_named_itself_where_it_cannot_go_on(tmp_path: Path):
+    own = Checkpoints(tmp_path / "run" / "checkpoints", 0, origin=ORIGIN)
+    own.beside(tmp_path / "experts" / "unfinished").save("stage", {})
+    other = Checkpoints(tmp_path / "other" / "checkpoints", 0, origin=ORIGIN | {"device": "cuda"})
+    with pytest.raises(ConfigError, match=f"on which {tmp_path}/experts/unfinished was begun"):
+        other.beside(tmp_path / "experts" / "unfinished")
+
+
+def test_the_last_slot_that_is_dropped_takes_the_folder_with_it(tmp_path: Path):
+    checkpoints = Checkpoints(tmp_path / "own", 60)
+    for slot in ("one", "other"):
+        checkpoints.save(slot, {})
+    checkpoints.drop("one")
+    assert checkpoints.load("one") is None and checkpoints.load("other") == {}
+    checkpoints.drop("other")
+    assert not checkpoints.folder.exists()
 
 
 # Signals

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hmn import condensations
 from hmn.checkpoint import Stop, exclusive
@@ -150,6 +151,32 @@ def test_a_killed_run_that_took_it_records_its_later_stages_once(tmp_path):
     found = records(tmp_path, taken)
     assert sum("prune/aum" in record for record in found) == 1
     assert len({json.dumps(record, sort_keys=True) for record in found}) == len(found)
+
+
+def test_a_killed_run_keeps_its_record_of_what_it_condensed_itself(tmp_path):
+    given = (*TINY, SHARED, "tracking.log_every_steps=1", "evaluation.epochs=60", "compute.checkpoint_every_seconds=0")
+    command = start(tmp_path, *given)
+    command.wait_for(lambda: any(tmp_path.glob("runs/*/checkpoints/evaluate.pt")))
+    command.process.kill()
+    command.finish()
+    assert run(tmp_path, *given).code == 0
+    ((run_id, result),) = results(tmp_path).items()
+    steps = [record["condense/step"] for record in records(tmp_path, run_id) if "condense/loss" in record]
+    assert steps == list(range(1, result["condense_steps"] + 1))
+
+
+def test_what_two_versions_of_the_sources_condensed_is_not_shared(tmp_path):
+    given = (*TINY, SHARED, "objective.outer_steps=40", "compute.checkpoint_every_seconds=0")
+    command = start(tmp_path, *given)
+    command.wait_for(lambda: any(tmp_path.glob("runs/*/checkpoints/clock.pt")))
+    command.process.kill()
+    command.finish()
+    (clock,) = tmp_path.glob("runs/*/checkpoints/clock.pt")
+    began = torch.load(clock, weights_only=True)
+    torch.save(began | {"codes": ["0123456789ab"]}, clock)
+    outcome = run(tmp_path, *given)
+    assert outcome.code == 0 and "going on with what other sources" in outcome.out
+    assert not any(tmp_path.glob(".cache/condensed/*/*.safetensors"))
 
 
 def test_what_a_run_had_begun_to_condense_before_another_had_done_it_is_not_in_its_record(tmp_path):

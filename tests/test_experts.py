@@ -6,6 +6,7 @@ import json
 import math
 import signal
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,9 +39,10 @@ def train(numbers: Sequence[int], settings: ExpertsConfig = SETTINGS) -> Trainin
 
 
 def make(folder: Path, *, count: int = 3, fingerprint: str = REAL.fingerprint, stop: Stop | None = None, **changes):
-    checkpoints = Checkpoints(folder / "unfinished", 1e9, stop)
-    options = {"fingerprint": fingerprint, "together": 1, "checkpoints": checkpoints} | changes
-    return experts.build(folder, train, count, **options)
+    stop = stop or Stop()
+    options = {"fingerprint": fingerprint, "together": 1} | changes
+    opened = partial(Checkpoints, folder / "unfinished", 1e9, stop)
+    return experts.build(folder, train, count, stop=stop, open_checkpoints=opened, **options)
 
 
 def contents(path: Path) -> dict[str, Tensor]:
@@ -108,6 +110,48 @@ def test_stopped_experts_go_on_from_their_last_epoch(tmp_path, monkeypatch, toge
     assert not (tmp_path / "halves" / "unfinished").exists()
 
 
+@pytest.fixture
+def stopped(tmp_path, monkeypatch) -> Path:
+    """A folder in which the training of experts 0 and 1, together, was stopped after its first epoch."""
+    stop, run_epoch = Stop(), Training.run_epoch
+
+    def stopping(training: Training) -> list[float]:
+        stop.signum = signal.SIGTERM
+        return run_epoch(training)
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(Training, "run_epoch", stopping)
+        make(tmp_path, together=2, stop=stop)
+    return tmp_path
+
+
+def test_a_run_that_needs_fewer_finishes_all_that_were_begun_together(stopped):
+    assert len(make(stopped, count=1)) == 1
+    assert len(list(stopped.glob("*.safetensors"))) == 2 and not (stopped / "unfinished").exists()
+
+
+def test_a_run_that_needs_none_of_those_begun_leaves_them(stopped):
+    state = stopped / "unfinished" / "experts-0005.pt"
+    state.with_name("experts-0000.pt").rename(state)
+    kept = state.read_bytes()
+    make(stopped, count=2)
+    assert state.read_bytes() == kept
+
+
+def test_finished_experts_need_no_checkpoints(tmp_path: Path):
+    """Those that another device has begun are not asked for."""
+    make(tmp_path, count=1)
+    options = {"fingerprint": REAL.fingerprint, "together": 1, "stop": Stop()}
+    experts.build(tmp_path, train, 1, **options, open_checkpoints=pytest.fail)
+
+
+@pytest.mark.parametrize(("width", "most", "expected"), [(1, 100, 10), (1, 3, 3), (512, 100, 2), (4096, 100, 1)])
+def test_so_many_are_trained_together_that_a_checkpoint_stays_small(width: int, most: int, expected: int):
+    with torch.device("meta"):
+        network = torch.nn.Linear(width, 10_000)
+    assert experts.together(network, 50, most) == expected
+
+
 def test_finished_experts_stay(tmp_path: Path):
     first, second, _ = make(tmp_path)
     kept, expected = first.stat().st_mtime_ns, contents(second)
@@ -137,7 +181,8 @@ def test_an_expert_that_diverges_is_not_kept(tmp_path: Path):
         return training
 
     with pytest.raises(Diverged, match="the training loss is nan .*lower objective.experts.lr"):
-        experts.build(tmp_path, diverging, 1, fingerprint="", together=1, checkpoints=Checkpoints(tmp_path, 1e9))
+        opened = partial(Checkpoints, tmp_path, 1e9)
+        experts.build(tmp_path, diverging, 1, fingerprint="", together=1, stop=Stop(), open_checkpoints=opened)
     assert not list(tmp_path.glob("*.safetensors"))
 
 

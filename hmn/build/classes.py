@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from hmn import bank, distributed
@@ -20,7 +21,12 @@ from hmn.objectives.gradient import MatchingStep, matching_step, real_gradients,
 from hmn.pool import PoolSide
 from hmn.realside import FeatureSide, LiveSide, RealSide, SyntheticSide
 
-KEPT_ON_GPU = 8 << 30  # bytes of a snapshot bank: 200 snapshots of ten classes take 2.6e9
+KEPT_ON_GPU = 8 << 30  # bytes of a snapshot bank at most: 200 snapshots of ten classes take 2.6e9
+
+
+def kept_on(device: torch.device) -> int:
+    """How many bytes of a snapshot bank stay on ``device``, of which steps and other runs need the most."""
+    return min(KEPT_ON_GPU, torch.cuda.mem_get_info(device)[0] // 4) if device.type == "cuda" else 0
 
 
 def gradient_matching(shop: Workshop, container: Container) -> ClassMatching:
@@ -48,7 +54,7 @@ def gradient_matching(shop: Workshop, container: Container) -> ClassMatching:
             )
         size, rule = container.shape.image_size, objective.augmentation_rule
         # Where memory is limited, the limit is for what a step needs.
-        keep = KEPT_ON_GPU if compute.device.type == "cuda" and config.compute.memory_limit is None else 0
+        keep = kept_on(compute.device) if config.compute.memory_limit is None else 0
         side = bank.BankSide(paths, objective.bank, shop.strategy, size, compute.device, config.seed, rule, keep)
         make_step = stored_step
     else:

@@ -42,8 +42,9 @@ def experts(shop: Workshop) -> list[Path]:
             train,
             settings.count,
             fingerprint=shop.data.fingerprint,
-            together=min(compute.together(settings.count), expert_training.TOGETHER),
-            checkpoints=shop.checkpoints.beside(folder / "unfinished"),
+            together=expert_training.together(shop.build(), settings.epochs, compute.together(settings.count)),
+            stop=shop.checkpoints.stop,
+            open_checkpoints=lambda: shop.checkpoints.beside(folder / "unfinished"),
         )
 
 

@@ -381,15 +381,20 @@ def from_hydra(raw: DictConfig) -> Config:
     """The checked configuration of a composed ``raw``, Hydra's own node aside. Raises ``ConfigError`` with one line."""
     known = [item.name for item in dataclasses.fields(Config)]
     _refuse_added("", [str(key) for key in raw if key != "hydra"], known)
+    return Config(**sections(raw, known))
+
+
+def sections(raw: DictConfig, names: Sequence[str]) -> dict[str, Any]:
+    """The checked sections ``names`` of a composed ``raw``; what spans sections is not checked. Raises as above."""
     try:
         # Hydra keeps the schemas of the groups but not the root's, so its sections come back checked and it does not.
-        sections = OmegaConf.to_object(OmegaConf.masked_copy(raw, known))
-        for name, section in sections.items():
-            if dataclasses.is_dataclass(section):
-                _refuse_added_to(section, f"{name}.")
-        return Config(**sections)
+        found = OmegaConf.to_object(OmegaConf.masked_copy(raw, list(names)))
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key}: give it a value") from None
+    for name, section in found.items():
+        if dataclasses.is_dataclass(section):
+            _refuse_added_to(section, f"{name}.")
+    return found
 
 
 def _refuse_added_to(section: Any, prefix: str) -> None:

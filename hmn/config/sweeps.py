@@ -9,6 +9,8 @@ from omegaconf import MISSING
 
 from hmn.config.checks import at_least, one_of, positive, require
 
+FINISH_TIMEOUT = "WANDB_FINISH_TIMEOUT"  # by which a launcher tells a run how many seconds W&B may take at its end
+
 
 @dataclass(kw_only=True)
 class LauncherConfig:

@@ -38,8 +38,9 @@ def run(arguments: Sequence[str]) -> int:
     given = _parser().parse_intermixed_args(_with_command(arguments))
     if given.command == "search":
         return search(given.settings)
-    sweep = of_arguments(given.settings, shlex.join(["python", "sweep.py", *given.settings]))
-    if given.command == "plan" or _plans(given.settings):
+    settings, plans = _without_plan(given.settings)
+    sweep = of_arguments(settings, shlex.join(["python", "sweep.py", *settings]))
+    if given.command == "plan" or plans:
         print(plan_text(sweep, sweep.plan()))
         return 0
     if given.command == "status":
@@ -53,19 +54,23 @@ def as_multirun(settings: Sequence[str]) -> int:
     """``run.py --multirun SETTINGS``: the same sweep as sweep.py's."""
     if distributed.launched():
         raise ConfigError("--multirun: must be left out under torchrun, which starts the processes of one run")
+    settings, plans = _without_plan(settings)
     sweep = of_arguments(settings, shlex.join(["python", "run.py", "-m", *settings]))
-    if _plans(settings):
+    if plans:
         print(plan_text(sweep, sweep.plan()))
         return 0
     return _launch(sweep)
 
 
-def _plans(settings: Sequence[str]) -> bool:
-    """Whether ``mode=plan`` asks for the plan, as it does of one run."""
+def _without_plan(settings: Sequence[str]) -> tuple[list[str], bool]:
+    """The settings of the runs, and whether ``mode=plan`` asks for the plan, as it does of one run.
+
+    It is no setting of theirs: what is planned are the runs in their own modes, under their own ids.
+    """
     for setting in settings:
         key, _, value = setting.partition("=")
         require(key, key != "plan.format" or value == "text", value, "left out: a sweep's plan is text")
-    return "mode=plan" in settings
+    return [setting for setting in settings if setting != "mode=plan"], "mode=plan" in settings
 
 
 def _launch(sweep: Sweep) -> int:

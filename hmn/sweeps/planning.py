@@ -7,12 +7,13 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
+from omegaconf import DictConfig
 
 from hmn import condensations, config, results
 from hmn.artifacts import CARD, card_file, sha256
@@ -45,11 +46,16 @@ class Planned:
     condensation: str | None = None  # runs that have the same one condense once and share it
 
 
-def compose(overrides: Sequence[str]) -> Config:
-    """The checked configuration of ``run.py OVERRIDES``."""
+def composed(overrides: Sequence[str]) -> DictConfig:
+    """What Hydra makes of ``run.py OVERRIDES``."""
     config.register()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return config.from_hydra(hydra.compose("config", overrides=list(overrides)))
+        return hydra.compose("config", overrides=list(overrides))
+
+
+def compose(overrides: Sequence[str]) -> Config:
+    """The checked configuration of ``run.py OVERRIDES``."""
+    return config.from_hydra(composed(overrides))
 
 
 def plan_cells(cells: Sequence[Cell], cache: Path | None = None, kept: Path | None = None) -> list[Planned]:
@@ -76,7 +82,7 @@ def plan_cells(cells: Sequence[Cell], cache: Path | None = None, kept: Path | No
                 continue
             cards = _cards(overrides)
             key = digest({"overrides": list(overrides), "kept": list(cards)})
-            if (found := known.get(key)) is not None and outside(found["read"]) != found["outside"]:
+            if (found := known.get(key)) is not None and _outdated(found, outside):
                 _plan.cache_clear()  # which may be of what was there before, too
                 found = None
             fresh[key] = found = found or _figures(overrides, cards)
@@ -132,10 +138,16 @@ def _cards(overrides: Sequence[str]) -> tuple[str, ...]:
     return tuple(digests)
 
 
+def _outdated(found: Mapping[str, Any], outside: Callable[[str], list[Any]]) -> bool:
+    """Whether a plan from earlier was read from something else; of a finished run that need not be there any more."""
+    now = outside(found["read"])
+    return now != found["outside"] and not (len(now) == 1 and _finished(Path(found["figures"]["folder"])))
+
+
 def _outside(where: str) -> list[Any]:
     """What a plan finds beside its overrides: the shape of its data, and the set that its container starts from.
 
-    ``where`` they are is JSON, as :func:`_figures` has it.
+    ``where`` they are is JSON, as :func:`_figures` has it. A single text says what cannot be read.
     """
     read = json.loads(where)
     try:

@@ -42,7 +42,7 @@ from hmn.report import text_table
 from hmn.sweeps import state
 from hmn.sweeps.cells import Cell
 from hmn.sweeps.planning import compose, plan_cells
-from hmn.sweeps.sweep import OWN, Sweep, launch, of_arguments
+from hmn.sweeps.sweep import OWN, Sweep, launch, of_arguments, section_of
 
 if TYPE_CHECKING:
     import optuna
@@ -98,7 +98,7 @@ def asked(arguments: Sequence[str]) -> Search:
     for key, value in (("trials", trials), ("batch", batch)):
         require(key, value.isdecimal() and int(value) >= 1, value or "null", "at least 1")
     rest = [argument for argument in arguments if argument.partition("=")[0] not in ("study", "trials", "batch")]
-    of_sweep = [argument for argument in rest if argument.partition("=")[0].split(".")[0] in OWN]
+    of_sweep = [argument for argument in rest if section_of(argument) in OWN]
     fixed, space = _parse([argument for argument in rest if argument not in of_sweep])
     command = shlex.join(["python", "sweep.py", "search", *arguments])
     sweep = dataclasses.replace(of_arguments([*fixed.values(), *of_sweep], command), name=f"study-{name}")

@@ -25,14 +25,14 @@ from tqdm import tqdm
 
 from hmn import results
 from hmn.checkpoint import STOP_SIGNALS, exclusive, write_text
-from hmn.config import CONF, Config, LauncherConfig, SweepConfig, require
+from hmn.config import CONF, LauncherConfig, SweepConfig, require, sections
 from hmn.config.identity import digest
 from hmn.config.sweeps import LocalConfig
 from hmn.errors import Busy, ConfigError, Interrupted
 from hmn.sweeps import launchers, state
 from hmn.sweeps.attempt import Outcome, Task
 from hmn.sweeps.cells import Cell, grid
-from hmn.sweeps.planning import Planned, by_run, compose, plan_cells
+from hmn.sweeps.planning import Planned, by_run, composed, plan_cells
 from hmn.sweeps.table import Table, load_table, table_file, table_names
 
 FILE = "sweep.json"
@@ -99,26 +99,30 @@ def _sweep(
     command: str,
     table: Table | None = None,
 ) -> Sweep:
-    config = _common(own, asked)
-    launcher = config.launcher
-    if isinstance(launcher, LocalConfig) and config.compute.device == "cpu":
+    common = _common(own, asked)
+    launcher = common["launcher"]
+    if isinstance(launcher, LocalConfig) and common["compute"].device == "cpu":
         launcher = dataclasses.replace(launcher, gpus=0)
     return Sweep(
         name=f"{head}-{digest({'asked': sorted(asked)})}",
         cells=cells,
-        settings=config.sweep,
+        settings=common["sweep"],
         launcher=launcher,
-        runs_dir=Path(config.paths.runs_dir),
-        group=config.tracking.group,
+        runs_dir=Path(common["paths"].runs_dir),
+        group=common["tracking"].group,
         table=table,
         command=command,
     )
 
 
-def _common(own: Sequence[str], asked: Sequence[str]) -> Config:
-    """The settings that hold for the sweep as a whole: where it keeps its runs, on what it computes, what it logs."""
+def _common(own: Sequence[str], asked: Sequence[str]) -> dict[str, Any]:
+    """The sections that hold for the sweep as a whole: where it keeps its runs, on what it computes, what it logs.
+
+    Of what is asked for, that is what all cells have alike. No other section is looked at: a cell has more settings.
+    """
     cells = grid([argument for argument in asked if section_of(argument) in (*SHARED, *WHOLE)])
-    return compose([*own, *(cells[0].overrides if len(cells) == 1 else [])])
+    alike = [one for one in cells[0].overrides if all(one in cell.overrides for cell in cells)]
+    return sections(composed([*own, *alike]), (*OWN, *SHARED))
 
 
 def launch(sweep: Sweep) -> Counter[str]:
@@ -227,7 +231,7 @@ def _set_aside_others(sweep: Sweep, planned: Sequence[Planned]) -> bool:
     others = {}
     for run_id, one in by_run(planned).items():
         found = state.read(one.folder)
-        if found.result is not None and (code := found.result.get("code", "unknown")) != results.code_version():
+        if found.result is not None and (code := results.code_of(found.result)) != results.code_version():
             others[run_id] = (code, one.folder)
     if not others or sweep.settings.other_code == "keep":
         return False

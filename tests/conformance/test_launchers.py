@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -24,7 +25,7 @@ from hmn.errors import ConfigError
 from hmn.sweeps import launchers, state
 from hmn.sweeps.attempt import FAILURE, LOG, Outcome, Task
 from tests import slurm
-from tests.command import TINY, WAIT_SECONDS, planned, run
+from tests.command import ROOT, TINY, WAIT_SECONDS, planned, run
 
 ray = pytest.importorskip("ray")
 submitit = pytest.importorskip("submitit")
@@ -180,6 +181,11 @@ def test_a_slurm_job_uploads_for_no_longer_than_its_notice_leaves_it_to_be_queue
 
     chosen = SubmititConfig(name="submitit", cluster="slurm", notice_seconds=120)
     assert _environment(chosen)["WANDB_FINISH_TIMEOUT"] == "60.0"
+
+
+def test_what_only_waits_for_a_run_in_a_slurm_job_does_without_torch() -> None:
+    code = "import sys, hmn.sweeps.launchers.submitit; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_closing_tells_what_runs_to_save_and_waits_for_it(settings: Callable[..., Any], tmp_path: Path) -> None:

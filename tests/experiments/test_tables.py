@@ -496,6 +496,24 @@ def test_the_command_writes_all_three_files_and_names_the_sweep(tmp_path, monkey
     assert "[a] not measured: `python sweep.py experiment=tiny debug=smoke`" in text
 
 
+def test_a_table_with_less_than_is_there_is_not_written_over_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hmn.sweeps.table.TABLES", tmp_path)
+    (tmp_path / "tiny.yaml").write_text(TABLE_FILE, encoding="utf-8")
+    random, hmn = filling.sweep_of("tiny", ["debug=smoke"]).plan()
+    results.write(random.folder, result([0.5, 0.6]))
+    tables.main(["tiny", "debug=smoke", "--output", "made"])
+    written = (tmp_path / "made" / "tiny.md").read_text(encoding="utf-8")
+    results.write(hmn.folder, result([0.7, 0.8]))
+    shutil.rmtree(random.folder)
+    with pytest.raises(ConfigError, match="tiny.csv: shows 1 measured values, Random, digits, 1, accuracy the first"):
+        tables.main(["tiny", "debug=smoke", "--output", "made"])
+    assert (tmp_path / "made" / "tiny.md").read_text(encoding="utf-8") == written
+    results.write(random.folder, result([0.5, 0.7]))
+    tables.main(["tiny", "debug=smoke", "--output", "made"])
+    assert "75.00" in (tmp_path / "made" / "tiny.md").read_text(encoding="utf-8")
+
+
 def test_an_unknown_table_is_answered_with_those_there_are(tmp_path, monkeypatch):
     monkeypatch.setattr("hmn.sweeps.table.TABLES", tmp_path)
     (tmp_path / "tiny.yaml").touch()

@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hmn import results
@@ -205,6 +206,21 @@ def test_a_plan_is_made_anew_for_images_of_other_classes(tmp_path, composed):
     (three,) = plan_cells(cells, tmp_path / "plan.json")
     assert three.run_id == planned(*cells[0].overrides).run_id
     assert three.budget_floats == 1.5 * two.budget_floats
+
+
+def test_what_is_known_of_a_finished_run_needs_its_images_no_more(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = tmp_path / "toy.npz"
+    zeros = {f"x_{split}": np.zeros((8, 8, 8, 1), np.uint8) for split in ("train", "test")}
+    np.savez(images, **zeros, **{f"y_{split}": np.arange(8) % 2 for split in ("train", "test")})
+    cells = [cell("a", *TINY, "dataset=arrays", f"dataset.root={images}", "dataset.channels=1", "memory=ipc10")]
+    (before,) = plan_cells(cells, tmp_path / "plan.json")
+    images.unlink()
+    planning._plan.cache_clear()
+    with pytest.raises(ConfigError, match="no such file"):
+        plan_cells(cells, tmp_path / "plan.json")
+    results.write(before.folder, {"accuracy": {"mean": 0.5, "std": None}})
+    assert plan_cells(cells, tmp_path / "plan.json") == [before]
 
 
 def test_a_plan_is_made_anew_for_another_kept_set_that_a_container_starts_from(kept, tmp_path):

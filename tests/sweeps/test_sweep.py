@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -13,13 +14,14 @@ import pytest
 
 from hmn import checkpoint, results
 from hmn.checkpoint import exclusive
+from hmn.config import sections
 from hmn.config.sweeps import LocalConfig
 from hmn.errors import ConfigError
 from hmn.sweeps import cli, planning
 from hmn.sweeps import sweep as sweep_module
 from hmn.sweeps.launchers import local
 from hmn.sweeps.sweep import of_arguments
-from tests.command import configured
+from tests.command import compose
 from tests.sweeps.launched import SETTINGS, STEPS, THREE, Launched, described
 
 ALL = list(range(STEPS))
@@ -186,6 +188,13 @@ def test_results_of_other_sources_are_refused(mixed, here):
         "sweep.other_code=keep leaves them beside the new ones, sweep.other_code=repeat measures them anew\n"
     )
     assert mixed.ledger() == before
+
+
+def test_a_result_that_other_sources_began_is_one_of_theirs(mixed, here):
+    result = results.read(mixed.folders["1"])
+    codes = ["0123456789ab", results.code_version()]
+    results.write(mixed.folders["1"], result | {"code": codes[-1], "codes": codes})
+    assert f"(0123456789ab+{codes[-1]}, now {codes[-1]})" in here(mixed).err
 
 
 def test_results_of_other_sources_are_kept_if_told_to(mixed, here):
@@ -433,12 +442,35 @@ def test_each_gpu_has_its_slots_and_each_is_taken_once_before_any_twice(monkeypa
 
 
 def test_a_sweep_reads_its_own_settings_from_the_files_that_its_runs_have(monkeypatch):
-    composed = []
-    monkeypatch.setattr(sweep_module, "compose", lambda overrides: composed.append(list(overrides)) or configured())
+    asked = []
+    monkeypatch.setattr(sweep_module, "composed", lambda overrides: asked.append(list(overrides)) or compose())
     of_arguments(["experiment=demo", "debug=smoke", "launcher.slots=3", "seed=0,1", "network.width=8"], "")
     of_arguments(["experiment=main_table", "compute.device=cpu"], "")
-    of_arguments(["experiment=demo,cifar10_q75"], "")  # of several none holds for the sweep
-    assert composed == [["launcher.slots=3", "experiment=demo", "debug=smoke"], ["compute.device=cpu"], []]
+    of_arguments(["experiment=demo,cifar10_q75", "compute.device=cpu"], "")  # of several none holds for the sweep
+    one = ["compute.device=cpu"]
+    assert asked == [["launcher.slots=3", "experiment=demo", "debug=smoke"], one, one]
+
+
+def test_what_all_runs_have_alike_holds_for_the_sweep():
+    own = ("paths.runs_dir=there", "tracking.group=mine", "compute.device=cpu")
+    sweep = of_arguments(["experiment=demo,cifar10_q75", "compute.precision=fp32,bf16", *own], "")
+    assert (sweep.runs_dir, sweep.group, sweep.launcher.gpus) == (Path("there"), "mine", 0)
+
+
+def test_a_sweep_asks_for_no_more_of_its_runs_settings_than_it_reads():
+    """``mode=evaluate`` wants an artifact, which need not be in the file that sets the mode."""
+    found = sections(compose("mode=evaluate", "dataset=folder", "paths.runs_dir=there"), ["launcher", "paths"])
+    assert found.keys() == {"launcher", "paths"} and found["paths"].runs_dir == "there"
+
+
+def test_a_plan_is_of_the_runs_in_their_own_modes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    asked = ["mode=random_subset", "dataset=cifar10", "seed=0,1"]
+    planned = []
+    for arguments in (["plan", *asked], [*asked, "mode=plan"]):
+        assert cli.run(arguments) == 0
+        planned.append(re.findall(r"cifar10-ipc1-random_subset-\w{8}", capsys.readouterr().out))
+    assert len(planned[0]) == 2 and planned[0] == planned[1]
 
 
 @pytest.mark.parametrize("settings", [["mode=plan"], ["mode=plan", "plan.format=text"]])

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from hmn.config.checks import require
 from hmn.config.sweeps import RayConfig
 from hmn.errors import ConfigError
-from hmn.sweeps.attempt import Outcome, Task, attempt, lost
+from hmn.sweeps.attempt import GRACE_SECONDS, Outcome, Task, attempt, lost
 from hmn.sweeps.launchers import Launched
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reads it while it is imported, and reports to its makers
@@ -87,8 +87,11 @@ def launch(tasks: Sequence[Task], settings: RayConfig) -> Launched:
                 future = ended.get()
                 yield _outcome(future, running.pop(future))
         finally:
-            begun = gate.close.remote().future().result()  # the others need not ever fit on a node
-            futures.wait(future for future, task in running.items() if task.run_id in begun)
+            begun: set[str] = set()  # the others need not ever fit on a node
+            with contextlib.suppress(ray.exceptions.RayError):  # without its gate none is told to save
+                begun = gate.close.remote().future().result()
+            saving = [future for future, task in running.items() if task.run_id in begun]
+            futures.wait(saving, GRACE_SECONDS + ANSWER_SECONDS)  # one whose node was lost may never begin again
 
 
 def _outcome(future: Future[Outcome], task: Task) -> Outcome:

@@ -20,8 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from hmn import tracking
-from hmn.config.sweeps import SubmititConfig
+from hmn.config.sweeps import FINISH_TIMEOUT, SubmititConfig
 from hmn.errors import ConfigError
 from hmn.sweeps.attempt import Outcome, Task, attempt, lost
 from hmn.sweeps.launchers import Launched
@@ -146,15 +145,17 @@ class _Jobs:
         if count <= 0:
             return
         tasks = [self._waiting.popleft() for _ in range(count)]
-        # Ctrl-C is the launcher's, but the terminal sends it to the local executor's processes too, unless blocked.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # Ctrl-C is the launcher's, but the terminal sends it to the local executor's processes too, unless blocked. And
+        # what stops the launcher must not come between submitting jobs and knowing of them; local jobs inherit it.
+        blocked = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1} if self._slurm else {signal.SIGINT}
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         try:
             jobs = self._executor.map_array(Run(), tasks, [self._environment] * count, [self._closed] * count)
+            self._running.update(zip(jobs, tasks, strict=True))
         except (submitit.core.utils.FailedJobError, OSError) as error:
             raise ConfigError(f"launcher: the jobs cannot be submitted: {_last_line(str(error))}") from None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        self._running.update(zip(jobs, tasks, strict=True))
 
     def _ended(self) -> list[submitit.Job]:
         if not self._slurm:
@@ -186,9 +187,10 @@ def _array(job: submitit.Job) -> str:
 def _environment(settings: SubmititConfig) -> dict[str, str]:
     """SLURM names a job's GPUs itself, but need not hide any from one that asked for none."""
     hidden = {} if settings.gpus else {"CUDA_VISIBLE_DEVICES": ""}
-    # A job that is not over when its notice is cannot be queued again.
+    # A job that is not over when its notice is cannot be queued again. W&B takes the time before it knows how a run
+    # ends, so those that finish have no longer: what is not uploaded by then waits for `wandb sync`.
     upload = str(settings.notice_seconds / 2)
-    return {"OMP_NUM_THREADS": str(settings.cpus), tracking.FINISH_TIMEOUT: upload, **hidden}
+    return {"OMP_NUM_THREADS": str(settings.cpus), FINISH_TIMEOUT: upload, **hidden}
 
 
 def _executor(folder: Path, settings: SubmititConfig) -> submitit.Executor:
