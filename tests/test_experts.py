@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hmn import experts
@@ -136,6 +137,21 @@ def test_a_run_that_needs_none_of_those_begun_leaves_them(stopped):
     kept = state.read_bytes()
     make(stopped, count=2)
     assert state.read_bytes() == kept
+
+
+def test_what_ends_while_it_writes_its_experts_goes_on_from_their_state(stopped, monkeypatch):
+    def full(tensors: dict[str, Tensor], path: Path, **options: object) -> None:
+        if any(stopped.glob("*.safetensors")):
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path, **options)
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr(experts, "save_file", full)
+        make(stopped, count=2)
+    trained, run_epoch = [], Training.run_epoch
+    monkeypatch.setattr(Training, "run_epoch", lambda training: trained.append(training.epoch) or run_epoch(training))
+    make(stopped, count=2)
+    assert trained == [1]
 
 
 def test_finished_experts_need_no_checkpoints(tmp_path: Path):
