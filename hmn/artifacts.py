@@ -91,6 +91,7 @@ def save(folder: Path, container: Container, card: dict[str, Any], number: str =
         "container": container.specification(),
         "number": number,
         "stored_floats": container.storage_floats(),
+        "stored_bytes": _bytes_of(container, number),
         **card,
     }
     write_text(folder / CARD, json.dumps(card, indent=2) + "\n")
@@ -150,7 +151,13 @@ def load_condensed(path: str | Path) -> CondensedSet:
 
 def stored_bytes(card: dict[str, Any]) -> int:
     """What the numbers take that the budget is charged for."""
-    return card["stored_floats"] * NUMBERS[card.get("number", "float32")].itemsize
+    return card.get("stored_bytes", card["stored_floats"] * NUMBERS[card.get("number", "float32")].itemsize)
+
+
+def _bytes_of(container: Container, number: str) -> int:
+    """Positions, of which two are charged as one float, are integers of the same size whatever ``number`` is."""
+    numbers = sum(parameter.numel() for parameter in container.parameters())
+    return numbers * NUMBERS[number].itemsize + (container.storage_floats() - numbers) * torch.float32.itemsize
 
 
 def joined(sets: Sequence[CondensedSet], class_names: Sequence[str]) -> tuple[Tensor, Tensor]:

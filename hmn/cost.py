@@ -82,7 +82,7 @@ def distribution_matching(
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         network = build().requires_grad_(False)
         network.features(torch.empty(objective.real_batch, *pixels))
-        synthetic = torch.empty(min(objective.synthetic_batch, images), *pixels, requires_grad=True)
+        synthetic = torch.empty(objective.shown(images), *pixels, requires_grad=True)
         torch.autograd.grad(network.features(synthetic * 1).sum(), synthetic)  # the counter takes no leaf as input
     trained = objective.pool_trained * objective.pool_steps * objective.pool_batch if objective.pool_networks else 0
     matching = counter.get_total_flops() * _group(objective, classes)
@@ -102,7 +102,7 @@ def _gradients_compared(
         network = build()
         form = nested(network, objective.metric, Compute(torch.device("cpu")), matched)
         real = torch.empty(objective.real_batch, *pixels)
-        synthetic = torch.empty(min(objective.synthetic_batch, images), *pixels)
+        synthetic = torch.empty(objective.shown(images), *pixels)
         labels = [torch.zeros(len(batch), dtype=torch.int64) for batch in (real, synthetic)]
         parameters = dict(network.named_parameters())
         with real_counter:

@@ -100,8 +100,14 @@ def test_epochs(epochs: int, points: int) -> list[int]:
     return sorted({max(1, round(epochs * (point + 1) / points)) for point in range(points)})
 
 
-def evaluate(judge: Judge, train: Images, test: Images, networks: int, points: int, stream: str) -> Accuracies:
-    """Train ``networks`` fresh networks on ``train`` by the judge's recipe and test each at ``points`` epochs."""
+def evaluate(
+    judge: Judge, train: Images, test: Images, networks: int, points: int, stream: str, slot: str | None = None
+) -> Accuracies:
+    """Train ``networks`` fresh networks on ``train`` by the judge's recipe and test each at ``points`` epochs.
+
+    ``stream`` names their random numbers, ``slot``, where it is not the same, their checkpoint.
+    """
+    slot = slot or stream
     tested = test_epochs(judge.recipe.epochs, points)
 
     def observe(group: range, training: Training, memo: dict[str, Tensor]) -> None:
@@ -115,15 +121,17 @@ def evaluate(judge: Judge, train: Images, test: Images, networks: int, points: i
         observe,
         {"accuracy": torch.zeros(networks, len(tested), dtype=torch.float64)},
         judge.checkpoints,
-        stream,
-        stream,
+        slot,
+        slot,
         judge.together,
     )
     seeds = [derived_seed(judge.seed, stream, index) for index in range(networks)]
     return Accuracies(by_network=memo["accuracy"].tolist(), test_epochs=tested, seeds=seeds)
 
 
-def quick_accuracy(judge: Judge, train: Images, held_out: Images, epochs: int, stream: str) -> float:
+def quick_accuracy(
+    judge: Judge, train: Images, held_out: Images, epochs: int, stream: str, slot: str | None = None
+) -> float:
     """Held-out accuracy of one network trained for ``epochs``: for curves and selection, never the result."""
     short = replace(judge, recipe=replace(judge.recipe, epochs=epochs))
-    return evaluate(short, train, held_out, networks=1, points=1, stream=stream).mean
+    return evaluate(short, train, held_out, networks=1, points=1, stream=stream, slot=slot).mean

@@ -61,7 +61,7 @@ class ClassMatching(Condensation):
             container,
             optimizer,
             compute=compute,
-            images_per_step=self.group * (config.real_batch + min(config.synthetic_batch, container.matched_per_class)),
+            images_per_step=self.group * (config.real_batch + config.shown(container.matched_per_class)),
             gradient_clip=config.gradient_clip,
             average=config.average,
         )
@@ -134,7 +134,7 @@ class ClassMatching(Condensation):
         """
         on_device = choice["classes"]
         k, total = len(on_device), self.container.matched_per_class
-        n = min(self.config.synthetic_batch, total)
+        n = self.config.shown(total)
         drawn = self.side.draw(choice, k)
         rows = self._rows(on_device, n, total)
         parameters = self.side.parameters(choice)

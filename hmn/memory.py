@@ -96,7 +96,7 @@ def classes_per_chunk(
         return group if compute.device.type == "cuda" else min(compute.classes_per_call, group)
     shape = container.shape
     pixels = (shape.channels, shape.image_size, shape.image_size)
-    synthetic = min(config.synthetic_batch, container.matched_per_class)
+    synthetic = config.shown(container.matched_per_class)
     image = FLOAT * math.prod(pixels)
     # Of each class in a chunk: its graph of decoding, and about four copies of every image on its way to the step.
     once, each = decoding_bytes(container, strategy)

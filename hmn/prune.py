@@ -96,5 +96,6 @@ def search_beta(
     for beta in candidates(scores.shape[1] - keep):
         index = kept_instances(scores, keep, beta)
         kept = Images(decoded.images[index], decoded.labels[index])
-        found[beta] = quick_accuracy(judge, kept, held_out, epochs, f"search_beta_{beta}")
+        # All by the same network, order and augmentation, so that only the images differ.
+        found[beta] = quick_accuracy(judge, kept, held_out, epochs, "search_beta", slot=f"search_beta_{beta}")
     return max(found, key=found.__getitem__), found

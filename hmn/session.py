@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hmn import (
     artifacts,
@@ -38,9 +39,10 @@ from hmn.data.source import TrainingImages
 from hmn.data.splits import listing
 from hmn.errors import DataError
 from hmn.evaluate import Accuracies, Images, Judge, evaluate, quick_accuracy, recipe_of, tiny_rest
+from hmn.networks import initialise
 from hmn.plan import Plan
 from hmn.seeding import derived_seed, generator
-from hmn.training import accuracy, training_step
+from hmn.training import accuracy, features_of, training_step
 
 # What a card says of the numbers by which a coreset names its images.
 INDEX_INTO = (
@@ -257,7 +259,21 @@ class Session:
         return {"init": settings.init} | {name: value for name, value in fit.items() if name.startswith("fit_")}
 
     def _training_images(self, stream: torch.Generator) -> TrainingImages:
-        return TrainingImages(self.data.train.images, self.data.train.labels, self.data.class_names, stream)
+        """From which containers start; what is clustered is as a fresh network sees it, DREAM's way."""
+
+        @functools.cache
+        def network() -> nn.Module:
+            fresh = generator(self.config.seed, "container", "features", device=self.compute.device)
+            return initialise(self.plan.build().to(self.compute.device), fresh)
+
+        train = self.data.train
+        return TrainingImages(
+            train.images,
+            train.labels,
+            self.data.class_names,
+            stream,
+            features=lambda images: features_of(network(), images, self.judge.normalise),
+        )
 
     def _initialise(self, container: Container) -> None:
         settings = self.config.container
@@ -272,7 +288,8 @@ class Session:
     def _fit(self, container: Container) -> None:
         settings = self.config.container
         stream = generator(self.config.seed, "fit", device=self.compute.device)
-        index = self._training_images(stream).choose(container.images_per_class, settings.fit_images)
+        how = {"random": "random", "k_means": "k_means_of_pixels"}[settings.fit_images]
+        index = self._training_images(stream).choose(container.images_per_class, how)
         with self.checkpoints.timed("fit"):
             error = fit_real(
                 container,

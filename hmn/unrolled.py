@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hmn.adversary import StyleAdversary
 from hmn.compute import Compute
 from hmn.condense import SLOT, Condensation
-from hmn.config.objectives import LEAST_STUDENT_LR, UnrolledConfig
+from hmn.config.objectives import UnrolledConfig
 from hmn.containers.base import Container
 from hmn.data import augment
 from hmn.data.preprocess import Normalise
@@ -130,10 +130,14 @@ def of_every_class(classes: int, images_per_class: int, count: int) -> Batches:
 
 
 class LearnedRate:
-    """The student's learning rate alpha, a scalar on the device, and its own SGD; a ``lr`` of 0 leaves it as it is."""
+    """The student's learning rate alpha, a scalar on the device, and its own SGD, which leaves it at ``least`` or more.
 
-    def __init__(self, start: float, *, lr: float, momentum: float, device: torch.device) -> None:
+    A ``lr`` of 0 leaves it as it is.
+    """
+
+    def __init__(self, start: float, *, lr: float, momentum: float, least: float, device: torch.device) -> None:
         self.value = torch.tensor(start, device=device)
+        self.least = least
         self.learned = lr > 0
         self.optimizer = torch.optim.SGD([self.value], lr=lr, momentum=momentum)
 
@@ -142,7 +146,7 @@ class LearnedRate:
         if self.learned:
             self.value.grad = gradient
             self.optimizer.step()
-            self.value.clamp_(min=LEAST_STUDENT_LR)
+            self.value.clamp_(min=self.least)
 
     def state_dict(self) -> dict[str, Any]:
         return {"value": self.value, "optimizer": self.optimizer.state_dict()}

@@ -304,10 +304,10 @@ def test_the_best_beta_on_held_out_images_wins_and_ties_go_to_the_smaller(
     decoded = Images(torch.arange(12.0), torch.arange(12) // 6)  # one number stands for an image
     asked: dict[str, Images] = {}
 
-    def quick_accuracy(judge: str, train: Images, held_out: str, epochs: int, stream: str) -> float:
-        assert (judge, held_out, epochs) == ("judge", "held out", 30)
-        asked[stream] = train
-        return accuracies[float(stream.removeprefix("search_beta_"))]
+    def quick_accuracy(judge: str, train: Images, held_out: str, epochs: int, stream: str, slot: str) -> float:
+        assert (judge, held_out, epochs, stream) == ("judge", "held out", 30, "search_beta")
+        asked[slot] = train
+        return accuracies[float(slot.removeprefix("search_beta_"))]
 
     monkeypatch.setattr(prune, "quick_accuracy", quick_accuracy)
     found, searched = search_beta("judge", decoded, scores, 2, "held out", 30)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.func import functional_call
 from hmn import experts
 from hmn.adversary import StyleAdversary, supervised_contrast
 from hmn.build import Workshop, condensation
-from hmn.checkpoint import Checkpoints
+from hmn.checkpoint import Checkpoints, Stop
 from hmn.config.containers import HabaConfig
 from hmn.config.objectives import BpttConfig, TrajectoryMatchingConfig
 from hmn.containers import KINDS
@@ -75,8 +76,8 @@ def expert_files(tmp_path_factory) -> list[Path]:
         return Training(build, REAL.train.images, REAL.train.labels, recipe, normalise, step, *streams)
 
     folder = tmp_path_factory.mktemp("experts")
-    checkpoints = Checkpoints(folder / "unfinished", 1e9)
-    return experts.build(folder, train, 2, fingerprint="", together=1, checkpoints=checkpoints)
+    opened = partial(Checkpoints, folder / "unfinished", 1e9)
+    return experts.build(folder, train, 2, fingerprint="", together=1, stop=Stop(), open_checkpoints=opened)
 
 
 def make_haba(seed: int = 0) -> Haba:
@@ -97,7 +98,11 @@ def trajectory_run(
         generator=generator(SEED, "experts"),
     )
     rate = LearnedRate(
-        settings.student_lr, lr=settings.student_lr_lr, momentum=settings.student_lr_momentum, device=CPU.device
+        settings.student_lr,
+        lr=settings.student_lr_lr,
+        momentum=settings.student_lr_momentum,
+        least=1e-3,
+        device=CPU.device,
     )
     options = {"unrolled": unrolled(settings), "batches": shuffled(container.views(), settings.student_batch)}
     return ThroughStudent(
@@ -112,7 +117,7 @@ def bptt_run(settings: BpttConfig, container: Container | None = None, **parts: 
     options = {"real": real, "normalise": Normalise(MEAN, STD), "seed": SEED}
     goal = ClassifyReal(build(), student.cross_entropy, train.images, train.labels, **options)
     batches = of_every_class(container.classes, container.matched_per_class, settings.class_batch)
-    rate = LearnedRate(settings.student_lr, lr=0.0, momentum=0.0, device=CPU.device)
+    rate = LearnedRate(settings.student_lr, lr=0.0, momentum=0.0, least=0.0, device=CPU.device)
     return ThroughStudent(
         container, goal, settings, **{"unrolled": student, "batches": batches, "rate": rate, **shared(), **parts}
     )
@@ -275,7 +280,7 @@ def test_class_batches_take_as_many_different_images_of_every_class():
 
 
 def test_a_learned_rate_is_stepped_with_momentum_and_held():
-    rate = LearnedRate(0.01, lr=0.1, momentum=0.5, device=CPU.device)
+    rate = LearnedRate(0.01, lr=0.1, momentum=0.5, least=1e-3, device=CPU.device)
     rate.step(torch.tensor(0.02))
     assert float(rate.value) == pytest.approx(0.01 - 0.002)
     rate.step(torch.tensor(0.02))
@@ -284,8 +289,13 @@ def test_a_learned_rate_is_stepped_with_momentum_and_held():
     assert float(rate.value) == pytest.approx(0.001)
 
 
+def test_rates_are_held_where_their_papers_hold_them():
+    for name, least in {"mtt_cifar10_ipc50": 0.0, "mtt_haba": 1e-3, "mtt_speed": 1e-3, "mtt_hmn": 1e-3}.items():
+        assert configured(f"objective={name}").objective.student_lr_min == least
+
+
 def test_a_rate_that_is_not_learned_stays():
-    rate = LearnedRate(1e-4, lr=0.0, momentum=0.5, device=CPU.device)
+    rate = LearnedRate(1e-4, lr=0.0, momentum=0.5, least=1e-3, device=CPU.device)
     rate.step(torch.tensor(1.0))
     assert float(rate.value) == pytest.approx(1e-4)
 
@@ -518,7 +528,7 @@ REFUSED = {
     "objective.segment=0": "objective.segment=0: must be at least 1",
     "objective.student_dampening=1": "objective.student_dampening=1.0: must be in",
     "objective.max_start_epoch=50": "objective.max_start_epoch=50: must be at most 49: experts train for 50 epochs",
-    "objective.student_lr=1e-4": "objective.student_lr=0.0001: must be at least 0.001 while it is learned",
+    "objective.student_lr_min=0.1": "objective.student_lr=0.01: must be at least objective.student_lr_min=0.1",
     "objective.experts.count=0": "objective.experts.count=0: must be at least 1",
 }
 

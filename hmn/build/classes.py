@@ -59,7 +59,8 @@ def gradient_matching(shop: Workshop, container: Container) -> ClassMatching:
         make_step = stored_step
     else:
         side, make_step = live(config.seed, "condense"), matching_step
-    share = min(1.0, objective.synthetic_batch / container.matched_per_class) if objective.unbiased else 1.0
+    total = container.matched_per_class
+    share = objective.shown(total) / total if objective.unbiased else 1.0
     return _class_matching(shop, container, side, make_step(network, objective.metric, compute, share=share), chunk)
 
 

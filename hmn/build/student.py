@@ -73,7 +73,11 @@ def trajectory_matching(shop: Workshop, container: Container) -> ThroughStudent:
             generator=generator(config.seed, "condense", "styles"),
         )
     rate = LearnedRate(
-        objective.student_lr, lr=objective.student_lr_lr, momentum=objective.student_lr_momentum, device=device
+        objective.student_lr,
+        lr=objective.student_lr_lr,
+        momentum=objective.student_lr_momentum,
+        least=objective.student_lr_min,
+        device=device,
     )
     batches = shuffled(views, objective.student_batch)
     unrolled = _unrolled(shop)
@@ -94,7 +98,7 @@ def bptt(shop: Workshop, container: Container) -> ThroughStudent:
         seed=shop.config.seed,
     )
     batches = of_every_class(container.classes, container.matched_per_class, objective.class_batch)
-    rate = LearnedRate(objective.student_lr, lr=0.0, momentum=0.0, device=device)
+    rate = LearnedRate(objective.student_lr, lr=0.0, momentum=0.0, least=0.0, device=device)
     return _through_student(shop, container, goal, unrolled, batches, rate)
 
 

@@ -80,7 +80,7 @@ class DatasetConfig:
     # Of pixels in [0, 1]; null: measured on the training split, of all classes: what is condensed apart fits together
     mean: list[float] | None = None
     std: list[float] | None = None
-    flip: bool = True  # whether a mirrored image keeps its class: adds or drops "flip" in every strategy
+    flip: bool = True  # whether a mirrored image keeps its class: else "flip" is dropped from every strategy
     held_out_fraction: float = 0.1  # of train, per class, never trained on: every selection is judged on it
     test_fraction: float | None = None  # of each class, kept for test: digits, and a folder without test or val
     download: bool = unscientific(True)

@@ -102,7 +102,8 @@ class ImageConfig(PixelConfig):
     """Raw images."""
 
     NAME: ClassVar[str] = "image"
-    # k_means: the images nearest to the centres of per-class k-means on pixels (DREAM); first: IDC's "random"
+    # k_means: the images nearest to the centres of per-class k-means on an untrained network's features (DREAM); first:
+    # IDC's "random"
     INITS: ClassVar[tuple[str, ...]] = ("real", "noise", "k_means", "first")
 
     init: str = "real"
@@ -114,7 +115,9 @@ class MultiformationConfig(PixelConfig):
     """IDC (Kim et al., ICML 2022): every stored image is cut into f x f tiles that are each an image."""
 
     NAME: ClassVar[str] = "multiformation"
-    INITS: ClassVar[tuple[str, ...]] = ("mix", "noise", "k_means")  # mix: every tile a shrunk real image
+    # Every tile is a shrunk real image: mix: the first ones of the class (IDC); random: random ones, bilinearly (IDM);
+    # k_means: those nearest to the centres of clusters (DREAM)
+    INITS: ClassVar[tuple[str, ...]] = ("mix", "random", "noise", "k_means")
 
     init: str = "mix"
     pixel_space: str = "unit"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
 from omegaconf import MISSING
@@ -10,7 +10,6 @@ from omegaconf import MISSING
 from hmn.config.checks import at_least, check_strategy, newer, one_of, positive, require, unscientific
 
 SECTION = "objective"
-LEAST_STUDENT_LR = 1e-3  # where a learned rate is held, as HaBa and FreD do
 
 
 def fraction(config: object, *names: str, below_one: bool = False) -> None:
@@ -60,7 +59,7 @@ class ClassMatchingConfig(ObjectiveConfig):
     """Objectives that compare real and synthetic images class by class on one network."""
 
     real_batch: int = 64  # per class and step
-    synthetic_batch: int = 128  # at most this many decoded images per class and step
+    synthetic_batch: int | None = 128  # at most this many decoded images per class and step; null: all
     classes_per_step: int | None = None  # null: all; with many classes, a random group of this size
     strategy: str = "color_crop_cutout"  # siamese augmentation of real and synthetic images
     # idc: flip, all colours, one geometric operator, cutout; vico: one operator of those listed (DSA, DM, MTT)
@@ -77,6 +76,10 @@ class ClassMatchingConfig(ObjectiveConfig):
         group = self.classes_per_step
         require("objective.classes_per_step", group is None or group >= 1, group, "null or at least 1")
         check_strategy("objective.strategy", self.strategy)
+
+    def shown(self, images: int) -> int:
+        """How many of a class's ``images`` a step shows."""
+        return images if self.synthetic_batch is None else min(self.synthetic_batch, images)
 
 
 @dataclass(kw_only=True)
@@ -120,7 +123,8 @@ class GradientMatchingConfig(ClassMatchingConfig):
         super().__post_init__()
         require("objective.inner_steps", self.inner_steps is not None, "null", "a number of steps")
         one_of("objective.metric", self.metric, ("mse", "l1", "cosine"))
-        can = not self.unbiased or (self.metric == "mse" and self.synthetic_batch % 2 == 0)
+        even = self.synthetic_batch is None or self.synthetic_batch % 2 == 0
+        can = not self.unbiased or (self.metric == "mse" and even)
         require("objective.unbiased", can, "true", "false but for metric=mse and an even synthetic_batch")
         at_least(SECTION, 1, self, "network_batch", "k_means_interval")
         at_least(SECTION, 0, self, "network_samples", "network_weight_decay")
@@ -149,8 +153,9 @@ class SyntheticGradientConfig(ClassMatchingConfig):
 
     outer_steps: int = 1000
     inner_steps: int | None = None  # null: their table by images per class, 1 to 50
-    metric: str = "cosine"  # of every weight, the classifier's included, which IDC leaves out
+    metric: str = "cosine"  # of all convolutions and the classifier, which IDC leaves out
     real_batch: int = 256
+    synthetic_batch: int | None = None
     network_epochs: int | None = None  # on the synthetic set between matching steps; null: their table
     network_batch: int = 256
     network_lr: float = 0.01
@@ -194,6 +199,7 @@ class DistributionMatchingConfig(ClassMatchingConfig):
 
     outer_steps: int = 20_000
     real_batch: int = 256
+    synthetic_batch: int | None = None
     optimizer: str = "sgd"
     memory_lr: float = 1.0
     weights_lr: float = 1.0
@@ -220,8 +226,12 @@ class DistributionMatchingConfig(ClassMatchingConfig):
         at_least(SECTION, 1, self, "pool_interval", "pool_batch")
         positive(SECTION, self, "pool_lr")
         fraction(self, "pool_momentum", below_one=True)
-        trained = self.pool_networks > 0 or self.ce_weight == 0
-        require("objective.ce_weight", trained, self.ce_weight, "0 without a pool of trained networks")
+        if not self.pool_networks:
+            for item in fields(self):
+                if item.name == "ce_weight" or item.name.startswith("pool_"):
+                    value = getattr(self, item.name)
+                    rule = f"{item.default} while objective.pool_networks=0: there are no trained networks"
+                    require(f"{SECTION}.{item.name}", value == item.default, value, rule)
 
 
 @dataclass(kw_only=True)
@@ -286,6 +296,7 @@ class TrajectoryMatchingConfig(UnrolledConfig):
     student_lr: float = 0.01  # alpha, where it starts
     student_lr_lr: float = 1e-5  # of alpha's own SGD; 0: alpha stays
     student_lr_momentum: float = 0.5
+    student_lr_min: float = newer(1e-3)  # where a learned alpha is held, as HaBa, SPEED and FreD do; MTT does not: 0
     memory_lr: float = 100.0
     weights_lr: float = 100.0
     strategy: str = "color_crop_cutout_flip_scale_rotate"
@@ -294,9 +305,10 @@ class TrajectoryMatchingConfig(UnrolledConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(SECTION, 1, self, "expert_epochs", "max_start_epoch")
-        at_least(SECTION, 0, self, "student_lr_lr")
-        held = self.student_lr_lr == 0 or self.student_lr >= LEAST_STUDENT_LR
-        require("objective.student_lr", held, self.student_lr, f"at least {LEAST_STUDENT_LR} while it is learned")
+        at_least(SECTION, 0, self, "student_lr_lr", "student_lr_min")
+        held = self.student_lr_lr == 0 or self.student_lr >= self.student_lr_min
+        rule = f"at least objective.student_lr_min={self.student_lr_min} while it is learned"
+        require("objective.student_lr", held, self.student_lr, rule)
         fraction(self, "student_lr_momentum", below_one=True)
         last = self.max_start_epoch - 1 + self.expert_epochs
         rule = f"at most {self.experts.epochs + 1 - self.expert_epochs}: experts train for {self.experts.epochs} epochs"

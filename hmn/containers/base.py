@@ -16,8 +16,8 @@ class RealImages(Protocol):
     def draw(self, count: int, how: str = "random") -> Tensor:
         """``count`` training images of every class, (C * count, channels, H, W) in [0, 1], by class.
 
-        ``how``: ``random``, ``first`` of the data set, or ``k_means``, nearest to the centres of the class's clusters.
-        A class with too few images gives all of them and then repeats them.
+        ``how``: ``random``, ``first`` of the data set, or ``k_means``, nearest to the centres of a class's clusters in
+        an untrained network's features. A class with too few images gives all of them and then repeats them.
         """
 
 

@@ -159,7 +159,8 @@ class Multiformation(Container):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator, config: MultiformationConfig, real: RealImages) -> None:
-        """``mix``: the first N f^2 real images of the class, as IDC; ``k_means``: as many that stand for it (DREAM)."""
+        """``mix``: the first N f^2 real images of the class, as IDC; ``k_means``: as many that stand for it (DREAM);
+        ``random``: random ones, whose pixels are not picked but averaged (IDM)."""
         if config.init == "noise":
             self.instances.copy_(self.space.noise(tuple(self.instances.shape), generator))
             return
@@ -170,7 +171,8 @@ class Multiformation(Container):
         sides = mix_slices(self.shape.image_size, self.shape.factor)
         for tile, (rows, columns) in enumerate(product(sides, sides)):
             size = (rows.stop - rows.start, columns.stop - columns.start)
-            shrunk = F.interpolate(tiles[:, tile].flatten(0, 1), size=size, mode="nearest")
+            how = {"mode": "bilinear", "align_corners": False} if config.init == "random" else {"mode": "nearest"}
+            shrunk = F.interpolate(tiles[:, tile].flatten(0, 1), size=size, **how)
             self.instances[..., rows, columns] = shrunk.unflatten(0, (classes, stored))
 
     @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -11,12 +13,21 @@ from hmn.data.sampling import repeated_subset
 
 
 class TrainingImages:
-    """Of ``images`` (N, channels, H, W) uint8 and ``labels`` (N,), ordered by class."""
+    """Of ``images`` (N, channels, H, W) uint8 and ``labels`` (N,), ordered by class.
+
+    ``features(images)`` (n, f) is what ``k_means`` clusters, while ``k_means_of_pixels`` does without.
+    """
 
     def __init__(
-        self, images: Tensor, labels: Tensor, class_names: tuple[str, ...], generator: torch.Generator
+        self,
+        images: Tensor,
+        labels: Tensor,
+        class_names: tuple[str, ...],
+        generator: torch.Generator,
+        features: Callable[[Tensor], Tensor],
     ) -> None:
         self.images, self.labels, self.class_names, self.generator = images, labels, class_names, generator
+        self.features = features
 
     def draw(self, count: int, how: str = "random") -> Tensor:
         """``count`` images of every class: see ``containers.base.RealImages``."""
@@ -31,7 +42,8 @@ class TrainingImages:
     def _of_class(self, label: int, count: int, how: str) -> Tensor:
         members = (self.labels == label).nonzero().flatten()
         distinct = min(count, len(members))
-        if how == "k_means":
-            pixels = unit_range(self.images[members]).flatten(1)
-            members = members[nearest_to_centres(pixels, distinct, self.generator)]
+        if how in ("k_means", "k_means_of_pixels"):
+            images = self.images[members]
+            found = self.features(images) if how == "k_means" else unit_range(images).flatten(1)
+            members = members[nearest_to_centres(found, distinct, self.generator)]
         return members[torch.arange(count, device=members.device) % distinct]

@@ -190,7 +190,7 @@ def test_bound_is_idcs_128_unless_given():
     ("side", "factor", "sides"),
     [(8, 2, [4, 4]), (28, 3, [10, 9, 9]), (224, 3, [75, 75, 74]), (11, 4, [3, 3, 3, 2]), (8, 1, [8])],
 )
-@pytest.mark.parametrize(("init", "how"), [("mix", "first"), ("k_means", "k_means")])
+@pytest.mark.parametrize(("init", "how"), [("mix", "first"), ("random", "random"), ("k_means", "k_means")])
 def test_real_images_shrink_to_tiles_in_the_order_of_the_images(side, factor, sides, init, how):
     container = made(instances=2, side=side, factor=factor)
     real = Real(side)
@@ -203,7 +203,19 @@ def test_real_images_shrink_to_tiles_in_the_order_of_the_images(side, factor, si
                 top, left = sum(sides[:row]), sum(sides[:column])
                 cut = container.instances[label, image, :, top : top + sides[row], left : left + sides[column]]
                 assert cut.shape == (3, sides[row], sides[column])
-                assert torch.equal(cut, torch.full_like(cut, (100 * label + tile * 2 + image) / 1000))
+                grey = torch.full_like(cut, (100 * label + tile * 2 + image) / 1000)
+                torch.testing.assert_close(cut, grey, rtol=1e-6, atol=0)
+
+
+def test_random_images_are_averaged_as_they_shrink():
+    container = made(instances=1, side=8, classes=1, factor=2)
+    images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    real = Real(8)
+    real.draw = lambda _count, _how: images
+    container.initialise(torch.Generator(), configured(init="random"), real)
+    averaged = images.unfold(2, 2, 2).unfold(3, 2, 2).mean((-2, -1))  # by half, bilinear is the mean of 2 x 2
+    rows = [torch.cat([averaged[2 * row], averaged[2 * row + 1]], -1) for row in range(2)]
+    torch.testing.assert_close(container.instances[0, 0].detach(), torch.cat(rows, -2))
 
 
 def test_mix_takes_the_nearest_pixel_and_stores_it_in_the_containers_space():

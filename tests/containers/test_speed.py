@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor
 
+from hmn import artifacts
 from hmn.budget import budget_floats
 from hmn.config.containers import SpeedConfig
 from hmn.containers import KINDS, rebuild, storage
@@ -239,6 +241,16 @@ def test_refused_pruning_leaves_codes_and_positions():
     with pytest.raises(ValueError, match="every class"):
         container.keep(torch.tensor([0, 1, 3]))
     assert container.instances.shape == container.positions.shape == (2, 3, 3, 7)
+
+
+def test_positions_take_as_many_bytes_whatever_the_numbers_are(tmp_path):
+    container = started()
+    container.finish()
+    card = artifacts.save(tmp_path, container, {}, "float16")
+    on_disk = sum(tensor.nbytes for tensor in load_file(tmp_path / artifacts.TENSORS).values())
+    spare = artifacts.stored_bytes(card) - on_disk  # half a float where an image has an odd number of positions
+    assert 0 <= spare <= 2 * container.instances.shape[1] * container.classes
+    assert on_disk > 2 * container.storage_floats()
 
 
 @pytest.mark.parametrize("finished", [False, True])
