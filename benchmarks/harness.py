@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 import time
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from hmn.checkpoint import write_text
 from hmn.compute import keep_heap_pages
-from hmn.results import provenance
+from hmn.results import cpu_name, provenance
 
 SCHEMA_VERSION = 1
 COMPILE_CACHE = "HMN_BENCHMARK_COMPILE_CACHE"  # what `make bench` says of the cache it gives its parts
@@ -99,7 +98,8 @@ def prepare(options: argparse.Namespace) -> torch.device:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.backends.cudnn.benchmark = True  # as IDC's own code; fixed algorithms would slow both sides down
-    torch._dynamo.config.recompile_limit = 64  # every form is one more version of the same functions
+    # Every form is one more version of the same functions. PyTorch 2.7 calls it recompile_limit, too.
+    torch._dynamo.config.cache_size_limit = 64
     return device_of(options)
 
 
@@ -330,13 +330,7 @@ def greatest(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{named[0] if named else name}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
+    return f"{cpu_name()}, {os.cpu_count()} cores"
 
 
 def header(options: argparse.Namespace, device: torch.device, images: str) -> dict[str, Any]:

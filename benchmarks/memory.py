@@ -52,11 +52,13 @@ def child(options: argparse.Namespace, device: torch.device) -> dict[str, int | 
     part = importlib.import_module(MODULES[options.child])
     (form,) = (form for form in part.planned(harness.kind_of(options), options) if form.name == options.forms[0])
     (variant,) = part.variants([form], problem.make(options, device), options)
-    idle, _ = used(device)
+    compute = Compute(device)
+    compute.begin_peak()  # what a bank took to be made is none of the form's
+    idle = compute.current_bytes()
     for _ in range(2):
         harness.timed(variant, device)
-    most, reserved = used(device)
-    return {"idle": idle, "peak": most, "reserved": reserved}
+    _, reserved = used(device)
+    return {"idle": idle, "peak": compute.recent_peak_bytes(), "reserved": reserved}
 
 
 def used(device: torch.device) -> tuple[int, int | None]:

@@ -29,7 +29,7 @@ def draw(folder: Path, output: Path) -> None:
     steps = [point["step"] for point in result["curve"]]
     percents = [100 * point["held_out_accuracy"] for point in result["curve"]]
     above.plot(steps, percents, "o-", label="over budget, while condensing")
-    if (pruned := result["pruning"].get("held_out_accuracy")) is not None:
+    if result["pruning"]["cut_per_class"] and (pruned := result["pruning"].get("held_out_accuracy")) is not None:
         above.plot(steps[-1], 100 * pruned, "s", label="pruned to the budget")
     above.set_ylabel("held-out accuracy, %")
     above.set_title(f"{result['data']['name']}, {result['network']}: one network a point, short training", fontsize=10)

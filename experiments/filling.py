@@ -41,6 +41,7 @@ class Value:
     better: Callable[..., Any] | None = None  # max or min of a column is its best
     exact: bool = False  # a count: equal ones have no spread worth showing
     per_network: bool = False  # one sample for every network
+    of_machine: bool = False  # compares runs of one machine alone
 
 
 def _networks(result: Mapping[str, Any]) -> list[float]:
@@ -87,6 +88,10 @@ def _condense_hours(result: Mapping[str, Any]) -> list[float] | None:
     return [(result["condense_seconds"] + fit) / 3600]
 
 
+def _condense_peak(result: Mapping[str, Any]) -> list[float] | None:
+    return [result["condense_peak_bytes"] / 2**30] if "condense_peak_bytes" in result else None
+
+
 VALUES = {
     "accuracy": Value("test accuracy", "%", 2, _networks, max, per_network=True),
     "best_accuracy": Value("best of the tests", "%", 2, lambda result: [100 * result["accuracy"]["best_mean"]], max),
@@ -97,9 +102,10 @@ VALUES = {
     "stored_floats": Value("stored floats", "", 0, lambda result: [float(result["stored_floats"])], exact=True),
     "stored_bytes": Value("stored bytes", "", 0, _stored_bytes, exact=True),
     "instance_floats": Value("floats of an instance memory", "", 0, _instance_floats, exact=True),
-    "peak_gib": Value("peak memory", "GiB", 2, lambda result: [result["peak_bytes"] / 2**30], min),
-    "condense_hours": Value("condensing time", "hours", 3, _condense_hours, min),
-    "wall_hours": Value("time of the whole run", "hours", 3, lambda result: [_hours(result)], min),
+    "peak_gib": Value("peak memory", "GiB", 2, lambda result: [result["peak_bytes"] / 2**30], min, of_machine=True),
+    "condense_peak_gib": Value("peak memory of condensing", "GiB", 2, _condense_peak, min, of_machine=True),
+    "condense_hours": Value("condensing time", "hours", 3, _condense_hours, min, of_machine=True),
+    "wall_hours": Value("time of the whole run", "hours", 3, lambda result: [_hours(result)], min, of_machine=True),
 }
 # A published unit in that of the value it is compared with. GPU tools call 2^20 bytes an MB.
 CONVERTED = {("MB", "GiB"): 1 / 1024, ("days", "hours"): 24.0}
@@ -265,7 +271,7 @@ def fill(sweep: Sweep, *, mix: bool = False, kept: Path | None = None) -> Filled
     return Filled(
         table,
         command,
-        tuple(_with_best(entries)),
+        tuple(_with_best(entries, machines=len({result["device"] for result in results.values()}))),
         tuple([*([SMOKE] if smoke else []), *_footer([*results.values()], command)]),
     )
 
@@ -308,12 +314,13 @@ def _refuse_mixture(name: str, results: Mapping[str, Mapping[str, Any]]) -> None
         raise ConfigError(f"{name}: results of {len(codes)} code versions, {listed}: --mix shows them in one table")
 
 
-def _with_best(entries: Sequence[Entry]) -> Iterator[Entry]:
-    """Mark the best of every column that has at least two to compare."""
+def _with_best(entries: Sequence[Entry], machines: int) -> Iterator[Entry]:
+    """Mark the best of every column that has at least two to compare, and what of one of several machines is none."""
     best: dict[tuple[str, tuple[str, ...]], float] = {}
     for key in {(entry.value, entry.column) for entry in entries}:
         means = [e.measured.mean for e in entries if (e.value, e.column) == key and e.measured and not e.reference]
-        better = VALUES[key[0]].better
+        value = VALUES[key[0]]
+        better = None if value.of_machine and machines > 1 else value.better
         if better is not None and len(means) > 1:
             best[key] = better(means)
     for entry in entries:

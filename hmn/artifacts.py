@@ -195,6 +195,8 @@ def tensors_file(path: str | Path) -> Path:
     found = path / TENSORS if path.is_dir() else path
     if not found.exists():
         raise ArtifactError(f"artifact={path}: no {TENSORS} there; give a finished run's folder")
+    if found.suffix != Path(TENSORS).suffix:
+        raise ArtifactError(f"artifact={path}: no file of tensors; give its folder, or {TENSORS} in it")
     return found
 
 
@@ -210,6 +212,8 @@ def read_card(artifact: str | Path) -> dict[str, Any]:
     Raises ``ArtifactError`` if it is missing, incomplete or of another version.
     """
     path = card_file(artifact)
+    if path == Path(artifact):
+        tensors_file(artifact)  # which refuses it
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

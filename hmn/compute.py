@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -43,7 +44,20 @@ class Compute:
             return function
         return _timed_once(torch.compile(function, fullgraph=True, dynamic=False))
 
+    def begin_peak(self) -> None:
+        """From here :meth:`recent_peak_bytes` counts, where the system can begin anew (CUDA, Linux)."""
+        _highest[self.device] = self.peak_bytes()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
+
     def peak_bytes(self) -> int:
+        """The most that was held at once so far: of the device's memory, or by the process on a CPU."""
+        return max(self.recent_peak_bytes(), _highest.get(self.device, 0))
+
+    def recent_peak_bytes(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         try:  # the resident peak of getrusage starts from that of the process that started this one
@@ -71,6 +85,7 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
 
 
+_highest: dict[torch.device, int] = {}  # peaks of before the last :meth:`Compute.begin_peak`
 compile_seconds: list[float] = []  # the first call of every compiled function of this process, one execution included
 
 

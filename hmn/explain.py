@@ -76,8 +76,9 @@ def _lack(error: BaseException) -> str | None:
     out = isinstance(error, MemoryError | torch.OutOfMemoryError)
     said = re.search(r"can't allocate memory|not enough memory|bad_alloc", text)
     if out or (isinstance(error, RuntimeError) and said):
-        advice = "lower compute.memory_limit or compute.classes_per_call, or compute.networks_together"
-        return f"out of memory: {advice}, and the same command goes on from the last checkpoint"
+        steps = "set compute.memory_limit, or a lower compute.classes_per_call or compute.networks_together"
+        batches = "lower container.fit_batch, objective.real_batch or evaluation.batch (another run)"
+        return f"out of memory: {steps}, and the same command goes on from the last checkpoint; else {batches}"
     return None
 
 

@@ -13,7 +13,7 @@ from hmn.config import require
 from hmn.config.objectives import ClassMatchingConfig
 from hmn.containers.base import Container
 from hmn.data import augment
-from hmn.objectives.distance import Matched, convolution_weights
+from hmn.objectives.distance import Matched, all_weights, convolution_weights
 from hmn.objectives.gradient import loop
 
 FLOAT = 4
@@ -126,7 +126,8 @@ def images_per_chunk(
     parameters = sum(parameter.numel() for parameter in network.parameters())
     # All images and the gradients of their pixels, beside what the student needs.
     shown = 2 * container.classes * container.matched_per_class * math.prod(pixels)
-    student = SLACK * (batch * matching_bytes(network, pixels, "mse") + FLOAT * (kept * parameters + shown))
+    step = batch * matching_bytes(network, pixels, "mse", all_weights)
+    student = SLACK * (step + FLOAT * (kept * parameters + shown))
     once, each = (SLACK * ALIVE * value for value in decoding_bytes(container, "none"))
     chunk = int((limit * 2**30 - compute.current_bytes() - student - once) / each)
     least = (compute.current_bytes() + student + once + each) / 2**30

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -30,8 +31,9 @@ from hmn.cost import Step, step_flops, training_flops
 from hmn.data import datasets
 from hmn.errors import ArtifactError
 
-# Per class; a full set's size is not known before it is read, and this is CIFAR-10's and SVHN's order.
-TRAIN_IMAGES = 5000
+# Per class, before any are held out; of other sets the size is not known before they are read.
+TRAIN_IMAGES = {"svhn": 7326, "cifar100": 500, "tiny_imagenet": 500, "imagenet10": 1300, "digits": 144}
+OTHER_TRAIN_IMAGES = 5000  # CIFAR-10's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Plan:
     def run_id(self) -> str:
         """A readable head and a hash of all that the result depends on."""
         config = self.config
-        head = [datasets.display_name(config.dataset).replace("/", "_")]
+        # Of a folder's name what files and W&B take.
+        head = [re.sub(r"[^\w.-]", "_", datasets.display_name(config.dataset))]
         if config.mode in ("run", "random_subset"):
             head.append(f"ipc{config.memory.images_per_class}")
         name = config.container.name if config.mode == "run" else config.mode
@@ -101,7 +104,14 @@ class Plan:
     def expert_flops(self) -> int:
         """Of training the experts that trajectory matching aims at, where none are kept yet."""
         experts = getattr(self.config.objective, "experts", None)
-        return experts.count * experts.epochs * self.data.classes * TRAIN_IMAGES * self.training_flops if experts else 0
+        return int(experts.count * experts.epochs * self.train_images * self.training_flops) if experts else 0
+
+    @property
+    def train_images(self) -> float:
+        """Expected, of all classes, without those held out."""
+        dataset = self.config.dataset
+        per_class = TRAIN_IMAGES.get(dataset.kind, OTHER_TRAIN_IMAGES)
+        return self.data.classes * per_class * (1 - dataset.held_out_fraction)
 
     @property
     def matching_steps(self) -> int:
@@ -125,7 +135,7 @@ class Plan:
             return 0.0
         container = self.config.container
         epochs = (container.networks or 0) * (container.epochs or 0)
-        return float(epochs * self.data.classes * TRAIN_IMAGES * self.training_flops)
+        return float(epochs * self.train_images * self.training_flops)
 
     @property
     def judging_images(self) -> float:
@@ -141,7 +151,7 @@ class Plan:
             case "redundancy":
                 return self.kept_images * sum(1 - share for share in config.redundancy.drop)
             case _:
-                return classes * TRAIN_IMAGES
+                return self.train_images
 
     @property
     def epochs(self) -> int:

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from hmn import distributed
 from hmn.checkpoint import Stop, atomic_write, exclusive
-from hmn.compute import at_once
 from hmn.data.preprocess import Normalise
 from hmn.errors import ArtifactError
 from hmn.evaluate import Images, Judge
 from hmn.networks import Builder
 from hmn.prune import margins
-from hmn.training import Training, logits_of, train_networks
+from hmn.training import Training, features_of, logits_of, train_networks
 
 SLOT = "coreset"  # of the checkpoints, and the stream of the networks' seeds
 
@@ -135,13 +134,6 @@ def remembered(
     return made
 
 
-@torch.no_grad()
 def features(networks: Sequence[nn.Module], images: Tensor, normalise: Normalise) -> Tensor:
     """What the last layer of every network sees of un-augmented ``images``, side by side: (n, len(networks) * d)."""
-    joined = []
-    for network in networks:
-        network.eval()
-        chunks = images.split(at_once(500, images.shape[-1]))
-        inputs = (normalise(chunk).contiguous(memory_format=torch.channels_last) for chunk in chunks)
-        joined.append(torch.cat([network.features(chunk) for chunk in inputs]))
-    return torch.cat(joined, 1)
+    return torch.cat([features_of(network, images, normalise) for network in networks], 1)

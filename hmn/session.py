@@ -94,7 +94,7 @@ class Session:
         mean, std = tuple(self.data.mean), tuple(self.data.std)
         container = self.plan.container(stored.over_budget_instances, mean, std).to(self.compute.device)
         # What the later stages recorded is recorded again, whether they are repeated or read back.
-        for step_key in ("prune/step", "prune/candidate", "evaluate/network"):
+        for step_key in ("prune/step", "prune/candidate"):
             self.tracker.rewind(step_key, -1)
         condensed = self._condensed(container)
         over_budget = Images(*decode_all(container))
@@ -109,7 +109,8 @@ class Session:
         if config.evaluation.curve_points:
             epochs = config.evaluation.curve_epochs
             pruned = quick_accuracy(self.judge, Images(images, labels), self.held_out, epochs, "curve_pruned")
-            self.tracker.log({"curve/pruned_accuracy": pruned}, step_key="prune/step", step=0)
+            if pruning["cut_per_class"]:  # else the last point of the curve has judged this set
+                self.tracker.log({"curve/pruned_accuracy": pruned}, step_key="prune/step", step=0)
             pruning["held_out_accuracy"] = pruned
         made = {"start": self._start(), "objective": dataclasses.asdict(config.objective), "pruning": pruning}
         return {
@@ -167,15 +168,21 @@ class Session:
         }
 
     def _condensed(self, container: Container) -> dict[str, Any]:
-        """Condense ``container``, or take what a run that condenses alike has kept; returns what the result tells."""
+        """Condense ``container``, or take what a run that condenses alike has kept; returns what the result tells.
+
+        A run that has condensed alone keeps its own: what it has begun to judge is of that.
+        """
         if not self.config.compute.share_condensed:
             return self._condense(container)
+        own = self.checkpoints.load(condense.SLOT)
+        done = own is not None and own["step"] == self.plan.matching_steps
         folder = condensations.folder_of(self.plan, self.data.fingerprint, self.provenance["code"])
         # Of several processes the first holds the folder for all, and what it finds there is every one's.
         alone = exclusive(folder, wait=self.checkpoints.stop) if distributed.first() else contextlib.nullcontext()
         with alone:
             distributed.agree(0)  # nobody looks before the first holds it
-            if (made := distributed.from_first(lambda: condensations.load(folder, container))) is None:
+            made = None if done else distributed.from_first(lambda: condensations.load(folder, container))
+            if made is None:
                 made = self._condense(container) | {"condensed_by": self.plan.run_id}
                 if distributed.first() and len(self.checkpoints.codes) == 1:  # else it is not of the folder's sources
                     condensations.save(folder, container, made)
@@ -183,21 +190,22 @@ class Session:
                 if not distributed.first():
                     container.finish()
                 distributed.copy_first_(container.state_dict().values())
-                if made["condensed_by"] != self.plan.run_id:
-                    for step_key in ("condense/step", "curve/step"):  # of what this run had begun to condense itself
-                        self.tracker.rewind(step_key, -1)
+                for step_key in ("condense/step", "curve/step"):  # of what this run had begun to condense itself
+                    self.tracker.rewind(step_key, -1)
                 print(f"condensed by {made['condensed_by']} already: {folder / condensations.TENSORS}")
         return made
 
     def _condense(self, container: Container) -> dict[str, Any]:
         """Condense ``container`` into the form that is kept; returns what the result tells of it."""
         work = self._condensation(container)
+        peak = self.compute.recent_peak_bytes()
         work.settle(container)
         seconds = self.checkpoints.seconds
         return {
             "curve": [{"step": step, "held_out_accuracy": value} for step, value in sorted(work.curve.items())],
             "condense_steps": work.step,
             "condense_seconds": work.seconds,
+            "condense_peak_bytes": peak,  # of this sitting, without banks, experts and what judges the set
             "fit_seconds": seconds.get("fit", 0.0),
             **work.measured(),
         }
@@ -238,6 +246,7 @@ class Session:
 
         if work.step == 0:
             self._log_grid(container, 0)
+        self.compute.begin_peak()
         with self.checkpoints.timed("condense"):
             condense.condense(
                 work,
@@ -281,9 +290,21 @@ class Session:
         stream = generator(self.config.seed, "container", device=self.compute.device)
         if settings.init == KEPT:
             container.initialise(stream, dataclasses.replace(settings, init=settings.INITS[0], start=None), real)
-            container.load_state_dict(artifacts.load_condensed(settings.start).container.state_dict())
+            kept = artifacts.load_condensed(settings.start)
+            self._check_start(container, kept.card["data"])
+            container.load_state_dict(kept.container.state_dict())
         else:
             container.initialise(stream, settings, real)
+
+    def _check_start(self, container: Container, kept: dict[str, Any]) -> None:
+        """Refuse a set of other classes, or one whose pixels are normalised by other statistics than these data's."""
+        normalised = getattr(container.shape, "pixel_space", None) == "normalised"
+        own = {"class_names": list(self.data.class_names)}
+        own |= {"mean": list(self.data.mean), "std": list(self.data.std)} if normalised else {}
+        for key, value in own.items():
+            if kept[key] != value:
+                start = self.config.container.start
+                raise DataError(f"container.start={start}: its {key} is {kept[key]}, that of these data {value}")
 
     def _fit(self, container: Container) -> None:
         settings = self.config.container
@@ -435,6 +456,7 @@ class Session:
 
     def _evaluate(self, train: Images) -> Accuracies:
         found = self._trained_on(train, "evaluate")
+        self.tracker.rewind("evaluate/network", -1)
         for index, value in enumerate(found.last):
             self.tracker.log({"evaluate/accuracy": value}, step_key="evaluate/network", step=index)
         return found

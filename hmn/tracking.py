@@ -9,6 +9,7 @@ for its metric nowhere else.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -288,10 +289,11 @@ def _start_wandb(mode: str, **options: Any) -> wandb.Run:
             return run
         except Exception as error:  # not only wandb.Error: its service answers some failures with plain exceptions
             reason = _one_line(error)
-            wandb.teardown()  # the service still holds the id of the run that did not start
+            with contextlib.suppress(Exception):  # a service that is gone
+                wandb.teardown()  # the service still holds the id of the run that did not start
     try:
         run = wandb.init(mode="offline", settings=_settings("offline"), **options)
-    except (wandb.Error, OSError) as error:
+    except Exception as error:
         advice = "mend that, or set tracking.mode=disabled to keep only the local files"
         raise HmnError(f"W&B did not start ({_one_line(error)}): {advice}") from error
     folder = shlex.quote(str(options["dir"] / "wandb"))

@@ -362,9 +362,9 @@ def logits_of(network: nn.Module, images: Tensor, normalise: Normalise, batch: i
     return _in_chunks(network, network, images, normalise, batch)
 
 
-def features_of(network: nn.Module, images: Tensor, normalise: Normalise, batch: int | None = None) -> Tensor:
+def features_of(network: nn.Module, images: Tensor, normalise: Normalise) -> Tensor:
     """What the classifier sees (N, f) of un-augmented images, in fp32."""
-    return _in_chunks(network, network.features, images, normalise, batch)
+    return _in_chunks(network, network.features, images, normalise, None)
 
 
 @torch.no_grad()

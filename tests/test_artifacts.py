@@ -150,6 +150,13 @@ def test_halves_are_kept_as_such_and_load_as_the_numbers_that_were_judged(tmp_pa
     assert artifacts.stored_bytes({"stored_floats": 5}) == 20  # of cards that are older than the choice
 
 
+def test_another_file_of_the_folder_is_no_set(tmp_path):
+    artifacts.save(tmp_path, container(), {"budget": {"floats": 10**6}, "data": {"name": "toy"}})
+    for load in (load_condensed, artifacts.read_card):
+        with pytest.raises(ArtifactError, match="card.json: no file of tensors; give its folder, or condensed.saf"):
+            load(tmp_path / "card.json")
+
+
 @pytest.mark.parametrize(("number", "told"), [("float32", "torch.float16 instead of torch.float32"), ("int4", "int4")])
 def test_a_card_that_tells_other_numbers_is_refused(tmp_path, number, told):
     artifacts.save(tmp_path, rounded(), {"budget": {"floats": 10**6}, "data": {"name": "toy"}}, "float16")

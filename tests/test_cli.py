@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 import hmn
 from hmn.config import Config
 from hmn.explain import explain
+from hmn.results import cpu_name
 from tests.command import ROOT, TINY, Outcome, planned, run, start
 from tests.wandb_reader import read_offline_run, without_login
 
@@ -109,7 +110,8 @@ def test_the_result_tells_what_was_measured_with_which_code_on_what(finished):
     assert (result["schema_version"], result["run_id"], result["mode"]) == (1, plan.run_id, "run")
     assert set(result) >= {"commit", "dirty", "packages", "python", "device", "wall_seconds", "peak_bytes"}
     assert result["packages"]["torch"] == importlib.metadata.version("torch")
-    assert result["device"] == "cpu, 1 threads"
+    assert result["device"] == f"{cpu_name()}, 1 threads"
+    assert 10**7 < result["condense_peak_bytes"] <= result["peak_bytes"]
     assert set(result["wall_seconds"]) == {"condense", "score", "search_beta", "evaluate"}
     assert all(seconds > 0 for seconds in result["wall_seconds"].values())
     assert 10**7 < result["peak_bytes"] < 10**11

@@ -270,3 +270,14 @@ def test_a_system_without_glibc_is_told_so(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(compute.ctypes, "CDLL", absent)
     assert compute.keep_heap_pages() is False
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system's peaks cannot begin anew")
+def test_a_peak_begins_anew_and_the_highest_stays_known():
+    compute = Compute(torch.device("cpu"))
+    large = torch.ones(32 << 20)
+    del large
+    before = compute.peak_bytes()
+    compute.begin_peak()
+    assert compute.recent_peak_bytes() < before - (100 << 20)
+    assert compute.peak_bytes() == before

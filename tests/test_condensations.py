@@ -165,6 +165,18 @@ def test_a_killed_run_keeps_its_record_of_what_it_condensed_itself(tmp_path):
     assert steps == list(range(1, result["condense_steps"] + 1))
 
 
+def test_a_run_that_has_condensed_alone_and_begun_to_judge_keeps_its_own(tmp_path):
+    """Another run may have condensed the same, in other numbers, and have kept it meanwhile."""
+    given = (*TINY, "evaluation.epochs=60", "compute.checkpoint_every_seconds=0")
+    command = start(tmp_path, *given)
+    command.wait_for(lambda: any(tmp_path.glob("runs/*/checkpoints/evaluate.pt")))
+    command.process.kill()
+    command.finish()
+    assert run(tmp_path, *TINY, SHARED, *AFTER["networks"]).code == 0
+    outcome = run(tmp_path, *given, SHARED)
+    assert outcome.code == 0 and "condensed by" not in outcome.out
+
+
 def test_what_two_versions_of_the_sources_condensed_is_not_shared(tmp_path):
     given = (*TINY, SHARED, "objective.outer_steps=40", "compute.checkpoint_every_seconds=0")
     command = start(tmp_path, *given)

@@ -139,6 +139,11 @@ def test_dc_asks_for_its_loops_where_its_table_has_none():
     assert (plan.config.objective.inner_steps, plan.config.objective.network_epochs) == (50, 10)
 
 
+def test_a_run_id_has_what_files_and_trackers_take_of_a_name():
+    named = planned("dataset=cifar10", 'dataset.name="John\'s birds: 2#3"').run_id
+    assert named.startswith("John_s_birds__2_3-ipc1-hmn-")
+
+
 def test_expected_flops_are_those_of_condensing_and_of_training_the_judges():
     small = ("dataset=cifar10", "objective.outer_steps=2", "objective.inner_steps=3", "evaluation.networks=4")
     plan = planned(*small, "evaluation.epochs=5")
@@ -146,7 +151,9 @@ def test_expected_flops_are_those_of_condensing_and_of_training_the_judges():
     assert plan.expected_flops == condensing + 4 * 5 * 380 * TRAINING
     assert planned(*small, "evaluation.epochs=5", "mode=random_subset").expected_flops == 4 * 5 * 10 * TRAINING
     full = planned(*small, "evaluation.full_data_epochs=2", "mode=full_data")
-    assert full.expected_flops == 4 * 2 * 50_000 * TRAINING
+    assert full.expected_flops == 4 * 2 * 45_000 * TRAINING  # without the tenth that is held out
+    hundred = planned("dataset=cifar100", "evaluation.full_data_epochs=2", "mode=full_data", "evaluation.networks=4")
+    assert hundred.expected_flops == 4 * 2 * 45_000 * hundred.training_flops
 
 
 def test_expected_flops_of_judging_kept_sets_are_those_of_their_images(monkeypatch):

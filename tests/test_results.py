@@ -153,4 +153,4 @@ def test_without_git_there_is_no_commit(checkout, monkeypatch):
 
 
 def test_a_cpu_is_named_with_its_threads():
-    assert results.device_name(torch.device("cpu")) == f"cpu, {torch.get_num_threads()} threads"
+    assert results.device_name(torch.device("cpu")) == f"{results.cpu_name()}, {torch.get_num_threads()} threads"

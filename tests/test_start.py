@@ -89,6 +89,13 @@ def test_a_set_that_does_not_fit_is_refused_in_one_line(tmp_path, why):
     assert outcome.complaint.startswith("container.start=") and told in outcome.complaint
 
 
+def test_a_set_of_other_classes_is_refused_in_one_line(tmp_path):
+    first = kept(tmp_path, *ALONE, "memory=ipc10", "dataset.class_range=[0,2]")
+    outcome = run(tmp_path, *ALONE, "memory=ipc10", "dataset.class_range=[2,4]", FROM, f"container.start={first}")
+    assert outcome.code == 2
+    assert "its class_names is ['0', '1'], that of these data ['2', '3']" in outcome.complaint
+
+
 def test_init_and_start_are_given_together():
     with pytest.raises(ConfigError, match="container.start=null: must be given with container.init=kept"):
         configured(*ALONE, FROM)

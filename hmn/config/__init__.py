@@ -19,7 +19,6 @@ from omegaconf import MISSING, DictConfig, MissingMandatoryValue, OmegaConf
 
 from hmn.config import containers, objectives, sweeps
 from hmn.config.checks import (
-    STRATEGY_OPS,
     check_strategy,
     identity_of,
     newer,
@@ -33,7 +32,6 @@ from hmn.config.sweeps import LauncherConfig, SweepConfig
 from hmn.errors import ConfigError
 
 __all__ = [  # what other modules take from here
-    "STRATEGY_OPS",
     "BankConfig",
     "ContainerConfig",
     "GradientMatchingConfig",

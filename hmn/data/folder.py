@@ -15,6 +15,8 @@ from hmn.errors import DataError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
 
+SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}  # in lower case
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tree:
@@ -44,12 +46,16 @@ def find(root: Path, test_fraction: float | None) -> Tree:
     train = root / "train" if "train" in top and _has_folders(root / "train") else root
     if train == root and set(top) <= {"train", "test", "val"}:
         raise DataError(f"dataset.root={root}: no class folders in it or its train/, make one per class")
+    if train == root and set(map(str.lower, top)) <= SPLITS:
+        raise DataError(f"dataset.root={root}: {listing(top)} are no classes: name the folders train/ and test/")
     tests = [name for name in ("test", "val") if train != root and name in top and _has_folders(root / name)]
     if tests and test_fraction is not None:
         raise DataError(f"dataset.test_fraction={test_fraction}: must be null, {root} has {tests[0]}/")
     if not tests and test_fraction is None:
+        near = [f"name {name}/ test/, or " for name in top if name != "train" and name.lower() in SPLITS][:1]
         raise DataError(
-            f"dataset.root={root}: no class folders in a test/ or val/ beside train/, set dataset.test_fraction"
+            f"dataset.root={root}: no class folders in a test/ or val/ beside train/, {''.join(near)}set "
+            "dataset.test_fraction"
         )
     notes = (f"{root / 'val'} is not used: {root / 'test'} is the test split",) if len(tests) == 2 else ()
     if train != root and (others := sorted(set(top) - {"train", "test", "val"})):
@@ -150,6 +156,6 @@ def _files(folder: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))  # of two links one is followed
         found += [Path(where, name) for name in names if not name.startswith(".")]
     return sorted(found)

@@ -100,6 +100,8 @@ def check_imagenet10(root: Path) -> None:
 
 def fetch(root: Path, filename: str, url: str, md5: str, download: bool) -> Path:
     """The archive ``root/filename``, downloaded if need be and allowed, its checksum verified."""
+    if root.exists() and not root.is_dir():
+        raise DataError(f"dataset.root={root}: is a file: give the folder that it lies in")
     utils = vision.torchvision().datasets.utils
     path = root / filename
     if path.is_file():

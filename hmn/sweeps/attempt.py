@@ -67,8 +67,8 @@ def attempt(
     attempts = 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FAILURE).unlink(missing_ok=True)
         while not stop.is_set():
+            (folder / FAILURE).unlink(missing_ok=True)
             attempts += 1
             code = _run(task, folder, environment or {}, stop, keep_open)
             if code == 0:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from hmn import distributed
-from hmn.config import require
+from hmn.config import LauncherConfig, require
+from hmn.config.sweeps import LocalConfig
 from hmn.errors import ConfigError
 from hmn.explain import in_one_line
 from hmn.report import text_table
 from hmn.sweeps import state
 from hmn.sweeps.attempt import end_with_parent
+from hmn.sweeps.launchers import local
 from hmn.sweeps.pace import flops_per_second
 from hmn.sweeps.planning import Planned, by_run, work
 from hmn.sweeps.search import search
@@ -128,12 +131,27 @@ def plan_text(sweep: Sweep, planned: Sequence[Planned]) -> str:
 
 def _rate(sweep: Sweep, runs: Mapping[str, Planned], done: Mapping[str, dict[str, Any]]) -> tuple[float, str]:
     """Operations per second of one slot, and how they are known."""
-    seconds = sum(sum(result["wall_seconds"].values()) for result in done.values())
+    # Making a bank, which others share, is not in what is expected.
+    walls = (result["wall_seconds"] for result in done.values())
+    seconds = sum(value for wall in walls for stage, value in wall.items() if stage != "bank")
     flops = work(runs[run_id] for run_id in done)
     if seconds and flops:
         return flops / seconds, f"as the {len(done)} finished runs took"
     cuda = torch.cuda.is_available() and getattr(sweep.launcher, "gpus", None) != 0
-    return flops_per_second(torch.device("cuda" if cuda else "cpu")), "by one timed convolution"
+    with _threads_of(sweep.launcher):
+        return flops_per_second(torch.device("cuda" if cuda else "cpu")), "by one timed convolution"
+
+
+@contextlib.contextmanager
+def _threads_of(launcher: LauncherConfig) -> Iterator[None]:
+    """Compute with as many threads as one of its slots has, as far as this machine has them."""
+    before = torch.get_num_threads()
+    if isinstance(launcher, LocalConfig):
+        torch.set_num_threads(int(local.slots(launcher)[0].environment["OMP_NUM_THREADS"]))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _shown(number: float) -> str:

@@ -19,7 +19,7 @@ from hmn import condensations, config, results
 from hmn.artifacts import CARD, card_file, sha256
 from hmn.checkpoint import write_text
 from hmn.config import CONF, Config, DatasetConfig, require
-from hmn.config.identity import digest
+from hmn.config.identity import digest, experts_identity
 from hmn.data import datasets
 from hmn.errors import ArtifactError, ConfigError, Damaged, HmnError, Interrupted
 from hmn.explain import explain
@@ -44,6 +44,8 @@ class Planned:
     flops: float = 0.0  # expected of the whole run
     making_flops: float = 0.0  # the part of them that goes into the set before it is pruned and judged
     condensation: str | None = None  # runs that have the same one condense once and share it
+    expert_flops: float = 0.0  # the part of the making that goes into experts
+    experts: str | None = None  # runs that aim at the same ones train them once
 
 
 def composed(overrides: Sequence[str]) -> DictConfig:
@@ -168,6 +170,8 @@ def _figures(overrides: Sequence[str], kept: tuple[str, ...] = ()) -> dict[str, 
     found = {"run_id": plan.run_id, "folder": str(plan.folder), **flops, **_stored(plan)}
     if plan.config.condenses and plan.config.compute.share_condensed:
         found["condensation"] = digest(condensations.identity_of(plan))
+    if plan.expert_flops:
+        found |= {"experts": digest(experts_identity(plan.config)), "expert_flops": float(plan.expert_flops)}
     config = plan.config
     start = getattr(config.container, "start", None) if config.condenses else None
     where = {"dataset": dataclasses.asdict(config.dataset), "data_dir": config.paths.data_dir, "start": start}
@@ -202,13 +206,17 @@ def _stored(plan: Plan) -> dict[str, Any]:
 
 
 def work(runs: Iterable[Planned], finished: Iterable[Planned] = ()) -> float:
-    """FLOPs of all ``runs``, where a condensation that several share, or share with ``finished`` runs, is made once."""
-    made = {one.condensation for one in finished}
+    """FLOPs of all ``runs``; condensations and experts that they share, or share with ``finished`` ones, count once."""
+    finished = list(finished)
+    made, trained = ({getattr(one, name) for one in finished} for name in ("condensation", "experts"))
     total = 0.0
     for one in runs:
-        shared = one.condensation is not None and one.condensation in made
-        total += one.flops - (one.making_flops if shared else 0.0)
+        if one.condensation is not None and one.condensation in made:
+            total += one.flops - one.making_flops
+            continue
+        total += one.flops - (one.expert_flops if one.experts in trained else 0.0)
         made.add(one.condensation)
+        trained.add(one.experts)
     return total
 
 
@@ -216,7 +224,7 @@ def work(runs: Iterable[Planned], finished: Iterable[Planned] = ()) -> float:
 def _version() -> str:
     """Of everything that a cell's plan depends on."""
     found = hashlib.sha256(results.code_version().encode())
-    for path in sorted(CONF.rglob("*.yaml")):
+    for path in [Path(__file__), *sorted(CONF.rglob("*.yaml"))]:
         found.update(path.read_bytes())
     return found.hexdigest()[:12]
 

@@ -284,7 +284,7 @@ def _measured(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def _run(given: Search, study: optuna.Study) -> bool:
-    """False if it ended early, with the failure of a run, because that was asked for."""
+    """False if it ended early: with a run that was stopped, or with the failure of one, because that was asked for."""
     while True:
         count = len(study.get_trials(deepcopy=False))
         # A batch that was cut off is filled up first, so that the later ones are what they would have been.
@@ -294,30 +294,32 @@ def _run(given: Search, study: optuna.Study) -> bool:
         batch = _running(study)
         if not batch:
             return True
-        failed = _measure(given, study, batch)
-        if failed and given.sweep.settings.on_failure == "stop":
+        if _measure(given, study, batch):
             return False
 
 
 def _measure(given: Search, study: optuna.Study, batch: Sequence[FrozenTrial]) -> bool:
-    """Make the runs of the trials of a batch and close those that ended; returns whether one failed."""
+    """Make the runs of the trials of a batch and close those that ended; returns whether to stop.
+
+    That is where a run was stopped, or failed and ``sweep.on_failure=stop``.
+    """
     from optuna.trial import TrialState
 
     cells = [_cell(given, trial) for trial in batch]
     launch(dataclasses.replace(given.sweep, cells=tuple(cells)))
-    failed = False
+    failed = open_ends = False
     for trial, planned in zip(batch, plan_cells(cells), strict=True):
         found = state.read(planned.folder)
         value = results.held_out_accuracy(found.result) if found.result else None
         if value is not None:
             study.tell(trial.number, value)
-        elif found.status in ("interrupted", "waiting") and given.sweep.settings.on_failure == "stop":
-            failed = True  # another one: this one goes on when the search does
+        elif found.status in ("interrupted", "waiting"):  # it was stopped, or never begun: it goes on with the search
+            open_ends = True
         else:
             failed = True
             print(f"{planned.cell.name} failed: {found.error or 'it left no held-out accuracy'}")
             study.tell(trial.number, state=TrialState.FAIL)
-    return failed
+    return open_ends or (failed and given.sweep.settings.on_failure == "stop")
 
 
 def _cell(given: Search, trial: FrozenTrial) -> Cell:

@@ -100,9 +100,11 @@ def _sweep(
     table: Table | None = None,
 ) -> Sweep:
     common = _common(own, asked)
-    launcher = common["launcher"]
-    if isinstance(launcher, LocalConfig) and common["compute"].device == "cpu":
-        launcher = dataclasses.replace(launcher, gpus=0)
+    launcher, device = common["launcher"], common["compute"].device
+    if isinstance(launcher, LocalConfig):
+        rule = "cuda, of which every run gets its own; CUDA_VISIBLE_DEVICES=1 chooses which there are"
+        require("compute.device", not device.startswith("cuda:"), device, rule)
+        launcher = dataclasses.replace(launcher, gpus=0) if device == "cpu" else launcher
     return Sweep(
         name=f"{head}-{digest({'asked': sorted(asked)})}",
         cells=cells,

@@ -321,6 +321,16 @@ def test_layouts_that_cannot_be_used(tmp_path):
         (lone, {}, f"dataset.root={lone}: .* set dataset.test_fraction"),
         (complete, {"test_fraction": 0.1}, f"dataset.test_fraction=0.1: must be null, {complete} has test/"),
         (complete, {"classes": 3}, "dataset.classes=3: dataset=5 has 2"),
+        (
+            tree(tmp_path / "6", ("Train", "Test")),
+            {"test_fraction": 0.1},
+            "Test, Train are no classes: name the folders",
+        ),
+        (
+            tree(tmp_path / "7", ("train", "valid")),
+            {},
+            "beside train/, name valid/ test/, or set dataset.test_fraction",
+        ),
     ]:
         refused(message, root, **changes)
         with pytest.raises(DataError, match=message):

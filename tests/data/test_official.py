@@ -126,6 +126,13 @@ def test_a_step_of_cifar100_is_the_classes_of_its_order(tmp_path, monkeypatch):
         assert split.labels.tolist() == sorted(split.labels.tolist()) and set(split.labels.tolist()) == set(range(20))
 
 
+@pytest.mark.parametrize("kind", ["cifar10", "svhn", "tiny_imagenet"])
+def test_an_archive_in_the_place_of_its_folder_is_refused(tmp_path, kind):
+    archive = tmp_path / "archive"
+    archive.touch()
+    refused(f"dataset.root={archive}: is a file: give the folder that it lies in", kind, tmp_path, root=str(archive))
+
+
 def test_cifar_is_downloaded_if_allowed(tmp_path, monkeypatch, server):
     write_cifar(tmp_path / "server" / "cifar-10-python.tar.gz", monkeypatch, "cifar10", server)
     refused(r"cifar-10-python\.tar\.gz is not there: .* set dataset.download=true", "cifar10", tmp_path)

@@ -205,10 +205,11 @@ def test_one_network_has_no_spread_and_unequal_ones_are_said():
 
 
 def test_every_value_of_a_result():
-    one = result([0.5], pruning={"over_budget": 0.1, "held_out_accuracy": 0.5})
+    one = result([0.5], pruning={"over_budget": 0.1, "held_out_accuracy": 0.5}, condense_peak_bytes=2**30)
     assert {key: value.samples(one) for key, value in VALUES.items()} == {
         "accuracy": [50.0],
         "best_accuracy": [90.0],
+        "condense_peak_gib": [1.0],
         "held_out": [50.0],
         "held_out_start": [10.0],
         "held_out_end": [25.0],
@@ -245,6 +246,9 @@ def test_the_least_memory_and_the_highest_accuracy_are_best_and_full_data_compet
     runs.finish("All/1", [0.9], peak_bytes=2**20, mode="full_data")
     best = [(row["value"], row["method"]) for row in rows_of(fill(runs)) if row["best"] == "1"]
     assert best == [("accuracy", "X"), ("peak_gib", "X")]
+    runs.finish("Y/1", [0.4], peak_bytes=2**31, device="another, 2 threads")
+    best = [(row["value"], row["method"]) for row in rows_of(fill(runs)) if row["best"] == "1"]
+    assert best == [("accuracy", "X")]  # memory and time of two machines are no competition
 
 
 def test_the_values_of_a_single_column_stand_side_by_side(tmp_path, reported):

@@ -91,6 +91,18 @@ def test_a_condensation_that_runs_share_is_work_once():
     assert work(apart) == sum(one.flops for one in apart)
 
 
+def test_experts_that_runs_share_are_work_once():
+    """Of one network and data set, whatever is condensed with them; another network has its own."""
+    cells = [
+        cell(kind, "objective=trajectory_matching", "pruning=none", f"container={kind}") for kind in ("image", "fred")
+    ]
+    found = plan_cells([*cells, cell("wide", *cells[0].overrides[1:], "network.width=64")])
+    trained = [one.expert_flops for one in found]
+    assert trained[0] == trained[1] > trained[2] > 0
+    assert work(found) == pytest.approx(sum(one.flops for one in found) - trained[0], rel=1e-12)
+    assert work(found[1:2], finished=found[:1]) == pytest.approx(found[1].flops - trained[0], rel=1e-12)
+
+
 def test_cells_that_are_one_run_are_one_run():
     found = plan_cells([cell("a", "seed=1"), cell("b", "seed=1", "compute.threads=3"), cell("c", "seed=2")])
     assert [one.cell.name for one in by_run(found).values()] == ["a", "c"]

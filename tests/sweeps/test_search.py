@@ -161,17 +161,21 @@ class Killed(BaseException):
 class Runs:
     """In the place of the processes of a launcher: every run gives what ``held_out`` says of its settings.
 
-    Its test accuracy says the opposite. ``kill_at`` is the number of the run that takes all down with it.
+    Its test accuracy says the opposite. ``kill_at`` is the number of the run that takes all down with it, ``stop_at``
+    that of one that is told to stop.
     """
 
     def __init__(self, held_out: Callable[[Mapping[str, str]], float | None]) -> None:
-        self.held_out, self.made, self.kill_at = held_out, [], None
+        self.held_out, self.made, self.kill_at, self.stop_at = held_out, [], None, None
         self.code = results.code_version()
 
     def launch(self, tasks: Sequence[Task], settings: Any) -> Iterator[Outcome]:
         for task in tasks:
             if len(self.made) == self.kill_at:
                 raise Killed
+            if len(self.made) == self.stop_at:
+                yield Outcome(task.run_id, "stopped", 1)
+                continue
             self.made.append(task.run_id)
             value = self.held_out(dict(argument.split("=", 1) for argument in task.arguments))
             if value is None:
@@ -306,6 +310,15 @@ def test_a_failure_ends_the_search_if_that_is_asked_for(runs):
     runs.held_out = lambda settings: None
     assert search(["study=a", "trials=6", "sweep.on_failure=stop", *FIXED, *SPACE]) == 1
     assert [one["state"] for one in trials()] == ["FAIL"]
+
+
+def test_a_run_that_was_stopped_is_a_trial_that_goes_on_with_the_search(runs):
+    runs.stop_at = 2
+    assert search(["study=a", "trials=6", *FIXED, *SPACE]) == 1
+    assert [one["state"] for one in trials()] == ["COMPLETE", "COMPLETE", "RUNNING"]
+    stopped, runs.stop_at = trials()[2]["params"], None
+    assert search(["study=a", "trials=6", *FIXED, *SPACE]) == 0
+    assert [one["state"] for one in trials()] == ["COMPLETE"] * 6 and trials()[2]["params"] == stopped
 
 
 def test_values_that_make_no_run_are_failed_trials_that_start_none(runs, capsys):

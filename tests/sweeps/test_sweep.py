@@ -463,6 +463,11 @@ def test_a_sweep_asks_for_no_more_of_its_runs_settings_than_it_reads():
     assert found.keys() == {"launcher", "paths"} and found["paths"].runs_dir == "there"
 
 
+def test_a_numbered_gpu_is_not_for_runs_that_each_get_their_own():
+    with pytest.raises(ConfigError, match=r"^compute.device=cuda:1: must be cuda, .* CUDA_VISIBLE_DEVICES=1 chooses"):
+        of_arguments(["compute.device=cuda:1", "seed=0,1"], "")
+
+
 def test_a_plan_is_of_the_runs_in_their_own_modes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     asked = ["mode=random_subset", "dataset=cifar10", "seed=0,1"]
