@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hmn.compute import Compute, at_once
@@ -16,6 +17,7 @@ from hmn.data import augment
 from hmn.objectives.distance import Matched, all_weights, convolution_weights
 from hmn.objectives.gradient import loop
 
+ImageBytes = Callable[[nn.Module, tuple[int, int, int]], int]  # of a network and (channels, H, W)
 FLOAT = 4
 # What allocators hold beyond the tensors alive at once, and what a backward pass has alive beside what was kept for it
 # (gradients, both sides of an operator): from the measured tables of benchmarks/chunks.py.
@@ -68,6 +70,13 @@ def matching_bytes(
     return saved_bytes(lambda: form.match(parameters, targets, images, labels), list(parameters.values())) // 2
 
 
+def gradient_bytes(network: nn.Module, pixels: tuple[int, int, int]) -> int:
+    """Kept for one real image until the gradient that it is for is computed."""
+    weights = list(network.parameters())
+    images, labels = torch.randn(2, *pixels, device=weights[0].device), torch.zeros(2, dtype=torch.int64)
+    return saved_bytes(lambda: F.cross_entropy(network(images), labels.to(images.device)), weights) // 2
+
+
 def feature_bytes(network: nn.Module, pixels: tuple[int, int, int]) -> int:
     """Kept for one synthetic image between its features and their derivative."""
     weights = list(network.parameters())
@@ -83,13 +92,15 @@ def classes_per_chunk(
     *,
     limit: float | None,
     strategy: str,
-    in_step: Callable[[nn.Module, tuple[int, int, int]], int] = matching_bytes,
+    in_step: ImageBytes = matching_bytes,
+    of_real: ImageBytes | None = gradient_bytes,
 ) -> int:
     """How many classes of a step are decoded and matched at a time; what is computed does not depend on it.
 
     The most that stay under ``limit`` GiB, where ``in_step`` tells the bytes of each synthetic image inside a matching
-    step. With ``None``, a GPU takes all and a CPU, which gains nothing by that, as many as go into one call. Raises
-    ``ConfigError`` with the least limit if one class does not fit.
+    step and ``of_real`` those of each real one before it (``None``: nothing is kept of them). With a limit of ``None``,
+    a GPU takes all and a CPU, which gains nothing by that, as many as go into one call. Raises ``ConfigError`` with the
+    least limit if one class does not fit.
     """
     group = min(config.classes_per_step or container.classes, container.classes)
     if limit is None:
@@ -101,11 +112,14 @@ def classes_per_chunk(
     # Of each class in a chunk: its graph of decoding, and about four copies of every image on its way to the step.
     once, each = decoding_bytes(container, strategy)
     per_class = ALIVE * synthetic * each + 4 * (config.real_batch + synthetic) * image
-    fixed = ALIVE * once + synthetic * in_step(network, pixels) * min(compute.classes_per_call, group)
+    real = config.real_batch * of_real(network, pixels) if of_real else 0
+    step = max(synthetic * in_step(network, pixels), real)  # one after the other
+    fixed = ALIVE * once + step * min(compute.classes_per_call, group)
     free = limit * 2**30 - compute.current_bytes() - SLACK * fixed
     least = (compute.current_bytes() + SLACK * (fixed + per_class)) / 2**30
     chunk = int(free / (SLACK * per_class))
-    hint = f"at least {least:.1f}: one class needs that; or lower objective.synthetic_batch or compute.classes_per_call"
+    lower = "objective.synthetic_batch, objective.real_batch or compute.classes_per_call"
+    hint = f"at least {least:.1f}: one class needs that; or lower {lower}"
     require("compute.memory_limit", chunk >= 1, limit, hint)
     return min(chunk, group)
 

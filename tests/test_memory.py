@@ -7,7 +7,7 @@ import torch
 
 from hmn.compute import Compute
 from hmn.errors import ConfigError
-from hmn.memory import classes_per_chunk, decoding_bytes, feature_bytes, matching_bytes, saved_bytes
+from hmn.memory import classes_per_chunk, decoding_bytes, feature_bytes, gradient_bytes, matching_bytes, saved_bytes
 from hmn.objectives.distance import all_weights
 from tests.small_matching import CLASSES, CPU, PER_CLASS, build, clone_of, config, make_container, make_run
 
@@ -102,6 +102,12 @@ def test_fewer_images_per_class_need_less():
         raise AssertionError
 
     assert least(synthetic_batch=1) < least(synthetic_batch=PER_CLASS)
+    assert least(real_batch=4) < least(real_batch=40)
+
+
+def test_a_gradient_keeps_of_an_image_what_its_backward_pass_needs_and_less_than_a_gradient_of_it():
+    network, pixels = build(), (3, 8, 8)
+    assert feature_bytes(network, pixels) < gradient_bytes(network, pixels) < matching_bytes(network, pixels)
 
 
 def test_the_estimate_is_of_this_process():

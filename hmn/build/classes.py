@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from hmn.build.workshop import Workshop
 from hmn.config.identity import bank_identity, digest
 from hmn.containers.base import Container
 from hmn.matching import ClassMatching
-from hmn.memory import classes_per_chunk, feature_bytes, matching_bytes
+from hmn.memory import ImageBytes, classes_per_chunk, feature_bytes, gradient_bytes, matching_bytes
 from hmn.objectives.distance import all_weights
 from hmn.objectives.distribution import distribution_step
 from hmn.objectives.gradient import MatchingStep, matching_step, real_gradients, stored_step
@@ -83,7 +82,7 @@ def synthetic_gradient(shop: Workshop, container: Container) -> ClassMatching:
 def distribution_matching(shop: Workshop, container: Container) -> ClassMatching:
     compute, objective = shop.compute, shop.config.objective
     network = shop.build().to(compute.device)
-    chunk = _chunk(shop, container, network, feature_bytes)
+    chunk = _chunk(shop, container, network, feature_bytes, of_real=None)
     shared = shop.side_of(shop.config.seed)
     if objective.pool_networks:
         side = PoolSide(shop.data, objective, train=shop.train_step, **shared)
@@ -96,12 +95,18 @@ def _chunk(
     shop: Workshop,
     container: Container,
     network: nn.Module,
-    in_step: Callable[[nn.Module, tuple[int, int, int]], int],
+    in_step: ImageBytes,
+    of_real: ImageBytes | None = gradient_bytes,
 ) -> int:
-    limit = shop.config.compute.memory_limit
-    objective, strategy = shop.config.objective, shop.strategy
     return classes_per_chunk(
-        container, network, objective, shop.compute, limit=limit, strategy=strategy, in_step=in_step
+        container,
+        network,
+        shop.config.objective,
+        shop.compute,
+        limit=shop.config.compute.memory_limit,
+        strategy=shop.strategy,
+        in_step=in_step,
+        of_real=of_real,
     )
 
 

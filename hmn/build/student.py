@@ -51,6 +51,9 @@ def experts(shop: Workshop) -> list[Path]:
 def trajectory_matching(shop: Workshop, container: Container) -> ThroughStudent:
     """Experts are trained first if they are missing; of several views of a container a student sees one per step."""
     config, objective, device = shop.config, shop.config.objective, shop.compute.device
+    views = container.views()
+    batches = shuffled(views, objective.student_batch)
+    chunk = _chunk(shop, container, batches)  # too little memory is said before experts are trained
     trajectories = Trajectories(
         experts(shop),
         max_start=objective.max_start_epoch,
@@ -58,7 +61,6 @@ def trajectory_matching(shop: Workshop, container: Container) -> ThroughStudent:
         device=device,
         generator=generator(config.seed, "condense", "experts"),
     )
-    views = container.views()
     adversary = None
     if isinstance(config.container, HabaConfig) and len(views) > 1:  # one style has none to differ from
         shape = container.shape
@@ -79,9 +81,8 @@ def trajectory_matching(shop: Workshop, container: Container) -> ThroughStudent:
         least=objective.student_lr_min,
         device=device,
     )
-    batches = shuffled(views, objective.student_batch)
-    unrolled = _unrolled(shop)
-    return _through_student(shop, container, ReachExpert(trajectories), unrolled, batches, rate, adversary)
+    goal = ReachExpert(trajectories)
+    return _through_student(shop, container, goal, _unrolled(shop), batches, chunk, rate, adversary)
 
 
 def bptt(shop: Workshop, container: Container) -> ThroughStudent:
@@ -99,7 +100,7 @@ def bptt(shop: Workshop, container: Container) -> ThroughStudent:
     )
     batches = of_every_class(container.classes, container.matched_per_class, objective.class_batch)
     rate = LearnedRate(objective.student_lr, lr=0.0, momentum=0.0, least=0.0, device=device)
-    return _through_student(shop, container, goal, unrolled, batches, rate)
+    return _through_student(shop, container, goal, unrolled, batches, _chunk(shop, container, batches), rate)
 
 
 def _unrolled(shop: Workshop) -> Unrolled:
@@ -113,25 +114,30 @@ def _unrolled(shop: Workshop) -> Unrolled:
     )
 
 
+def _chunk(shop: Workshop, container: Container, batches: Batches) -> int:
+    """How many images are decoded at a time."""
+    objective = shop.config.objective
+    return images_per_chunk(
+        container,
+        shop.build().to(shop.compute.device),
+        shop.compute,
+        limit=shop.config.compute.memory_limit,
+        batch=max(len(index) for index in batches(objective.student_steps, generator(0))),
+        kept=math.ceil(objective.student_steps / objective.segment) + 2 * objective.segment,
+    )
+
+
 def _through_student(
     shop: Workshop,
     container: Container,
     goal: Goal,
     unrolled: Unrolled,
     batches: Batches,
+    chunk: int,
     rate: LearnedRate,
     adversary: StyleAdversary | None = None,
 ) -> ThroughStudent:
     config, objective = shop.config, shop.config.objective
-    largest = max(len(index) for index in batches(objective.student_steps, generator(0)))
-    chunk = images_per_chunk(
-        container,
-        shop.build().to(shop.compute.device),
-        shop.compute,
-        limit=config.compute.memory_limit,
-        batch=largest,
-        kept=math.ceil(objective.student_steps / objective.segment) + 2 * objective.segment,
-    )
     return ThroughStudent(
         container,
         goal,
