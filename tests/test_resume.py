@@ -55,7 +55,7 @@ def ended(folder: Path) -> Ended:
     card, result = (json.loads((folder / f"{name}.json").read_text()) for name in ("card", "result"))
     card.pop("provenance")
     assert set(result.pop("wall_seconds")) == {"fit", "condense", "score", "search_beta", "evaluate"}
-    for name in ("condense_seconds", "fit_seconds", "peak_bytes", "commit", "dirty"):
+    for name in ("condense_seconds", "condense_peak_bytes", "fit_seconds", "peak_bytes", "commit", "dirty"):
         result.pop(name)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for record in records:

@@ -484,7 +484,7 @@ def test_a_real_run_out_of_memory_fails_alone_and_says_so(tmp_path):
     outcome = real.finish("sweep.max_retries=0")
     assert outcome.code == 1
     (failed,) = [line for line in outcome.out.splitlines() if line.startswith("failed")]
-    assert failed.startswith("failed   network.width=10000000: out of memory: lower compute.memory_limit or ")
+    assert failed.startswith("failed   network.width=10000000: out of memory: set compute.memory_limit, or ")
     assert outcome.out.splitlines()[-1] == "2 runs: 1 done, 1 failed"
     (log,) = [path for path in real.where.glob("runs/*/log.txt") if path.with_name("failure.json").exists()]
     assert [line for line in log.read_text().splitlines() if "rror" in line] == []  # no other line about it
@@ -502,5 +502,5 @@ def test_a_real_run_out_of_memory_fails_alone_and_says_so(tmp_path):
 )
 def test_each_way_to_run_out_of_memory_is_said_alike(error):
     line, code = explain(error)
-    assert (line.startswith("out of memory: lower compute.memory_limit or "), code) == (True, 1)
+    assert (line.startswith("out of memory: set compute.memory_limit, or "), code) == (True, 1)
     assert explain(RuntimeError("another")) == (None, 1)
