@@ -102,6 +102,8 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
 
 def _unknown_option(group: str, option: str) -> str:
     known = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    if group == "experiment" and (CONF.parent / "experiments" / "tables" / f"{option}.yaml").exists():
+        return f"experiment={option}: is a table of many runs: python sweep.py experiment={option}"
     near = difflib.get_close_matches(option, known, n=1, cutoff=0.5)
     return f"{group}={option}: must be one of {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else "")
 

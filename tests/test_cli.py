@@ -385,6 +385,7 @@ BAD_SETTINGS = {
     "+network.foo=1": ["network.foo: unknown key", "width, depth"],
     "dataset=mnist": ["dataset=mnist: must be one of arrays, cifar10,"],
     "experiment=nope": ["experiment=nope: must be one of", "demo"],
+    "experiment=main_table": ["experiment=main_table: is a table of many runs: python sweep.py experiment=main_table"],
     "debug=nope": ["debug=nope: must be one of smoke, smoke_bptt, "],
     "nope=cifar10": ["nope: unknown key"],
     "seed=abc": ["seed=abc", "'abc'", "Integer"],
