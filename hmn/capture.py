@@ -81,11 +81,13 @@ class Replay:
         return _Recorded(graph, inputs, outputs)
 
 
-def _first(error: BaseException) -> BaseException:
-    """The error that others came of."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return error
+def _first(error: RuntimeError) -> RuntimeError:
+    """Of the errors that came of one another the earliest of PyTorch's kind."""
+    first, cause = error, error.__context__
+    while cause is not None:
+        first = cause if isinstance(cause, RuntimeError) else first
+        cause = cause.__context__
+    return first
 
 
 def warm_up(

@@ -81,7 +81,9 @@ def test_the_first_of_the_errors_of_a_recording_is_the_one_that_counts(monkeypat
     cannot_record(monkeypatch, failed(RuntimeError("operation not permitted")))
     Replay(Walk().step, list, [])(INPUTS)
     assert capsys.readouterr().err.endswith("launched anew: operation not permitted\n")
-    cannot_record(monkeypatch, failed(torch.cuda.OutOfMemoryError("CUDA out of memory")))
+    full = torch.cuda.OutOfMemoryError("CUDA out of memory")
+    full.__context__ = KeyError("what was not there yet and was to be made")
+    cannot_record(monkeypatch, failed(full))
     with pytest.raises(torch.cuda.OutOfMemoryError):
         Replay(Walk().step, list, [])(INPUTS)
 

@@ -116,16 +116,21 @@ def test_several_processes_take_it_together(tmp_path):
     assert one["artifact_sha256"] == other["artifact_sha256"] and one["condensed_by"] == other["condensed_by"]
 
 
+def killed_at(slot: str, folder: Path, *arguments: str) -> None:
+    """Start a run in ``folder`` and kill it once a checkpoint of this slot is there."""
+    command = start(folder, *arguments)
+    command.wait_for(lambda: any(folder.glob(f"runs/*/checkpoints/{slot}.pt")))
+    command.process.kill()
+    command.finish()
+
+
 def test_a_killed_run_goes_on_and_keeps_the_same_condensation(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
     given = (*TINY, SHARED, "objective.outer_steps=40", "compute.checkpoint_every_seconds=0")
     assert run(whole, *given).code == 0
-    command = start(killed, *given)
-    command.wait_for(lambda: any(killed.glob("runs/*/checkpoints/condense.pt")))
-    command.process.kill()
-    command.finish()
+    killed_at("condense", killed, *given)
     assert not any(killed.glob(".cache/condensed/*/*.safetensors"))
     outcome = run(killed, *given)
     assert outcome.code == 0 and "continuing at step" in outcome.out
@@ -142,10 +147,7 @@ def records(folder: Path, run_id: str) -> list[dict[str, Any]]:
 def test_a_killed_run_that_took_it_records_its_later_stages_once(tmp_path):
     assert run(tmp_path, *TINY, SHARED).code == 0
     given = (*TINY, SHARED, "pruning.score=random", "evaluation.epochs=60", "compute.checkpoint_every_seconds=0")
-    command = start(tmp_path, *given)
-    command.wait_for(lambda: any(tmp_path.glob("runs/*/checkpoints/evaluate.pt")))
-    command.process.kill()
-    command.finish()
+    killed_at("evaluate", tmp_path, *given)
     assert run(tmp_path, *given).code == 0
     (taken,) = [run_id for run_id, one in results(tmp_path).items() if one["condensed_by"] != run_id]
     found = records(tmp_path, taken)
@@ -155,10 +157,7 @@ def test_a_killed_run_that_took_it_records_its_later_stages_once(tmp_path):
 
 def test_a_killed_run_keeps_its_record_of_what_it_condensed_itself(tmp_path):
     given = (*TINY, SHARED, "tracking.log_every_steps=1", "evaluation.epochs=60", "compute.checkpoint_every_seconds=0")
-    command = start(tmp_path, *given)
-    command.wait_for(lambda: any(tmp_path.glob("runs/*/checkpoints/evaluate.pt")))
-    command.process.kill()
-    command.finish()
+    killed_at("evaluate", tmp_path, *given)
     assert run(tmp_path, *given).code == 0
     ((run_id, result),) = results(tmp_path).items()
     steps = [record["condense/step"] for record in records(tmp_path, run_id) if "condense/loss" in record]
@@ -168,10 +167,7 @@ def test_a_killed_run_keeps_its_record_of_what_it_condensed_itself(tmp_path):
 def test_a_run_that_has_condensed_alone_and_begun_to_judge_keeps_its_own(tmp_path):
     """Another run may have condensed the same, in other numbers, and have kept it meanwhile."""
     given = (*TINY, "evaluation.epochs=60", "compute.checkpoint_every_seconds=0")
-    command = start(tmp_path, *given)
-    command.wait_for(lambda: any(tmp_path.glob("runs/*/checkpoints/evaluate.pt")))
-    command.process.kill()
-    command.finish()
+    killed_at("evaluate", tmp_path, *given)
     assert run(tmp_path, *TINY, SHARED, *AFTER["networks"]).code == 0
     outcome = run(tmp_path, *given, SHARED)
     assert outcome.code == 0 and "condensed by" not in outcome.out
@@ -179,10 +175,7 @@ def test_a_run_that_has_condensed_alone_and_begun_to_judge_keeps_its_own(tmp_pat
 
 def test_what_two_versions_of_the_sources_condensed_is_not_shared(tmp_path):
     given = (*TINY, SHARED, "objective.outer_steps=40", "compute.checkpoint_every_seconds=0")
-    command = start(tmp_path, *given)
-    command.wait_for(lambda: any(tmp_path.glob("runs/*/checkpoints/clock.pt")))
-    command.process.kill()
-    command.finish()
+    killed_at("clock", tmp_path, *given)
     (clock,) = tmp_path.glob("runs/*/checkpoints/clock.pt")
     began = torch.load(clock, weights_only=True)
     torch.save(began | {"codes": ["0123456789ab"]}, clock)
@@ -193,10 +186,7 @@ def test_what_two_versions_of_the_sources_condensed_is_not_shared(tmp_path):
 
 def test_what_a_run_had_begun_to_condense_before_another_had_done_it_is_not_in_its_record(tmp_path):
     given = (*TINY, SHARED, "objective.outer_steps=40", "tracking.log_every_steps=1")
-    command = start(tmp_path, *given, "compute.checkpoint_every_seconds=0")
-    command.wait_for(lambda: any(tmp_path.glob("runs/*/checkpoints/condense.pt")))
-    command.process.kill()
-    command.finish()
+    killed_at("condense", tmp_path, *given, "compute.checkpoint_every_seconds=0")
     assert run(tmp_path, *given, *AFTER["networks"]).code == 0
     assert run(tmp_path, *given).code == 0
     (taken,) = [run_id for run_id, one in results(tmp_path).items() if one["condensed_by"] != run_id]
