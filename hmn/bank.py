@@ -34,6 +34,10 @@ def snapshot_steps(snapshots: int, inner_steps: int) -> list[int]:
     return [position * inner_steps // snapshots for position in range(snapshots)]
 
 
+def files(folder: Path, config: BankConfig) -> list[Path]:
+    return [folder / f"network-{number:04d}.safetensors" for number in range(config.networks)]
+
+
 def build(
     folder: Path,
     live: Callable[[int], LiveSide],
@@ -50,7 +54,7 @@ def build(
     ``live(n)`` makes the real side of network n, with random streams of its own. ``chunk`` classes go through
     ``gradients`` at once. Raises ``ArtifactError`` for a file made on other images.
     """
-    paths = [folder / f"network-{number:04d}.safetensors" for number in range(config.bank.networks)]
+    paths = files(folder, config.bank)
     with exclusive(folder, wait=stop):
         missing = [number for number, path in enumerate(paths) if not path.exists()]
         for number in tqdm(missing, desc="snapshot bank", unit="network", disable=not missing):

@@ -182,7 +182,7 @@ class Checkpoints:
             yield
         except Interrupted:  # what the block keeps need not be a slot of these checkpoints
             self._count()
-            self._keep_clock()
+            self._keep_clock(begun=bool(self._slots()))
             raise
         finally:
             self._count()
@@ -216,15 +216,21 @@ class Checkpoints:
         self._keep_clock()
         self.saved_at = time.monotonic()
 
-    def _keep_clock(self) -> None:
+    def _keep_clock(self, begun: bool = True) -> None:
+        """Without a state that has ``begun`` there is nothing yet that belongs to an origin."""
         if distributed.first():
-            self._write(self._path("clock"), {"seconds": self.seconds, "origin": self.origin, "codes": self.codes})
+            whose = {"origin": self.origin, "codes": self.codes} if begun else {"origin": {}, "codes": []}
+            self._write(self._path("clock"), {"seconds": self.seconds, **whose})
 
     def drop(self, slot: str) -> None:
         """Remove the slot's state, and with the last one all."""
         self._path(slot).unlink(missing_ok=True)
-        if not [path for path in self.folder.glob("*.pt") if path != self._path("clock")]:
+        if not self._slots():
             clear(self.folder)
+
+    def _slots(self) -> list[Path]:
+        """The states that are there, without what a kill left half-written."""
+        return [path for path in self.folder.glob("[!.]*.pt") if path != self._path("clock")]
 
     def _write(self, path: Path, state: dict[str, Any]) -> None:
         written = io.BytesIO()  # torch's own writer says nothing of a full disk

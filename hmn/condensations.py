@@ -33,8 +33,10 @@ def folder_of(plan: Plan, fingerprint: str, code: str) -> Path:
     return Path(plan.config.paths.cache_dir) / "condensed" / digest(identity)
 
 
-def save(folder: Path, container: Container, made: dict[str, Any]) -> None:
-    """Keep ``container`` with ``made``, plain values that tell what condensing it was like."""
+def offer(folder: Path, container: Container, made: dict[str, Any]) -> None:
+    """Keep ``container`` with ``made``, plain values that tell what condensing it was like, unless one is there."""
+    if (folder / TENSORS).exists():
+        return
     tensors = {name: value.detach().cpu().contiguous() for name, value in container.state_dict().items()}
     with atomic_write(folder / TENSORS) as temporary:
         save_file(tensors, temporary, metadata={"made": json.dumps(made)})

@@ -59,6 +59,7 @@ class Condensation(ABC):
         self.gradient_clip = gradient_clip
         self.step = 0
         self.seconds = 0.0
+        self.peak_bytes = 0  # of all sittings' steps: without banks, experts, fits and what judges the set
         self.curve: dict[int, float] = {}  # accuracy by step
         self.unreported: list[Tensor] = []  # losses of the steps since the last report, (parts,) each
         self.decay = average
@@ -126,6 +127,7 @@ class Condensation(ABC):
         return {
             "step": self.step,
             "seconds": self.seconds,
+            "peak_bytes": self.peak_bytes,
             "curve": self.curve,
             "unreported": list(self.unreported),
             "container": self.container.state_dict(),
@@ -136,6 +138,7 @@ class Condensation(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
+        self.peak_bytes = state.get("peak_bytes", 0)
         self.unreported = [loss.to(self.compute.device) for loss in state["unreported"]]
         self.container.load_state_dict(state["container"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -169,6 +172,7 @@ def condense(
 
     def state_of_finite_run() -> dict[str, Any]:
         _require_finite(run, norms)
+        watch.look_at_memory()
         return run.state_dict()
 
     hidden = not distributed.first()
@@ -191,6 +195,7 @@ def condense(
                 on_report(report)
                 bar.set_postfix(loss=f"{sum(report.losses):.4g}")
             checkpoints.tick(SLOT, state_of_finite_run)
+    watch.look_at_memory()
     checkpoints.save(SLOT, run.state_dict())
 
 
@@ -215,12 +220,14 @@ def _require_finite(run: Condensation, norms: dict[str, Tensor]) -> None:
 
 
 class _Stopwatch:
-    """Seconds of condensing without what is measured in between, over all sittings of a run."""
+    """Seconds and memory of condensing without what is measured in between, over all sittings of a run."""
 
     def __init__(self, run: Condensation) -> None:
         self.run = run
         self.last = time.monotonic()
+        self.first_step = run.step  # of what memory was looked at since
         self.reported = (run.step, run.seconds)
+        run.compute.begin_peak()
 
     def lap(self) -> None:
         now = time.monotonic()
@@ -230,8 +237,14 @@ class _Stopwatch:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         self.lap()
+        self.look_at_memory()
         yield
-        self.last = time.monotonic()
+        self.run.compute.begin_peak()
+        self.last, self.first_step = time.monotonic(), self.run.step
+
+    def look_at_memory(self) -> None:
+        if self.run.step > self.first_step:  # else nothing of it is of a step
+            self.run.peak_bytes = max(self.run.peak_bytes, self.run.compute.recent_peak_bytes())
 
     def report(self, losses: list[Tensor], norms: dict[str, Tensor]) -> Report:
         run = self.run

@@ -94,15 +94,18 @@ def classes_per_chunk(
     strategy: str,
     in_step: ImageBytes = matching_bytes,
     of_real: ImageBytes | None = gradient_bytes,
+    real_batch: int | None = None,
 ) -> int:
     """How many classes of a step are decoded and matched at a time; what is computed does not depend on it.
 
     The most that stay under ``limit`` GiB, where ``in_step`` tells the bytes of each synthetic image inside a matching
-    step and ``of_real`` those of each real one before it (``None``: nothing is kept of them). With a limit of ``None``,
+    step and ``of_real`` those of each real one before it (``None``: nothing is kept of them); of real images there are
+    ``real_batch``, by default the objective's. With a limit of ``None``,
     a GPU takes all and a CPU, which gains nothing by that, as many as go into one call. Raises ``ConfigError`` with the
     least limit if one class does not fit.
     """
     group = min(config.classes_per_step or container.classes, container.classes)
+    real_batch = config.real_batch if real_batch is None else real_batch
     if limit is None:
         return group if compute.device.type == "cuda" else min(compute.classes_per_call, group)
     shape = container.shape
@@ -111,8 +114,8 @@ def classes_per_chunk(
     image = FLOAT * math.prod(pixels)
     # Of each class in a chunk: its graph of decoding, and about four copies of every image on its way to the step.
     once, each = decoding_bytes(container, strategy)
-    per_class = ALIVE * synthetic * each + 4 * (config.real_batch + synthetic) * image
-    real = config.real_batch * of_real(network, pixels) if of_real else 0
+    per_class = ALIVE * synthetic * each + 4 * (real_batch + synthetic) * image
+    real = real_batch * of_real(network, pixels) if of_real else 0
     step = max(synthetic * in_step(network, pixels), real)  # one after the other
     fixed = ALIVE * once + step * min(compute.classes_per_call, group)
     free = limit * 2**30 - compute.current_bytes() - SLACK * fixed

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hmn import (
     artifacts,
     build,
     compute,
-    condensations,
-    condense,
     coresets,
     distributed,
     experts,
@@ -27,22 +22,19 @@ from hmn import (
     tracking,
 )
 from hmn.artifacts import decode_all
-from hmn.checkpoint import Checkpoints, atomic_write, exclusive
-from hmn.config.containers import KEPT
+from hmn.checkpoint import Checkpoints, atomic_write
 from hmn.config.identity import digest
 from hmn.containers.base import Container
-from hmn.containers.fit import fit_real
 from hmn.data import datasets
 from hmn.data.preprocess import Normalise, unit_range
 from hmn.data.sampling import random_subset
-from hmn.data.source import TrainingImages
 from hmn.data.splits import listing
 from hmn.errors import DataError
 from hmn.evaluate import Accuracies, Images, Judge, evaluate, quick_accuracy, recipe_of, tiny_rest
-from hmn.networks import initialise
+from hmn.making import Making
 from hmn.plan import Plan
 from hmn.seeding import derived_seed, generator
-from hmn.training import accuracy, features_of, training_step
+from hmn.training import accuracy, training_step
 
 # What a card says of the numbers by which a coreset names its images.
 INDEX_INTO = (
@@ -96,7 +88,7 @@ class Session:
         # What the later stages recorded is recorded again, whether they are repeated or read back.
         for step_key in ("prune/step", "prune/candidate"):
             self.tracker.rewind(step_key, -1)
-        condensed = self._condensed(container)
+        condensed = self._making().make(container)
         over_budget = Images(*decode_all(container))
         pruning = {"over_budget": config.pruning.over_budget, "cut_per_class": stored.over_budget_images_per_class}
         pruning["cut_per_class"] -= stored.images_per_class
@@ -107,18 +99,31 @@ class Session:
         artifacts.round_to(container, config.memory.number)
         images, labels = decode_all(container)
         if config.evaluation.curve_points:
-            epochs = config.evaluation.curve_epochs
-            pruned = quick_accuracy(self.judge, Images(images, labels), self.held_out, epochs, "curve_pruned")
+            pruned = self._held_out_accuracy(Images(images, labels), "curve_pruned")
             if pruning["cut_per_class"]:  # else the last point of the curve has judged this set
                 self.tracker.log({"curve/pruned_accuracy": pruned}, step_key="prune/step", step=0)
             pruning["held_out_accuracy"] = pruned
-        made = {"start": self._start(), "objective": dataclasses.asdict(config.objective), "pruning": pruning}
+        start = build.how_started(config.container, self.plan.artifact)
+        made = {"start": start, "objective": dataclasses.asdict(config.objective), "pruning": pruning}
         return {
             **self._evaluate_and_keep(container, Images(images, labels), made),
             "over_budget_images_per_class": stored.over_budget_images_per_class,
             "pruning": pruning,
             **condensed,
         }
+
+    def _making(self) -> Making:
+        return Making(
+            plan=self.plan,
+            shop=self.workshop,
+            tracker=self.tracker,
+            code=self.provenance["code"],
+            judged=self._held_out_accuracy,
+        )
+
+    def _held_out_accuracy(self, images: Images, stream: str) -> float:
+        """Of a point of the accuracy curve; ``stream`` names it."""
+        return quick_accuracy(self.judge, images, self.held_out, self.config.evaluation.curve_epochs, stream)
 
     def choose_and_evaluate(self) -> dict[str, Any]:
         """Choose as many real images as the budget pays for, evaluate, keep."""
@@ -166,164 +171,6 @@ class Session:
             "tier_floats": container.tier_floats(),
             "artifact_sha256": card["sha256"],
         }
-
-    def _condensed(self, container: Container) -> dict[str, Any]:
-        """Condense ``container``, or take what a run that condenses alike has kept; returns what the result tells.
-
-        A run that has condensed alone keeps its own: what it has begun to judge is of that.
-        """
-        if not self.config.compute.share_condensed:
-            return self._condense(container)
-        own = self.checkpoints.load(condense.SLOT)
-        done = own is not None and own["step"] == self.plan.matching_steps
-        folder = condensations.folder_of(self.plan, self.data.fingerprint, self.provenance["code"])
-        # Of several processes the first holds the folder for all, and what it finds there is every one's.
-        alone = exclusive(folder, wait=self.checkpoints.stop) if distributed.first() else contextlib.nullcontext()
-        with alone:
-            distributed.agree(0)  # nobody looks before the first holds it
-            made = None if done else distributed.from_first(lambda: condensations.load(folder, container))
-            if made is None:
-                made = self._condense(container) | {"condensed_by": self.plan.run_id}
-                if distributed.first() and len(self.checkpoints.codes) == 1:  # else it is not of the folder's sources
-                    condensations.save(folder, container, made)
-            else:
-                if not distributed.first():
-                    container.finish()
-                distributed.copy_first_(container.state_dict().values())
-                for step_key in ("condense/step", "curve/step"):  # of what this run had begun to condense itself
-                    self.tracker.rewind(step_key, -1)
-                print(f"condensed by {made['condensed_by']} already: {folder / condensations.TENSORS}")
-        return made
-
-    def _condense(self, container: Container) -> dict[str, Any]:
-        """Condense ``container`` into the form that is kept; returns what the result tells of it."""
-        work = self._condensation(container)
-        peak = self.compute.recent_peak_bytes()
-        work.settle(container)
-        seconds = self.checkpoints.seconds
-        return {
-            "curve": [{"step": step, "held_out_accuracy": value} for step, value in sorted(work.curve.items())],
-            "condense_steps": work.step,
-            "condense_seconds": work.seconds,
-            "condense_peak_bytes": peak,  # of this sitting, without banks, experts and what judges the set
-            "fit_seconds": seconds.get("fit", 0.0),
-            **work.measured(),
-        }
-
-    def _condensation(self, container: Container) -> condense.Condensation:
-        config = self.config
-        self._initialise(container)
-        state = self.checkpoints.load(condense.SLOT)
-        if state is None and config.container.init == "fit_real":
-            self._fit(container)
-        # A GPU need not repeat another's fit to the last bit.
-        distributed.copy_first_(container.state_dict().values())
-        work = build.condensation(self.workshop, container)
-        if state is not None:
-            work.load_state_dict(state)
-            print(f"continuing at step {work.step} of {work.total_steps}")
-        self.tracker.rewind("condense/step", work.step)
-        self.tracker.rewind("curve/step", max(work.curve, default=-1))
-        logging = config.tracking
-
-        def on_report(measured: condense.Report) -> None:
-            self.tracker.log(_metrics(measured), step_key="condense/step", step=measured.step)
-            before = measured.step - logging.log_every_steps
-            if before // logging.images_every_steps != measured.step // logging.images_every_steps:
-                work.gather()
-                self._log_grid(container, measured.step)
-
-        def on_curve(step: int) -> float:
-            kept = copy.deepcopy(container)
-            work.settle(kept)
-            images = Images(*decode_all(kept))
-            epochs = config.evaluation.curve_epochs
-            value = quick_accuracy(self.judge, images, self.held_out, epochs, f"curve_{step}")
-            metrics = {"curve/held_out_accuracy": value, "curve/condense_seconds": work.seconds}
-            self.tracker.log(metrics, step_key="curve/step", step=step)
-            self._log_grid(container, step)
-            return value
-
-        if work.step == 0:
-            self._log_grid(container, 0)
-        self.compute.begin_peak()
-        with self.checkpoints.timed("condense"):
-            condense.condense(
-                work,
-                self.checkpoints,
-                log_every_steps=logging.log_every_steps,
-                on_report=on_report,
-                curve_points=config.evaluation.curve_points,
-                on_curve=on_curve,
-            )
-        self._log_grid(container, work.step)
-        return work
-
-    def _start(self) -> dict[str, Any]:
-        """For the card: what the container started as."""
-        settings = self.config.container
-        if settings.init == KEPT:
-            return {"init": settings.init, "sha256": self.plan.artifact}
-        fit = dataclasses.asdict(settings) if settings.init == "fit_real" else {}
-        return {"init": settings.init} | {name: value for name, value in fit.items() if name.startswith("fit_")}
-
-    def _training_images(self, stream: torch.Generator) -> TrainingImages:
-        """From which containers start; what is clustered is as a fresh network sees it, DREAM's way."""
-
-        @functools.cache
-        def network() -> nn.Module:
-            fresh = generator(self.config.seed, "container", "features", device=self.compute.device)
-            return initialise(self.plan.build().to(self.compute.device), fresh)
-
-        train = self.data.train
-        return TrainingImages(
-            train.images,
-            train.labels,
-            self.data.class_names,
-            stream,
-            features=lambda images: features_of(network(), images, self.judge.normalise),
-        )
-
-    def _initialise(self, container: Container) -> None:
-        settings = self.config.container
-        real = self._training_images(generator(self.config.seed, "container", "real", device=self.compute.device))
-        stream = generator(self.config.seed, "container", device=self.compute.device)
-        if settings.init == KEPT:
-            container.initialise(stream, dataclasses.replace(settings, init=settings.INITS[0], start=None), real)
-            kept = artifacts.load_condensed(settings.start)
-            self._check_start(container, kept.card["data"])
-            container.load_state_dict(kept.container.state_dict())
-        else:
-            container.initialise(stream, settings, real)
-
-    def _check_start(self, container: Container, kept: dict[str, Any]) -> None:
-        """Refuse a set of other classes, or one whose pixels are normalised by other statistics than these data's."""
-        normalised = getattr(container.shape, "pixel_space", None) == "normalised"
-        own = {"class_names": list(self.data.class_names)}
-        own |= {"mean": list(self.data.mean), "std": list(self.data.std)} if normalised else {}
-        for key, value in own.items():
-            if kept[key] != value:
-                start = self.config.container.start
-                raise DataError(f"container.start={start}: its {key} is {kept[key]}, that of these data {value}")
-
-    def _fit(self, container: Container) -> None:
-        settings = self.config.container
-        stream = generator(self.config.seed, "fit", device=self.compute.device)
-        how = {"random": "random", "k_means": "k_means_of_pixels"}[settings.fit_images]
-        index = self._training_images(stream).choose(container.images_per_class, how)
-        with self.checkpoints.timed("fit"):
-            error = fit_real(
-                container,
-                self.data.train.images[index],
-                steps=settings.fit_steps,
-                batch=settings.fit_batch,
-                lr=settings.fit_learning_rate,
-                weights_lr=settings.fit_weights_lr,
-                generator=stream,
-                checkpoints=self.checkpoints,
-            )
-        self.tracker.rewind("fit/step", -1)
-        self.tracker.log({"fit/mean_squared_error": error}, step_key="fit/step", step=settings.fit_steps)
 
     def _score(self, decoded: Images) -> Tensor:
         """AUM (N,) of the decoded images."""
@@ -489,15 +336,6 @@ class Session:
             "provenance": self.provenance,
         }
 
-    def _log_grid(self, container: Container, step: int) -> None:
-        if not distributed.first():
-            return
-        index = torch.tensor(list(condense.grid_rows(container, 10)), device=self.compute.device)
-        with torch.no_grad():
-            images = container.decode(index)
-        grid = pictures.class_grid(images, index // container.images_per_class, pixels=32)
-        self.tracker.log_image("condense/images", grid, step_key="condense/step", step=step)
-
     def _keep_picture(self, images: Tensor, labels: Tensor) -> None:
         if not distributed.first():
             return
@@ -512,21 +350,6 @@ class Session:
         hardest = prune.hardest_count(beta, scores.shape[1] - keep)
         with atomic_write(self.folder / "over_budget.png") as temporary:
             pictures.pruning_grid(images.unflatten(0, scores.shape), scores.cpu(), keep, hardest).save(temporary)
-
-
-def _metrics(measured: condense.Report) -> dict[str, float]:
-    layers = {f"condense/loss_layer{layer}": value for layer, value in enumerate(measured.losses, start=1)}
-    norms = {f"condense/gradient_norm/{tier}": value for tier, value in measured.gradient_norms.items()}
-    return {
-        "condense/loss": sum(measured.losses),
-        **layers,
-        **norms,
-        "condense/steps_per_second": measured.steps_per_second,
-        "condense/images_per_second": measured.images_per_second,
-        "condense/peak_bytes": measured.peak_bytes,
-        "condense/memory_lr": measured.learning_rate,
-        **{f"condense/{name}": value for name, value in measured.measured.items()},
-    }
 
 
 def _per_class(labels: Tensor) -> str:

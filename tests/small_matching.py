@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hmn.compute import Compute
 from hmn.config import GradientMatchingConfig, HmnConfig
+from hmn.containers.base import Container
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
 from hmn.data.datasets import RealData, Split
 from hmn.matching import ClassMatching
@@ -78,11 +79,18 @@ def build() -> nn.Module:
     return ConvNet(3, CLASSES, 8, width=4, depth=2)
 
 
-def make_run(settings: GradientMatchingConfig, *, container_seed: int = 0, flip: bool = True, **parts: Any):
+def make_run(
+    settings: GradientMatchingConfig,
+    *,
+    container_seed: int = 0,
+    container: Container | None = None,
+    flip: bool = True,
+    **parts: Any,
+) -> ClassMatching:
     compute = Compute(torch.device(parts.pop("device", "cpu")))
     parts = {"match": matching_step(build().to(compute.device), settings.metric, compute), **parts}
     side = live_side(settings, flip=flip, compute=compute)
-    container = make_container(container_seed).to(compute.device)
+    container = (make_container(container_seed) if container is None else container).to(compute.device)
     shared = {"normalise": side.normalise, "compute": compute, "seed": SEED}
     return ClassMatching(container, side, settings, **shared, **parts)
 
@@ -104,11 +112,11 @@ def clone_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_same(one: Any, other: Any, at: str = "state") -> None:
-    """Bit for bit, through all lists and dictionaries; seconds differ from run to run."""
+    """Bit for bit, through all lists and dictionaries; seconds and memory differ from run to run."""
     assert type(one) is type(other), at
     if isinstance(one, dict):
         assert one.keys() == other.keys(), at
-        for key in one.keys() - {"seconds"}:
+        for key in one.keys() - {"seconds", "peak_bytes"}:
             assert_same(one[key], other[key], f"{at}.{key}")
     elif isinstance(one, list | tuple):
         assert len(one) == len(other), at

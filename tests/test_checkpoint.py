@@ -217,6 +217,18 @@ def test_what_an_interrupted_block_took_is_kept_though_its_state_is_elsewhere(tm
     assert Checkpoints(tmp_path / "own", 60).seconds == {"experts": 4.0}
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_run_that_was_interrupted_before_it_kept_a_state_is_nobodys_yet(tmp_path: Path, begun: bool):
+    first = Checkpoints(tmp_path, 60, origin=ORIGIN)
+    if begun:
+        first.save("fit", {})
+    first.stop.signum = signal.SIGTERM
+    with pytest.raises(Interrupted), first.timed("experts"):
+        first.beside(tmp_path / "shared").tick("experts-0000", dict)
+    codes = Checkpoints(tmp_path, 60, origin=ORIGIN | {"code": "c2"}).codes
+    assert codes == (["c1", "c2"] if begun else ["c2"])
+
+
 def test_a_state_of_several_runs_is_named_itself_where_it_cannot_go_on(tmp_path: Path):
     own = Checkpoints(tmp_path / "run" / "checkpoints", 0, origin=ORIGIN)
     own.beside(tmp_path / "experts" / "unfinished").save("stage", {})
@@ -231,6 +243,7 @@ def test_the_last_slot_that_is_dropped_takes_the_folder_with_it(tmp_path: Path):
         checkpoints.save(slot, {})
     checkpoints.drop("one")
     assert checkpoints.load("one") is None and checkpoints.load("other") == {}
+    (checkpoints.folder / ".other.pt.0a1b2c3d.pt").touch()  # what a kill left half-written
     checkpoints.drop("other")
     assert not checkpoints.folder.exists()
 

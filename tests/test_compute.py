@@ -281,3 +281,22 @@ def test_a_peak_begins_anew_and_the_highest_stays_known():
     compute.begin_peak()
     assert compute.recent_peak_bytes() < before - (100 << 20)
     assert compute.peak_bytes() == before
+
+
+KEPT = """
+import torch
+from hmn.compute import Compute, keep_heap_pages
+assert keep_heap_pages()
+compute = Compute(torch.device("cpu"))
+large = torch.ones(32 << 20)
+del large
+before = compute.peak_bytes()
+compute.begin_peak()
+print(before - compute.recent_peak_bytes() > 100 << 20)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system's peaks cannot begin anew")
+def test_pages_that_are_kept_though_they_were_freed_are_not_of_the_next_peak():
+    found = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert found.stdout == "True\n"

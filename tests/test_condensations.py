@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -71,6 +73,14 @@ def test_other_images_and_other_sources_have_folders_of_their_own(tmp_path):
     plan = planned(*TINY, f"paths.cache_dir={tmp_path}")
     folders = {condensations.folder_of(plan, data, code) for data in "ab" for code in "cd"}
     assert len(folders) == 4
+
+
+def test_the_kept_set_that_a_container_starts_from_is_part_of_it(tmp_path):
+    plan = planned(*TINY, f"paths.cache_dir={tmp_path}")
+    none, one, other = (dataclasses.replace(plan, artifact=checksum) for checksum in (None, "a", "b"))
+    assert condensations.identity_of(one) != condensations.identity_of(other)
+    assert condensations.identity_of(one) != condensations.identity_of(none)
+    assert len({condensations.folder_of(start, "data", "code") for start in (none, one, other)}) == 3
 
 
 def test_runs_that_share_a_condensation_end_as_if_each_had_made_its_own(tmp_path):
@@ -171,6 +181,29 @@ def test_a_run_that_has_condensed_alone_and_begun_to_judge_keeps_its_own(tmp_pat
     assert run(tmp_path, *TINY, SHARED, *AFTER["networks"]).code == 0
     outcome = run(tmp_path, *given, SHARED)
     assert outcome.code == 0 and "condensed by" not in outcome.out
+
+
+def test_what_a_run_took_and_has_begun_to_judge_it_keeps(tmp_path):
+    """Of other sources, or removed meanwhile: half of its accuracy would be of another set."""
+    assert run(tmp_path, *TINY, SHARED).code == 0
+    given = (*TINY, SHARED, "pruning.score=random", "evaluation.epochs=60", "compute.checkpoint_every_seconds=0")
+    killed_at("evaluate", tmp_path, *given)
+    shutil.rmtree(tmp_path / ".cache" / "condensed")
+    outcome = run(tmp_path, *given)
+    assert outcome.code == 0, outcome.err
+    (taken,) = [one for run_id, one in results(tmp_path).items() if one["condensed_by"] != run_id]
+    assert "condense" not in taken["wall_seconds"]
+    assert not any(tmp_path.glob(".cache/condensed/*/*.safetensors"))
+
+
+def test_the_first_condensation_that_is_offered_stays(tmp_path):
+    plan = planned(*TINY, "pruning=none")
+    first, second = (plan.container(plan.storage.instances) for _ in range(2))
+    for number, container in enumerate((first, second)):
+        container.initialise(torch.Generator().manual_seed(number), plan.config.container, None)
+        condensations.offer(tmp_path, container, {"condensed_by": str(number)})
+    assert condensations.load(tmp_path, second) == {"condensed_by": "0"}
+    assert torch.equal(second.instances, first.instances)
 
 
 def test_what_two_versions_of_the_sources_condensed_is_not_shared(tmp_path):

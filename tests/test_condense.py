@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from hmn import condense as condensing
 from hmn.checkpoint import Checkpoints, Stop
+from hmn.compute import Compute
 from hmn.condense import Report, condense, curve_steps, grid_rows
 from hmn.errors import Diverged, Interrupted
 from hmn.matching import ClassMatching
@@ -157,6 +159,57 @@ def test_rates_count_the_seconds_of_steps_and_not_of_the_curve(tmp_path: Path, m
     assert [report.steps_per_second for report in reports] == [0.5, 0.5]
     # 2 classes, each 6 real and 3 synthetic images, half a step a second
     assert [report.images_per_second for report in reports] == [9.0, 9.0]
+
+
+class Measured(Compute):
+    """A process whose memory is what ``held`` says, at the most since it last began anew."""
+
+    held = most = 0
+
+    def hold(self, held: int) -> None:
+        type(self).held, type(self).most = held, max(held, self.most)
+
+    def begin_peak(self) -> None:
+        type(self).most = self.held
+
+    def recent_peak_bytes(self) -> int:
+        return self.most
+
+
+def test_memory_is_that_of_steps_over_all_sittings_and_not_of_the_curve(tmp_path: Path, monkeypatch):
+    compute = Measured(CPU.device)
+    compute.hold(9000)  # a bank was made
+    compute.hold(10)
+
+    def sitting(per_step: dict[int, int], stop_at: int | None = None) -> ClassMatching:
+        run, stop = make_run(config()), Stop()
+        run.compute = compute
+        if (state := Checkpoints(tmp_path, 1e9).load("condense")) is not None:
+            run.load_state_dict(state)
+        run_step = run.run_step
+
+        def step() -> tuple[Tensor, dict[str, Tensor]]:
+            compute.hold(per_step[run.step])
+            compute.hold(10)
+            if run.step + 1 == stop_at:
+                stop.signum = signal.SIGTERM
+            return run_step()
+
+        def curve(_step: int) -> float:
+            compute.hold(5000)
+            compute.hold(10)
+            return 0.0
+
+        monkeypatch.setattr(run, "run_step", step)
+        ended = pytest.raises(Interrupted) if stop_at else contextlib.nullcontext()
+        with ended:
+            run_all(run, Checkpoints(tmp_path, 1e9, stop), curve_points=3, on_curve=curve)
+        return run
+
+    assert sitting({0: 100, 1: 300}, stop_at=2).peak_bytes == 300
+    assert sitting({2: 200, 3: 100}).peak_bytes == 300
+    compute.hold(7000)
+    assert sitting({}).peak_bytes == 300  # a sitting without a step has measured nothing
 
 
 # Divergence

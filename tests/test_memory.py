@@ -60,9 +60,11 @@ class Holding(Compute):
         return 2**30
 
 
-def chunk_for(limit: float | None, **changes) -> int:
-    compute = Holding(torch.device("cpu"))
-    return classes_per_chunk(make_container(), build(), config(**changes), compute, limit=limit, strategy="color_crop")
+def chunk_for(limit: float | None, banked: bool = False, **changes) -> int:
+    compute, real = Holding(torch.device("cpu")), 0 if banked else None
+    return classes_per_chunk(
+        make_container(), build(), config(**changes), compute, limit=limit, strategy="color_crop", real_batch=real
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,6 +105,7 @@ def test_fewer_images_per_class_need_less():
 
     assert least(synthetic_batch=1) < least(synthetic_batch=PER_CLASS)
     assert least(real_batch=4) < least(real_batch=40)
+    assert least(real_batch=40, banked=True) == least(real_batch=4, banked=True) < least(real_batch=4)
 
 
 def test_a_gradient_keeps_of_an_image_what_its_backward_pass_needs_and_less_than_a_gradient_of_it():

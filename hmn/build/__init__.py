@@ -1,10 +1,11 @@
-"""Makes the condensation that the configured objective asks for, out of a run's data, networks and container."""
+"""Starts a container and makes the condensation that the configured objective asks for, out of what a run has."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from hmn.build import classes, student
+from hmn.build.starts import fit, how_started, start
 from hmn.build.student import experts
 from hmn.build.workshop import Workshop
 from hmn.condense import Condensation
@@ -18,7 +19,7 @@ from hmn.config.objectives import (
 )
 from hmn.containers.base import Container
 
-__all__ = ["Workshop", "condensation", "experts"]
+__all__ = ["Workshop", "condensation", "experts", "fit", "how_started", "start"]
 
 MAKERS: dict[type[ObjectiveConfig], Callable[[Workshop, Container], Condensation]] = {
     GradientMatchingConfig: classes.gradient_matching,

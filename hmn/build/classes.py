@@ -32,7 +32,11 @@ def gradient_matching(shop: Workshop, container: Container) -> ClassMatching:
     """Networks and real images as the run goes, or from a bank, which is made first if it is missing."""
     config, compute, objective = shop.config, shop.compute, shop.config.objective
     network = shop.build().to(compute.device)
-    chunk = _chunk(shop, container, network, partial(matching_bytes, metric=objective.metric))
+    folder = Path(config.paths.cache_dir) / "banks" / digest(bank_identity(config))
+    banked = objective.bank.networks and all(path.exists() for path in bank.files(folder, objective.bank))
+    # Of a bank that is there only real gradients are read.
+    in_step, real_batch = partial(matching_bytes, metric=objective.metric), 0 if banked else objective.real_batch
+    chunk = _chunk(shop, container, network, in_step, real_batch=real_batch)
 
     def live(seed: int, stream: str) -> LiveSide:
         return LiveSide(shop.data, objective, train=shop.train_step, stream=stream, **shop.side_of(seed))
@@ -41,7 +45,7 @@ def gradient_matching(shop: Workshop, container: Container) -> ClassMatching:
         with shop.checkpoints.timed("bank"):
             paths = distributed.from_first(
                 lambda: bank.build(
-                    Path(config.paths.cache_dir) / "banks" / digest(bank_identity(config)),
+                    folder,
                     lambda number: live(objective.bank.seed, f"bank/{number}"),
                     real_gradients(shop.build().to(compute.device), compute),
                     objective,
@@ -97,6 +101,7 @@ def _chunk(
     network: nn.Module,
     in_step: ImageBytes,
     of_real: ImageBytes | None = gradient_bytes,
+    real_batch: int | None = None,
 ) -> int:
     return classes_per_chunk(
         container,
@@ -107,6 +112,7 @@ def _chunk(
         strategy=shop.strategy,
         in_step=in_step,
         of_real=of_real,
+        real_batch=real_batch,
     )
 
 

@@ -1,0 +1,160 @@
+"""The first stage of a run: a container is started and condensed, or taken from a run that has condensed the same."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hmn import build, condensations, condense, distributed, pictures
+from hmn.artifacts import decode_all
+from hmn.build import Workshop
+from hmn.checkpoint import exclusive
+from hmn.containers.base import Container
+from hmn.evaluate import Images
+from hmn.plan import Plan
+from hmn.tracking import Tracker
+
+TAKEN = "taken"  # the slot of another run's condensation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Making:
+    """What condenses a container and records how."""
+
+    plan: Plan
+    shop: Workshop
+    tracker: Tracker
+    code: str  # digest of the sources
+    judged: Callable[[Images, str], float]  # held-out accuracy of decoded images, and the name of that judgement
+
+    def make(self, container: Container) -> dict[str, Any]:
+        """Bring ``container`` into the form that is kept; returns what the result tells of it.
+
+        With ``compute.share_condensed`` it may be another run's. What a run has condensed, or has once taken, it keeps:
+        what it has begun to judge is of that.
+        """
+        if not self.plan.config.compute.share_condensed:
+            return self._condense(container)
+        checkpoints = self.shop.checkpoints
+        if (taken := checkpoints.load(TAKEN)) is not None:
+            container.finish()
+            container.load_state_dict(taken["container"])
+            return taken["made"]
+        done = self._steps_kept() == self.plan.matching_steps
+        folder = condensations.folder_of(self.plan, self.shop.data.fingerprint, self.code)
+        # Of several processes the first holds the folder for all, and what it finds there is every one's.
+        alone = exclusive(folder, wait=checkpoints.stop) if distributed.first() else contextlib.nullcontext()
+        with alone:
+            distributed.agree(0)  # nobody looks before the first holds it
+            made = None if done else distributed.from_first(lambda: condensations.load(folder, container))
+            if made is None:
+                made = self._condense(container) | {"condensed_by": self.plan.run_id}
+                if distributed.first() and len(checkpoints.codes) == 1:  # else it is not of the folder's sources
+                    condensations.offer(folder, container, made)
+            else:
+                if not distributed.first():
+                    container.finish()
+                distributed.copy_first_(container.state_dict().values())
+                for step_key in ("condense/step", "curve/step"):  # of what this run had begun to condense itself
+                    self.tracker.rewind(step_key, -1)
+                checkpoints.save(TAKEN, {"made": made, "container": container.state_dict()})
+                print(f"condensed by {made['condensed_by']} already: {folder / condensations.TENSORS}")
+        return made
+
+    def _steps_kept(self) -> int | None:
+        """Of this run's own condensation."""
+        state = self.shop.checkpoints.load(condense.SLOT)
+        return None if state is None else state["step"]
+
+    def _condense(self, container: Container) -> dict[str, Any]:
+        work = self._begun(container)
+        self._run(work, container)
+        work.settle(container)
+        return {
+            "curve": [{"step": step, "held_out_accuracy": value} for step, value in sorted(work.curve.items())],
+            "condense_steps": work.step,
+            "condense_seconds": work.seconds,
+            "condense_peak_bytes": work.peak_bytes,
+            "fit_seconds": self.shop.checkpoints.seconds.get("fit", 0.0),
+            **work.measured(),
+        }
+
+    def _begun(self, container: Container) -> condense.Condensation:
+        """The condensation of ``container``, at its first step or where its checkpoint left it."""
+        build.start(self.shop, container)
+        state = self.shop.checkpoints.load(condense.SLOT)
+        settings = self.plan.config.container
+        if state is None and settings.init == "fit_real":
+            error = build.fit(self.shop, container)
+            self.tracker.rewind("fit/step", -1)
+            self.tracker.log({"fit/mean_squared_error": error}, step_key="fit/step", step=settings.fit_steps)
+        # A GPU need not repeat another's fit to the last bit.
+        distributed.copy_first_(container.state_dict().values())
+        work = build.condensation(self.shop, container)
+        if state is not None:
+            work.load_state_dict(state)
+            print(f"continuing at step {work.step} of {work.total_steps}")
+        self.tracker.rewind("condense/step", work.step)
+        self.tracker.rewind("curve/step", max(work.curve, default=-1))
+        return work
+
+    def _run(self, work: condense.Condensation, container: Container) -> None:
+        logging = self.plan.config.tracking
+
+        def on_report(measured: condense.Report) -> None:
+            self.tracker.log(_metrics(measured), step_key="condense/step", step=measured.step)
+            before = measured.step - logging.log_every_steps
+            if before // logging.images_every_steps != measured.step // logging.images_every_steps:
+                work.gather()
+                self._log_grid(container, measured.step)
+
+        def on_curve(step: int) -> float:
+            kept = copy.deepcopy(container)
+            work.settle(kept)
+            value = self.judged(Images(*decode_all(kept)), f"curve_{step}")
+            metrics = {"curve/held_out_accuracy": value, "curve/condense_seconds": work.seconds}
+            self.tracker.log(metrics, step_key="curve/step", step=step)
+            self._log_grid(container, step)
+            return value
+
+        if work.step == 0:
+            self._log_grid(container, 0)
+        with self.shop.checkpoints.timed("condense"):
+            condense.condense(
+                work,
+                self.shop.checkpoints,
+                log_every_steps=logging.log_every_steps,
+                on_report=on_report,
+                curve_points=self.plan.config.evaluation.curve_points,
+                on_curve=on_curve,
+            )
+        self._log_grid(container, work.step)
+
+    def _log_grid(self, container: Container, step: int) -> None:
+        if not distributed.first():
+            return
+        index = torch.tensor(list(condense.grid_rows(container, 10)), device=self.shop.compute.device)
+        with torch.no_grad():
+            images = container.decode(index)
+        grid = pictures.class_grid(images, index // container.images_per_class, pixels=32)
+        self.tracker.log_image("condense/images", grid, step_key="condense/step", step=step)
+
+
+def _metrics(measured: condense.Report) -> dict[str, float]:
+    layers = {f"condense/loss_layer{layer}": value for layer, value in enumerate(measured.losses, start=1)}
+    norms = {f"condense/gradient_norm/{tier}": value for tier, value in measured.gradient_norms.items()}
+    return {
+        "condense/loss": sum(measured.losses),
+        **layers,
+        **norms,
+        "condense/steps_per_second": measured.steps_per_second,
+        "condense/images_per_second": measured.images_per_second,
+        "condense/peak_bytes": measured.peak_bytes,
+        "condense/memory_lr": measured.learning_rate,
+        **{f"condense/{name}": value for name, value in measured.measured.items()},
+    }
