@@ -19,7 +19,7 @@ from hmn.config.sweeps import LocalConfig
 from hmn.errors import ConfigError
 from hmn.explain import in_one_line
 from hmn.report import text_table
-from hmn.sweeps import state
+from hmn.sweeps import state, table
 from hmn.sweeps.attempt import end_with_parent
 from hmn.sweeps.launchers import local
 from hmn.sweeps.pace import flops_per_second
@@ -27,7 +27,7 @@ from hmn.sweeps.planning import Planned, by_run, work
 from hmn.sweeps.search import search
 from hmn.sweeps.sweep import Sweep, accuracy, counts, launch, of_arguments, status_command
 
-COMMANDS = ("launch", "plan", "status", "results", "search")
+COMMANDS = ("launch", "plan", "status", "results", "search", "tables")
 ORDER = ("failed", "running", "interrupted", "damaged", "waiting", "done")
 
 
@@ -41,6 +41,10 @@ def run(arguments: Sequence[str]) -> int:
     given = _parser().parse_intermixed_args(_with_command(arguments))
     if given.command == "search":
         return search(given.settings)
+    if given.command == "tables":
+        require("tables", not given.settings, " ".join(given.settings), "given alone: it lists all tables")
+        print(table.listed())
+        return 0
     settings, plans = _without_plan(given.settings)
     sweep = of_arguments(settings, shlex.join(["python", "sweep.py", *settings]))
     if given.command == "plan" or plans:
@@ -88,7 +92,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sweep.py", description=__doc__)
     parser.add_argument("command", choices=COMMANDS, help="launch if left out")
     parser.add_argument(
-        "settings", nargs="*", metavar="KEY=VALUE", help="experiment=TABLE, or settings of run.py with values a,b,c"
+        "settings",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="experiment=TABLE (`sweep.py tables` lists them), or settings of run.py with values a,b,c",
     )
     parser.add_argument("--every", type=float, metavar="SECONDS", help="status: show it again and again")
     parser.add_argument("--json", action="store_true", help="results: all that is kept of every run")

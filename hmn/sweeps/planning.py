@@ -170,7 +170,7 @@ def _figures(overrides: Sequence[str], kept: tuple[str, ...] = ()) -> dict[str, 
     found = {"run_id": plan.run_id, "folder": str(plan.folder), **flops, **_stored(plan)}
     if plan.config.condenses and plan.config.compute.share_condensed:
         found["condensation"] = digest(condensations.identity_of(plan))
-    if plan.expert_flops:
+    if plan.expert_flops and (plan.config.condenses or plan.config.mode == "experts"):
         found |= {"experts": digest(experts_identity(plan.config)), "expert_flops": float(plan.expert_flops)}
     config = plan.config
     start = getattr(config.container, "start", None) if config.condenses else None
@@ -207,16 +207,22 @@ def _stored(plan: Plan) -> dict[str, Any]:
 
 def work(runs: Iterable[Planned], finished: Iterable[Planned] = ()) -> float:
     """FLOPs of all ``runs``; condensations and experts that they share, or share with ``finished`` ones, count once."""
-    finished = list(finished)
-    made, trained = ({getattr(one, name) for one in finished} for name in ("condensation", "experts"))
+    made: set[str | None] = set()
+    trained: dict[str | None, float] = {}  # some runs take more experts of a kind than others
     total = 0.0
+
+    def take_note_of(one: Planned) -> None:
+        made.add(one.condensation)
+        trained[one.experts] = max(one.expert_flops, trained.get(one.experts, 0.0))
+
+    for one in finished:
+        take_note_of(one)
     for one in runs:
         if one.condensation is not None and one.condensation in made:
             total += one.flops - one.making_flops
-            continue
-        total += one.flops - (one.expert_flops if one.experts in trained else 0.0)
-        made.add(one.condensation)
-        trained.add(one.experts)
+        else:
+            total += one.flops - min(one.expert_flops, trained.get(one.experts, 0.0))
+            take_note_of(one)
     return total
 
 

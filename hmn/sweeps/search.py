@@ -343,8 +343,9 @@ def _refuse_mixtures(given: Search, study: optuna.Study) -> None:
     """Trials of other sources than today's are refused or kept; a study cannot measure its past anew."""
     choice = given.sweep.settings.other_code
     require("sweep.other_code", choice != "repeat", choice, "refuse or keep: what was proposed depends on it")
-    codes = [found.result.get("code") for one in _measured(study) if (found := state.read(_folder(given, one))).result]
-    others = [str(code) for code in codes if code != results.code_version()]
+    begun = [one for one in study.get_trials(deepcopy=False) if "run_id" in one.user_attrs]
+    codes = [results.code_of(found.result) for one in begun if (found := state.read(_folder(given, one))).result]
+    others = [code for code in codes if code != results.code_version()]
     if others and choice == "refuse":
         raise ConfigError(
             f"study={given.name}: {len(others)} trials are of other sources ({', '.join(sorted(set(others)))}, now "

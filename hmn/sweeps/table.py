@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hmn.config import one_of, require
 from hmn.errors import ConfigError
+from hmn.report import text_table
 from hmn.results import ROOT
 from hmn.sweeps.cells import Cell
 
@@ -64,6 +65,17 @@ def table_file(name: str) -> Path:
 
 def table_names() -> list[str]:
     return sorted(path.stem for path in TABLES.glob("*.yaml"))
+
+
+def listed() -> str:
+    """Every table with what it is expected to cost."""
+    names, rows = table_names(), []
+    width = max(map(len, names))
+    for name in names:
+        file = _read(table_file(name))
+        expects = file["expects"]
+        rows.append([f"{name:{width}}  {file['title']}", f"{expects['hours']:,}", expects["device"]])
+    return text_table(["experiment=", "hours", "on"], rows)
 
 
 def load_table(path: Path, overrides: Sequence[str] = ()) -> Table:

@@ -297,6 +297,31 @@ def test_ray_that_is_not_there_is_said_in_one_line(tmp_path: Path) -> None:
         do([stub(tmp_path, "a", "pass")], RayConfig(address="127.0.0.1:1"))
 
 
+def test_a_signal_to_another_thread_comes_after_what_must_not_be_cut_in_two() -> None:
+    from hmn.sweeps.launchers.submitit import _after_it
+
+    seen: list[str] = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: seen.append("signal"))
+    ready, end = threading.Event(), threading.Event()
+    other = threading.Thread(target=lambda: (ready.set(), end.wait()))  # whose mask lets it through
+    other.start()
+    ready.wait()
+    try:
+        with _after_it([signal.SIGUSR1]):
+            signal.pthread_kill(other.ident, signal.SIGUSR1)
+            time.sleep(0.2)
+            seen.append("block")
+        assert seen == ["block", "signal"]
+        with pytest.raises(RuntimeError), _after_it([signal.SIGUSR1]):
+            raise RuntimeError
+        signal.raise_signal(signal.SIGUSR1)
+        assert seen == ["block", "signal", "signal"]
+    finally:
+        end.set()
+        other.join()
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_submitit_queues_a_job_again_that_is_cut_off(tmp_path: Path) -> None:
     """By the signal of a time limit or of a job that goes first: the run saves, and the same job goes on with it."""
 

@@ -7,7 +7,9 @@ from omegaconf import OmegaConf
 
 from experiments.filling import VALUES, read_reported, reported_for, shown
 from hmn.data.official import IMAGENET10
+from hmn.errors import ConfigError
 from hmn.plan import Plan
+from hmn.sweeps import cli
 from hmn.sweeps.cells import Cell
 from hmn.sweeps.planning import plan_cells
 from hmn.sweeps.table import TABLES, Table, load_table, table_file
@@ -86,6 +88,16 @@ def test_what_a_file_says_of_itself(name):
     before = text.splitlines()[text.splitlines().index(next(line for line in kept if line.startswith("expects"))) - 1]
     assert before.startswith("# ")  # how the estimate was come by
     assert shown(table)
+
+
+def test_all_tables_are_listed_with_what_they_cost(capsys):
+    assert cli.run(["tables"]) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split()[0] for line in lines] == NAMES
+    (whole,) = [line for line in lines if line.startswith("main_table ")]
+    assert " ".join(whole.split()) == "main_table Test accuracy of condensed sets 17,000 one H100"
+    with pytest.raises(ConfigError, match="^tables=seed=1: must be given alone"):
+        cli.run(["seed=1", "tables"])
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if load_table(table_file(name)).reported])

@@ -103,6 +103,26 @@ def test_experts_that_runs_share_are_work_once():
     assert work(found[1:2], finished=found[:1]) == pytest.approx(found[1].flops - trained[0], rel=1e-12)
 
 
+def test_a_run_that_takes_more_experts_than_there_are_trains_the_rest():
+    experts = ("objective=trajectory_matching", "pruning=none", "container=image")
+    counts = [f"objective.experts.count={count}" for count in (10, 100)]
+    few, many, again = plan_cells(
+        [cell("few", *experts, counts[0]), *(cell(f"{seed}", *experts, counts[1], f"seed={seed}") for seed in (0, 1))]
+    )
+    assert many.expert_flops == 10 * few.expert_flops
+    expected = sum(one.flops for one in (few, many, again)) - few.expert_flops - many.expert_flops
+    for runs in ([few, many, again], [many, few, again]):
+        assert work(runs) == pytest.approx(expected, rel=1e-12)
+    assert work([many], finished=[few]) == pytest.approx(many.flops - few.expert_flops, rel=1e-12)
+
+
+def test_references_under_an_objective_with_experts_train_none():
+    given = ("objective=trajectory_matching", "pruning=none", "container=image")
+    reference, run = plan_cells([cell(mode, *given, f"mode={mode}") for mode in ("random_subset", "run")])
+    assert (reference.experts, reference.expert_flops) == (None, 0.0) and run.expert_flops > 0
+    assert work([reference, run]) == work([run, reference]) == reference.flops + run.flops
+
+
 def test_cells_that_are_one_run_are_one_run():
     found = plan_cells([cell("a", "seed=1"), cell("b", "seed=1", "compute.threads=3"), cell("c", "seed=2")])
     assert [one.cell.name for one in by_run(found).values()] == ["a", "c"]

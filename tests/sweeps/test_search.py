@@ -167,7 +167,7 @@ class Runs:
 
     def __init__(self, held_out: Callable[[Mapping[str, str]], float | None]) -> None:
         self.held_out, self.made, self.kill_at, self.stop_at = held_out, [], None, None
-        self.code = results.code_version()
+        self.code, self.earlier = results.code_version(), []
 
     def launch(self, tasks: Sequence[Task], settings: Any) -> Iterator[Outcome]:
         for task in tasks:
@@ -187,7 +187,8 @@ class Runs:
             accuracy = {"mean": 1 - value, "std": None, "by_network": [[1 - value]]}
             pruning = {"cut_per_class": 1, "held_out_accuracy": value}
             curve = [{"step": 6, "held_out_accuracy": 1 - value}]
-            found = {"accuracy": accuracy, "pruning": pruning, "curve": curve, "code": self.code}
+            codes = [*self.earlier, self.code]
+            found = {"accuracy": accuracy, "pruning": pruning, "curve": curve, "code": self.code, "codes": codes}
             results.write(Path(task.folder), found)
             yield Outcome(task.run_id, "done", 1)
 
@@ -365,6 +366,13 @@ def test_trials_of_other_sources_are_kept_only_if_asked_for(runs):
     with pytest.raises(ConfigError, match=r"study=a: 1 trials are of other sources \(0123456789ab, now \w+\)"):
         search(["study=a", "trials=2", *FIXED, *SPACE])
     assert search(["study=a", "trials=2", "sweep.other_code=keep", *FIXED, *SPACE]) == 0
+
+
+def test_a_trial_that_two_versions_of_the_sources_made_is_of_other_sources(runs):
+    runs.earlier = ["0123456789ab"]
+    assert search(["study=a", "trials=1", *FIXED, *SPACE]) == 0
+    with pytest.raises(ConfigError, match=r"1 trials are of other sources \(0123456789ab\+\w+, now \w+\)"):
+        search(["study=a", "trials=2", *FIXED, *SPACE])
 
 
 # Real processes
