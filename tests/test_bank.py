@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from hmn.bank import BankSide, build, snapshot_steps
 from hmn.checkpoint import Checkpoints, Stop
-from hmn.config import BankConfig
+from hmn.config import BankConfig, GradientMatchingConfig
 from hmn.config.identity import bank_identity
 from hmn.errors import ArtifactError, Interrupted
 from hmn.matching import ClassMatching
@@ -28,10 +29,10 @@ from tests.test_capture import HostReads
 SETTINGS = config(inner_steps=4, bank=BankConfig(networks=2, snapshots=2))
 
 
-def live(number: int) -> LiveSide:
+def live(number: int, settings: GradientMatchingConfig = SETTINGS) -> LiveSide:
     return LiveSide(
         REAL,
-        SETTINGS,
+        settings,
         build=build_network,
         train=training_step(build_network(), CPU),
         compute=CPU,
@@ -41,10 +42,17 @@ def live(number: int) -> LiveSide:
     )
 
 
-def make_bank(folder: Path, *, fingerprint: str = REAL.fingerprint, stop: Stop | None = None, chunk: int = 3):
+def make_bank(
+    folder: Path,
+    settings: GradientMatchingConfig = SETTINGS,
+    *,
+    fingerprint: str = REAL.fingerprint,
+    stop: Stop | None = None,
+    chunk: int = 3,
+) -> list[Path]:
     gradients = real_gradients(build_network(), CPU)
     options = {"classes": CLASSES, "fingerprint": fingerprint, "chunk": chunk, "stop": stop or Stop()}
-    return build(folder, live, gradients, SETTINGS, **options)
+    return build(folder, partial(live, settings=settings), gradients, settings, **options)
 
 
 def contents(path: Path) -> dict[str, Tensor]:
@@ -52,15 +60,17 @@ def contents(path: Path) -> dict[str, Tensor]:
         return {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
 
 
-def side(paths: list[Path], *, seed: int = SEED) -> BankSide:
-    return BankSide(paths, SETTINGS.bank, SETTINGS.strategy, 8, torch.device("cpu"), seed)
+def side(paths: list[Path], *, seed: int = SEED, rule: str = "idc") -> BankSide:
+    return BankSide(paths, SETTINGS.bank, SETTINGS.strategy, 8, torch.device("cpu"), seed, rule)
 
 
-def make_run(paths: list[Path], *, container_seed: int = 0) -> ClassMatching:
+def make_run(
+    paths: list[Path], settings: GradientMatchingConfig = SETTINGS, *, container_seed: int = 0
+) -> ClassMatching:
     return ClassMatching(
         make_container(container_seed),
-        side(paths),
-        SETTINGS,
+        side(paths, rule=settings.augmentation_rule),
+        settings,
         match=stored_step(build_network(), "mse", CPU),
         normalise=live(0).normalise,
         compute=CPU,
@@ -95,14 +105,16 @@ def test_a_snapshot_is_the_live_side_at_that_step(tmp_path: Path):
         reference.update(reference.choose_update())
 
 
-def test_a_banked_step_is_the_live_step_of_the_same_network_images_and_draw(tmp_path: Path):
-    run = make_run(make_bank(tmp_path))
+@pytest.mark.parametrize("rule", ["idc", "vico"])
+def test_a_banked_step_is_the_live_step_of_the_same_network_images_and_draw(tmp_path: Path, rule: str):
+    settings = dataclasses.replace(SETTINGS, augmentation_rule=rule)
+    run = make_run(make_bank(tmp_path, settings), settings)
     run.side.order, run.side.position = torch.tensor([2]), 0  # network 1, untrained
-    reference = live(1)
+    reference = live(1, settings)
     lively = ClassMatching(
         make_container(),
         reference,
-        SETTINGS,
+        settings,
         match=matching_step(build_network(), "mse", CPU),
         normalise=reference.normalise,
         compute=CPU,
@@ -112,6 +124,26 @@ def test_a_banked_step_is_the_live_step_of_the_same_network_images_and_draw(tmp_
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
     for tier, value in expected_norms.items():
         torch.testing.assert_close(norms[tier], value, rtol=1e-4, atol=0)
+
+
+def test_a_draw_that_is_read_has_the_alternatives_of_its_rule(tmp_path: Path):
+    reader = side(make_bank(tmp_path), rule="vico")
+    reader.begin(0)
+    assert reader.draw(reader.choose(torch.arange(2)), 2).alternatives == ("color", "crop", "cutout")
+
+
+def test_of_some_classes_gradients_and_draws_are_read_in_the_order_they_are_asked_for(tmp_path: Path):
+    paths = make_bank(tmp_path)
+    reader = side(paths)
+    reader.begin(0)
+    network, snapshot = divmod(int(reader.order[0]), 2)
+    head = f"{snapshot}/"
+    kept = {name.removeprefix(head): value for name, value in contents(paths[network]).items() if name.startswith(head)}
+    choice = reader.choose(torch.tensor([2, 0]))
+    assert choice.keys() == kept.keys()
+    for name, value in kept.items():
+        expected = value if name.startswith("parameters/") else torch.stack([value[2], value[0]])
+        assert torch.equal(choice[name], expected), name
 
 
 def test_a_whole_banked_step_reads_nothing_back_and_is_the_step_without_recording(tmp_path: Path, monkeypatch):

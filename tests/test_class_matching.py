@@ -1,4 +1,4 @@
-"""One step of matching class by class: against a naive loop, its draws and network updates, resuming, averages."""
+"""One step of matching class by class: against a naive loop, draws, network updates, rates, resuming, averages."""
 
 from __future__ import annotations
 
@@ -14,23 +14,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hmn import realside
+from hmn.build import Workshop, condensation
 from hmn.checkpoint import Checkpoints
 from hmn.config import GradientMatchingConfig
+from hmn.containers.multiformation import Multiformation, MultiformationShape
 from hmn.data import augment
+from hmn.data.preprocess import Normalise
 from hmn.data.sampling import per_class
 from hmn.errors import DataError
 from hmn.matching import ClassMatching
 from hmn.objectives.gradient import matching_step
 from hmn.seeding import generator
+from hmn.training import training_step
+from tests.command import configured
 from tests.small_matching import (
     CLASSES,
     CPU,
     MEAN,
+    MEMORIES,
     OWNED,
     PER_CLASS,
     REAL,
     SEED,
     STD,
+    TIERS,
     assert_same,
     build,
     clone_of,
@@ -221,6 +228,34 @@ def test_without_a_cap_every_image_is_matched_in_order(monkeypatch: pytest.Monke
     assert asked[0].tolist() == list(range(CLASSES * PER_CLASS))
 
 
+def tiles_and_others(stored: Tensor) -> Tensor:
+    """The four tiles of the first image of ``stored`` (3, channels, 8, 8), row by row and enlarged, then the others."""
+    tiles = torch.stack([stored[0, :, y : y + 4, x : x + 4] for y in (0, 4) for x in (0, 4)])
+    return torch.cat([F.interpolate(tiles, size=8, mode="bilinear", align_corners=False), stored[1:]])
+
+
+@pytest.mark.parametrize("chunk", [1, 2, None])
+def test_a_container_that_shows_condensing_other_forms_is_matched_by_those_each_under_its_class(chunk: int | None):
+    """With a bound of 8, one of three stored images comes as 4 tiles and two come whole: 6 images, and not all 12."""
+    shape = MultiformationShape(classes=CLASSES, channels=3, image_size=8, factor=2, decode="bound", bound=8)
+    container = Multiformation(shape, 3)
+    nn.init.uniform_(container.instances, generator=generator(0))
+    matched: list[tuple[Tensor, Tensor]] = []
+    match = matching_step(build(), "mse", CPU)
+
+    def watched(parameters: dict[str, Tensor], real: Tensor, synthetic: Tensor, labels: Tensor):
+        matched.append((synthetic.clone(), labels))
+        return match(parameters, real, synthetic, labels)
+
+    run = make_run(config(strategy="none"), container=container, match=watched, chunk=chunk)
+    expected = torch.stack([tiles_and_others(stored) for stored in container.instances.detach()])
+    run.run_step()
+    pixels, labels = (torch.cat(parts) for parts in zip(*matched, strict=True))
+    expected = (expected - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-5)
+    assert labels.tolist() == [0, 1, 2]
+
+
 def test_the_network_is_renewed_every_inner_steps_and_trains_in_between(monkeypatch: pytest.MonkeyPatch):
     matched: list[dict[str, Tensor]] = []
     match = matching_step(build(), "mse", CPU)
@@ -319,6 +354,36 @@ def test_matching_gets_closer_to_the_real_images():
     run = make_run(settings)
     losses = [float(run.run_step()[0].sum()) for _ in range(30)]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+# Rates
+
+
+def peak_rates(run: ClassMatching) -> dict[str, float]:
+    return dict(zip(TIERS, (group["initial_lr"] for group in run.optimizer.inner.param_groups), strict=True))
+
+
+def test_a_tiers_rate_is_scaled_by_the_runs_factor_and_by_its_own():
+    run = make_run(config(), rate_factor=0.5, lr_scale={"decoder": 3.0})
+    expected = dict.fromkeys(MEMORIES, 0.005) | {"extractors": 0.0005, "decoder": 0.0015}
+    assert peak_rates(run) == pytest.approx(expected)
+
+
+def test_idcs_factor_and_the_containers_scales_reach_the_rates_of_a_configured_run(tmp_path: Path):
+    """20 images per class of 8 pixels: (20 / 10) (8 / 32)^2 is an eighth."""
+    rates = ("objective.memory_lr=0.08", "objective.weights_lr=0.008", "+container.lr_scale.decoder=3")
+    scaled = ("objective.lr_scaling=idc", "memory.images_per_class=20", "objective.real_batch=6")
+    shop = Workshop(
+        config=configured(*rates, *scaled),
+        data=REAL,
+        build=build,
+        compute=CPU,
+        train_step=training_step(build(), CPU),
+        normalise=Normalise(MEAN, STD),
+        checkpoints=Checkpoints(tmp_path, 60),
+    )
+    expected = dict.fromkeys(MEMORIES, 0.01) | {"extractors": 0.001, "decoder": 0.003}
+    assert peak_rates(condensation(shop, make_container())) == pytest.approx(expected)
 
 
 # Resuming

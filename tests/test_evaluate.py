@@ -102,9 +102,8 @@ def test_one_network_has_no_deviation():
 
 
 def test_the_recipe_is_the_profiles():
-    config = EvaluationConfig(
-        profile="mine", schedule="multistep", epochs=7, batch=3, even_batches=True, lr=0.3, weight_decay=0.1
-    )
+    sgd = {"schedule": "multistep", "epochs": 7, "batch": 3, "even_batches": True, "lr": 0.3, "momentum": 0.3}
+    config = EvaluationConfig(profile="mine", **sgd, weight_decay=0.1, strategy="flip", cutmix=0.1)
     recipe = recipe_of(config, flip=True)
     names = {field.name for field in dataclasses.fields(Recipe)} - {"rule"}
     assert all(getattr(recipe, name) == getattr(config, name) for name in names)

@@ -88,6 +88,13 @@ def test_experts_are_trained_at_a_constant_rate_on_one_operator_per_batch_unmixe
     assert train([0]).update.rule == "vico"
 
 
+def test_experts_are_trained_as_configured():
+    sgd = {"epochs": 7, "batch": 3, "lr": 0.3, "momentum": 0.5, "weight_decay": 0.1}
+    recipe = experts.recipe_of(ExpertsConfig(**sgd, augmentation_rule="idc"), "crop")
+    assert {name: getattr(recipe, name) for name in sgd} == sgd
+    assert (recipe.strategy, recipe.rule) == ("crop", "idc")
+
+
 @pytest.mark.parametrize(("together", "groups", "stop_in", "finished"), [(1, 3, 3, 1), (2, 2, 1, 0)])
 def test_stopped_experts_go_on_from_their_last_epoch(tmp_path, monkeypatch, together, groups, stop_in, finished):
     expected = [contents(path) for path in make(tmp_path / "whole", together=together)]

@@ -76,7 +76,10 @@ def test_a_rate_is_multiplied_by_the_factor_and_by_its_tiers_scale():
 
 @pytest.mark.parametrize(
     ("images_per_class", "side", "factor"),
-    [(10, 32, 1.0), (1, 32, 0.1), (50, 32, 5.0), (10, 28, 0.765625), (10, 64, 4.0), (20, 224, 2.0), (1, 112, 1.225)],
+    [
+        *[(10, 32, 1.0), (1, 32, 0.1), (50, 32, 5.0), (10, 28, 0.765625), (10, 64, 4.0), (20, 224, 2.0)],
+        *[(1, 112, 1.225), (10, 127, (127 / 32) ** 2), (10, 128, (128 / 224) ** 2)],
+    ],
 )
 def test_idcs_factor(images_per_class, side, factor):
     """28 pixels as IDC's Fashion-MNIST, 64 as DREAM's Tiny-ImageNet; from 128 pixels on the base is 224."""

@@ -122,6 +122,16 @@ def test_flops_of_dm_are_one_backward_pass_and_those_of_idm_its_pool():
     assert planned(*image, "objective=idm").step_flops.update == 2 * 10 * 256 * TRAINING
 
 
+def test_flops_of_bptt_are_four_trainings_of_each_image_that_a_student_sees():
+    """Its step, that step once more on the way back, and twice that: each product has two factors to differentiate."""
+    image = ("mode=plan", "dataset=cifar10", "memory=ipc10", "container=image", "pruning=none", "objective=bptt")
+    plan = planned(*image, "objective.student_steps=3", "objective.class_batch=4", "objective.real_batch=5")
+    assert plan.step_flops.matching == 3 * (10 * 4) * 4 * TRAINING
+    assert plan.step_flops.update == 10 * 5 * TRAINING
+    whole = planned(*image, "objective.student_steps=3", "objective.class_batch=32")
+    assert whole.step_flops.matching == 3 * (10 * 10) * 4 * TRAINING  # no more than there are
+
+
 @pytest.mark.parametrize("objective", ["dc", "distribution_matching", "trajectory_matching", "bptt"])
 def test_the_written_out_form_is_refused_for_what_it_has_no_formula_for(objective):
     with pytest.raises(

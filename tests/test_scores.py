@@ -266,6 +266,21 @@ def test_random_images_are_those_of_the_reference(tmp_path):
     assert torch.equal(choose(judge(tmp_path, seed=7), train, NAMES, 5, coreset("random"), tmp_path), expected)
 
 
+@pytest.mark.parametrize(("method", "expected"), [("herding", [2, 3]), ("k_center", [0, 3]), ("k_means", [1, 4])])
+def test_each_method_that_looks_at_features_makes_its_own_choice(tmp_path, monkeypatch, method, expected):
+    """The mean is 6.5, the clusters {0, 1, 2} and {10, 11, 15} of centres 1 and 12, from whatever seeds.
+
+    Herding takes 10, and 2 as 13 - 10 is wanted next; k-center 10, and 0 as the farthest from it.
+    """
+    monkeypatch.setattr("hmn.coresets.remembered", lambda *_: {})
+    monkeypatch.setattr("hmn.coresets.features", lambda _networks, images, _normalise: images.flatten(1))
+    own = torch.tensor([0.0, 1.0, 2.0, 10.0, 11.0, 15.0])
+    train = Images(torch.cat([own, own + 100]).view(-1, 1, 1, 1), torch.arange(2).repeat_interleave(6))
+    chosen = choose(judge(tmp_path), train, ("a", "b"), 2, coreset(method), tmp_path).tolist()
+    assert sorted(chosen[:2]) == expected
+    assert sorted(chosen[2:]) == [6 + index for index in expected]
+
+
 @pytest.mark.parametrize(("method", "expected"), [("aum", [0, 2]), ("forgetting", [1, 2]), ("ccs", [0, 3])])
 def test_the_hardest_images_are_kept_but_ccs_cuts_them_by_another_score(tmp_path, monkeypatch, method, expected):
     scores = Difficulty(

@@ -87,8 +87,10 @@ def test_training_uses_the_rate_of_its_epoch():
 # One update
 
 
-def update_of(network: nn.Module, batch: int, *, strategy: str = "none", cutmix: float = 0.0, seed: int = 5):
-    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "strategy": strategy, "cutmix": cutmix}
+def update_of(
+    network: nn.Module, batch: int, *, strategy: str = "none", cutmix: float = 0.0, rule: str = "idc", seed: int = 5
+) -> NetworkUpdate:
+    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "strategy": strategy, "cutmix": cutmix, "rule": rule}
     return NetworkUpdate(network, training_step(build(), CPU), NORMALISE, generator(seed), batch=batch, **settings)
 
 
@@ -134,6 +136,19 @@ def test_an_update_augments_with_parameters_per_image_and_mixes_by_the_cutmix_lo
     logits = reference(inputs)
     # IDC: r CE(y) + (1 - r) CE(y of the partner)
     expected = share * F.cross_entropy(logits, labels) + (1 - share) * F.cross_entropy(logits, partners)
+    optimizer = sgd(reference)
+    expected.backward()
+    optimizer.step()
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
+    assert_close_networks(network, reference)
+
+
+def test_an_update_augments_by_its_own_rule():
+    network, reference = pair()
+    images, labels = images_and_labels(8)
+    loss = update_of(network, 8, strategy="color_flip", rule="vico")(images, labels)
+    drawn = augment.draw("color_flip", 8, 8, generator(5), rule="vico")
+    expected = F.cross_entropy(reference(augment.apply(normalised(images), drawn)), labels)
     optimizer = sgd(reference)
     expected.backward()
     optimizer.step()

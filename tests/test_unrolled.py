@@ -20,11 +20,12 @@ from hmn import experts
 from hmn.adversary import StyleAdversary, supervised_contrast
 from hmn.build import Workshop, condensation
 from hmn.checkpoint import Checkpoints, Stop
-from hmn.config.containers import HabaConfig
+from hmn.config.containers import HabaConfig, MultiformationConfig
 from hmn.config.objectives import BpttConfig, TrajectoryMatchingConfig
 from hmn.containers import KINDS
 from hmn.containers.base import Container
 from hmn.containers.haba import Haba, HabaShape
+from hmn.containers.multiformation import Multiformation, MultiformationShape
 from hmn.data import augment
 from hmn.data.preprocess import Normalise
 from hmn.data.sampling import per_class
@@ -83,6 +84,14 @@ def expert_files(tmp_path_factory) -> list[Path]:
 def make_haba(seed: int = 0) -> Haba:
     container = Haba(HABA, 2)
     container.initialise(torch.Generator().manual_seed(seed), HabaConfig(name="haba", init="noise"), None)
+    return container
+
+
+def make_multiformation() -> Multiformation:
+    """12 images per class, of which condensing sees 6: four tiles of one stored image, and two whole."""
+    shape = MultiformationShape(classes=CLASSES, channels=3, image_size=8, factor=2, decode="bound", bound=8)
+    container = Multiformation(shape, 3)
+    container.initialise(generator(0), MultiformationConfig(name="multiformation", init="noise"), None)
     return container
 
 
@@ -151,8 +160,8 @@ def student_by_autograd(work: ThroughStudent, start: dict[str, Tensor], lr: Tens
     theta = {name: value.clone().requires_grad_() for name, value in theta.items()}
     for index in work.batches(settings.student_steps, streams["batches"]):
         drawn = augment.draw(STRATEGY, len(index), 8, streams["augment"], rule="vico")
-        images = augment.apply(normalise(container.decode(index)), drawn)
-        loss = F.cross_entropy(functional_call(build(), theta, (images,)), index // container.images_per_class)
+        images = augment.apply(normalise(container.decode_matched(index)), drawn)
+        loss = F.cross_entropy(functional_call(build(), theta, (images,)), index // container.matched_per_class)
         gradients = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
         for name, g in zip(theta, gradients, strict=True):
             v[name] = settings.student_momentum * v[name] + (1 - settings.student_dampening) * g
@@ -166,12 +175,12 @@ def moved(before: dict[str, Tensor], container: Container) -> dict[str, Tensor]:
 
 
 @pytest.mark.usefixtures("double")
-@pytest.mark.parametrize("chunk", [4, 100])
+@pytest.mark.parametrize(("make", "chunk"), [(make_container, 4), (make_container, 100), (make_multiformation, 4)])
 @pytest.mark.parametrize(("momentum", "dampening", "segment"), [(0.0, 0.0, 1), (0.9, 0.9, 2)])
-def test_a_trajectory_step_is_autograd_s_through_everything(expert_files, momentum, dampening, segment, chunk):
+def test_a_trajectory_step_is_autograd_s_through_everything(expert_files, momentum, dampening, segment, make, chunk):
     options = {"student_momentum": momentum, "student_dampening": dampening, "segment": segment}
     settings = config(**options, student_lr_lr=1e-5, student_lr_momentum=0.0)
-    work = trajectory_run(expert_files, settings, chunk=chunk)
+    work = trajectory_run(expert_files, settings, make(), chunk=chunk)
     drawn = trajectory_run(expert_files, settings).goal.trajectories.draw()
     start, target = ({name: value.double() for name, value in end.items()} for end in drawn)
     work.goal.trajectories.draw = lambda: (start, target)

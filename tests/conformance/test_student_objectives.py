@@ -133,6 +133,39 @@ def test_the_loss_on_ramps_is_the_stored_one(name):
     assert float(loss) == pytest.approx(OBJECTIVES[name].stored, rel=1e-7)
 
 
+def flat(values: Parameters) -> Tensor:
+    return torch.cat([value.flatten() for value in values.values()])
+
+
+def of_a_step(at: Setting, unrolled: Unrolled) -> Tensor:
+    """The velocity of a student's first step: its gradient."""
+    still = {name: torch.zeros_like(value) for name, value in at.start.items()}
+    return flat(unrolled.forward(at.start, still, at.pixels.detach(), at.labels, torch.tensor(LR))[1])
+
+
+def of_the_way_back(at: Setting, unrolled: Unrolled) -> Tensor:
+    """What the pixels of one step get of a gradient that its end has."""
+    still = {name: torch.zeros_like(value) for name, value in at.start.items()}
+    towards = {name: at.target[name] - value for name, value in at.start.items()}
+    _, _, by_pixels, _ = unrolled.vjp(at.start, still, towards, at.pixels.detach(), at.labels, torch.tensor(LR))
+    return by_pixels.flatten()
+
+
+def of_the_judgement(at: Setting, unrolled: Unrolled) -> Tensor:
+    """The gradient of the cross entropy on real images."""
+    return flat(unrolled.cross_entropy(at.start, *at.real)[1])
+
+
+@pytest.mark.parametrize("gradient", [of_a_step, of_the_way_back, of_the_judgement])
+def test_bf16_gives_fp32_that_points_where_fp32_does(gradient):
+    at = setting(torch.float32)
+    exact = gradient(at, Unrolled(at.network, CPU))
+    found = gradient(at, Unrolled(at.network, Compute(CPU.device, precision="bf16")))
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, exact)
+    assert F.cosine_similarity(found, exact, dim=0) > 0.95
+
+
 def test_a_student_that_ends_where_its_expert_did_is_at_distance_zero_and_one_that_stayed_at_one():
     at = setting(torch.float64)
     loss, gradient = trajectory_loss(at.target, at.start, at.target)

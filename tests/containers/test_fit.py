@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hmn.checkpoint import Checkpoints, Stop
 from hmn.config import HmnConfig
@@ -84,6 +84,12 @@ def test_the_error_is_that_of_the_last_steps_batch_before_its_update(tmp_path):
     container = made()
     before = float(errors(container).diagonal().mean())
     assert fit(container, tmp_path, steps=1)[0] == pytest.approx(before, rel=1e-5)
+
+
+def test_no_gradient_is_left_that_would_be_added_to_the_first_of_condensing(tmp_path):
+    container = made()
+    fit(container, tmp_path, steps=3)
+    assert all(parameter.grad is None for parameter in container.parameters())
 
 
 def test_small_batches_reach_every_image(tmp_path):
@@ -165,3 +171,13 @@ def test_a_fit_that_ends_further_off_than_it_began_is_refused(tmp_path, batch):
         fit(made(), tmp_path, steps=40, batch=batch, lr=100.0)
     with pytest.raises(Diverged, match=told):  # also where nothing is left to do but to look at it
         fit(made(seed=77), tmp_path, steps=40, batch=batch, lr=100.0)
+
+
+def test_a_fit_whose_images_are_not_numbers_in_the_end_is_refused(tmp_path):
+    def spoil_the_last_look(_decoder: nn.Module, _inputs: object, images: Tensor) -> Tensor:
+        return images if torch.is_grad_enabled() else images * torch.nan
+
+    container = made()
+    container.decoder.register_forward_hook(spoil_the_last_look)
+    with pytest.raises(Diverged, match=r"the squared error went from 0\.\d+ to nan; lower"):
+        fit(container, tmp_path, steps=3)

@@ -235,6 +235,25 @@ def test_other_pixel_formats_become_rgb_and_are_noted(tmp_path, name, image, exp
     assert data.notes == (f"converted 1 {format_name} image to RGB: first {path}",)
 
 
+KINDS = {".png": "RGB", ".jpg": "RGB", ".jpeg": "RGB", ".bmp": "RGB", ".gif": "P", ".webp": "RGB", ".tif": "RGB"}
+KINDS |= {".tiff": "RGB", ".ppm": "RGB", ".pgm": "L", ".pbm": "1", ".pnm": "RGB"}
+
+
+@pytest.mark.parametrize("suffix", KINDS)
+def test_files_of_every_listed_kind_are_read(tmp_path, suffix):
+    tree(tmp_path)
+    path = save(tmp_path / "train" / "ant" / f"a{suffix}", Image.fromarray(noise(24)).convert(KINDS[suffix]))
+    with Image.open(path) as image:
+        expected = np.asarray(image.convert("RGB"))
+    data = load(tmp_path)
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1]
+    assert torch.equal(data.train.images[2], chw(expected))
+
+
+def test_no_kind_of_file_is_listed_that_is_not_tried():
+    assert sorted(folder.SUFFIXES) == sorted(KINDS)
+
+
 def test_a_mix_of_grey_and_rgb_takes_the_configured_channels(tmp_path):
     tree(tmp_path)
     grey = [save(tmp_path / name / "bee" / "grey.png", GREY) for name in ("train", "test")]

@@ -303,6 +303,8 @@ def test_every_form_removes_the_bias_of_a_random_part_alike(form, per_call, dept
     network, parameters, real, synthetic, labels = classes(depth, 8, k=2)
     compute = Compute(torch.device("cpu"), matching=form, classes_per_call=1 if form == "loop" else per_call)
     found = matching_step(network, "mse", compute, share=0.3)(parameters, real, synthetic, labels)
+    stored = real_gradients(network, compute)(parameters, real, labels)
+    towards_stored = stored_step(network, "mse", compute, share=0.3)(parameters, stored, synthetic, labels)
     gradients = FORMS["loop"](network, "mse", CPU).gradients
     pixels = synthetic.requires_grad_()
     expected = torch.zeros(depth, dtype=torch.float64)
@@ -312,9 +314,10 @@ def test_every_form_removes_the_bias_of_a_random_part_alike(form, per_call, dept
         between = [((first[name] - target[name]) * (second[name] - target[name])).sum() for name in target]
         whole = [((first[name] + second[name]) / 2 - target[name]).square().sum() for name in target]
         expected = expected + 0.7 * torch.stack(between) + 0.3 * torch.stack(whole)
-    torch.testing.assert_close(found[0], expected, rtol=1e-9, atol=1e-12)
     (gradient,) = torch.autograd.grad(expected.sum(), pixels)
-    torch.testing.assert_close(found[1], gradient, rtol=0, atol=1e-9 * float(gradient.abs().max()))
+    for layers, pixel_gradient in (found, towards_stored):
+        torch.testing.assert_close(layers, expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(pixel_gradient, gradient, rtol=0, atol=1e-9 * float(gradient.abs().max()))
 
 
 def attached(network: nn.Module, parameters: Parameters, images: Tensor, label: Tensor) -> Parameters:
