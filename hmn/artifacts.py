@@ -228,4 +228,6 @@ def read_card(artifact: str | Path) -> dict[str, Any]:
         raise ArtifactError(f"{path}: lacks {', '.join(missing)}; fetch it again")
     if damaged := [key for key in ("container", "budget", "data") if not isinstance(card[key], dict)]:
         raise ArtifactError(f"{path}: {', '.join(damaged)} is no JSON object; fetch it again")
+    if not isinstance(card["budget"].get("floats"), int):
+        raise ArtifactError(f"{path}: budget has no number of floats; fetch it again")
     return card

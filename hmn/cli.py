@@ -68,7 +68,7 @@ def main() -> None:
                 sys.exit(as_multirun([argument for argument in sys.argv[1:] if argument not in MULTIRUN]))
             for argument in sys.argv[1:]:
                 if section_of(argument) in OWN:
-                    raise ConfigError(f"{argument}: a sweep's, not a run's: add -m, or use sweep.py")
+                    raise ConfigError(f"{argument}: a sweep's, not a run's: {_instead(sys.argv[1:])}")
             _task()
     except Exception as error:
         line, code = explain(error)
@@ -76,6 +76,12 @@ def main() -> None:
             raise
         distributed.exit_with(line, code)
     distributed.leave()
+
+
+def _instead(arguments: Sequence[str]) -> str:
+    if set(MULTIRUN) & set(arguments):
+        return "leave it out, or what is asked of Hydra, whose sweeper this is"
+    return "add -m, or use sweep.py"
 
 
 def is_sweep(arguments: Sequence[str]) -> bool:

@@ -175,9 +175,18 @@ def _status(sweep: Sweep, every: float | None) -> int:
             print(text)
             return 0
         print(f"\x1b[H\x1b[J{text}", flush=True)  # home, and clear what is below
-        if not counts(planned).keys() - {"done", "failed"}:
+        if not _may_change(planned):
             return 0
         time.sleep(every)
+
+
+def _may_change(planned: Sequence[Planned]) -> bool:
+    """Whether a run may still be made: those that read the set of a failed one are not."""
+    status = {one.cell.name: state.read(one.folder).status for one in planned}
+    return any(
+        status[one.cell.name] not in ("done", "failed") and all(status[name] != "failed" for name in one.cell.reads)
+        for one in planned
+    )
 
 
 def status_text(planned: Sequence[Planned]) -> str:

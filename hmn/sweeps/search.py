@@ -313,7 +313,8 @@ def _measure(given: Search, study: optuna.Study, batch: Sequence[FrozenTrial]) -
         value = results.held_out_accuracy(found.result) if found.result else None
         if value is not None:
             study.tell(trial.number, value)
-        elif found.status in ("interrupted", "waiting"):  # it was stopped, or never begun: it goes on with the search
+        elif found.status in ("interrupted", "waiting", "running"):
+            # It was stopped, or never begun, or is another sweep's, for which this one no longer waits.
             open_ends = True
         else:
             failed = True

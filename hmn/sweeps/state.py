@@ -14,7 +14,7 @@ from hmn.sweeps.attempt import FAILURE
 from hmn.tracking import METRICS_FILE
 
 TAIL_BYTES = 1 << 16
-STAGES = ("fit", "condense", "curve", "prune", "evaluate")
+STAGES = ("fit", "condense", "curve", "prune", "redundancy", "evaluate")
 
 
 @dataclass(frozen=True)

@@ -85,9 +85,10 @@ def load_table(path: Path, overrides: Sequence[str] = ()) -> Table:
     ``ConfigError`` naming the file and what in it cannot be used.
     """
     smoke = [override for override in overrides if override.lstrip("+") == "debug=smoke"]
-    only = dict(one.removeprefix(ONLY).split("=", 1) for one in overrides if one.startswith(ONLY) and "=" in one)
-    overrides = [one for one in overrides if one not in smoke and not one.startswith(ONLY)]
+    chosen = [override for override in overrides if override.startswith(ONLY)]
+    overrides = [override for override in overrides if override not in (*smoke, *chosen)]
     try:
+        only = dict(map(_chosen, chosen))
         file = _read(path)
         cells = tuple(_cells(file, overrides, only, bool(smoke)))
         table = Table(
@@ -112,6 +113,14 @@ def load_table(path: Path, overrides: Sequence[str] = ()) -> Table:
     except (ConfigError, OSError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
     return table
+
+
+def _chosen(override: str) -> tuple[str, str]:
+    """An axis and the labels that ``only.AXIS=LABEL,LABEL`` leaves of it."""
+    axis, equals, labels = override.removeprefix(ONLY).partition("=")
+    if not equals:
+        raise ConfigError(f"{override}: must be {ONLY}AXIS=LABEL,LABEL")
+    return axis, labels
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -37,7 +37,8 @@ def test_a_grid_knows_hydras_ways_to_list_values():
     assert [cell.overrides for cell in grid(["seed=range(0,3)"])] == [("seed=0",), ("seed=1",), ("seed=2",)]
     (one, two) = grid(["dataset.mean=[0.1,0.2],[0.3,0.4]"])
     assert (one.overrides, two.overrides) == (("dataset.mean=[0.1,0.2]",), ("dataset.mean=[0.3,0.4]",))
-    assert [cell.overrides for cell in grid(["+debug=smoke,smoke_bptt"])] == [("+debug=smoke",), ("+debug=smoke_bptt",)]
+    added = [Cell(f"debug={name}", {"debug": name}, (f"+debug={name}",)) for name in ("smoke", "smoke_bptt")]
+    assert grid(["+debug=smoke,smoke_bptt"]) == tuple(added)
 
 
 @settings(max_examples=50, deadline=None)
@@ -291,6 +292,7 @@ ERRORS = {
         "artifacts=SVHN/1/IDC/0: must be a cell of this table",
     ),
     "a part that is none": (FILE, ("only.method=IDC",), "only.method=IDC: must be of HMN, Random"),
+    "a part without labels": (FILE, ("only.method",), "only.method: must be only.AXIS=LABEL,LABEL"),
     "a part of no axis": (FILE, ("only.network=VGG",), "only.network=VGG: must be of an axis of the table: "),
     "empty": ("", (), "has no "),
     "a list": ("- 1\n", (), "the file=list: must be a mapping"),

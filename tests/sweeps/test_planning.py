@@ -302,7 +302,7 @@ def kept(tmp_path, monkeypatch):
         save(
             one.folder,
             plan.container(plan.storage.over_budget_instances),
-            {"budget": {}, "data": data, "sha256": content},
+            {"budget": {"floats": 10**6}, "data": data, "sha256": content},
         )
         results.write(one.folder, {"accuracy": {"mean": 0.5, "std": None}})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -162,11 +163,11 @@ class Runs:
     """In the place of the processes of a launcher: every run gives what ``held_out`` says of its settings.
 
     Its test accuracy says the opposite. ``kill_at`` is the number of the run that takes all down with it, ``stop_at``
-    that of one that is told to stop.
+    that of one that is told to stop, and ``saves`` whether it has a state by then.
     """
 
     def __init__(self, held_out: Callable[[Mapping[str, str]], float | None]) -> None:
-        self.held_out, self.made, self.kill_at, self.stop_at = held_out, [], None, None
+        self.held_out, self.made, self.kill_at, self.stop_at, self.saves = held_out, [], None, None, False
         self.code, self.earlier = results.code_version(), []
 
     def launch(self, tasks: Sequence[Task], settings: Any) -> Iterator[Outcome]:
@@ -174,6 +175,9 @@ class Runs:
             if len(self.made) == self.kill_at:
                 raise Killed
             if len(self.made) == self.stop_at:
+                if self.saves:
+                    (Path(task.folder) / "checkpoints").mkdir(parents=True)
+                    (Path(task.folder) / "checkpoints" / "condense.pt").touch()
                 yield Outcome(task.run_id, "stopped", 1)
                 continue
             self.made.append(task.run_id)
@@ -201,7 +205,7 @@ def near_a_hundredth(settings: Mapping[str, str]) -> float:
 @pytest.fixture
 def runs(monkeypatch, folder) -> Runs:
     made = Runs(near_a_hundredth)
-    monkeypatch.setattr("hmn.sweeps.launchers.launch", made.launch)
+    monkeypatch.setattr("hmn.sweeps.launchers.launch", lambda *given: made.launch(*given))
     return made
 
 
@@ -307,19 +311,44 @@ def test_failed_runs_are_failed_trials(runs, capsys):
     assert f"trial {good.index(False)} failed: the loss is not finite" in out
 
 
+def test_a_search_that_has_measured_nothing_says_so_and_fails(runs, capsys):
+    runs.held_out = lambda settings: None
+    assert search(["study=a", "trials=2", *FIXED, *SPACE]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "study a: 2 of 2 trials, 2 of them failed"
+
+
 def test_a_failure_ends_the_search_if_that_is_asked_for(runs):
     runs.held_out = lambda settings: None
     assert search(["study=a", "trials=6", "sweep.on_failure=stop", *FIXED, *SPACE]) == 1
     assert [one["state"] for one in trials()] == ["FAIL"]
 
 
-def test_a_run_that_was_stopped_is_a_trial_that_goes_on_with_the_search(runs):
-    runs.stop_at = 2
+@pytest.mark.parametrize("saves", [False, True])
+def test_a_run_that_was_stopped_is_a_trial_that_goes_on_with_the_search(runs, saves):
+    runs.stop_at, runs.saves = 2, saves
     assert search(["study=a", "trials=6", *FIXED, *SPACE]) == 1
     assert [one["state"] for one in trials()] == ["COMPLETE", "COMPLETE", "RUNNING"]
     stopped, runs.stop_at = trials()[2]["params"], None
     assert search(["study=a", "trials=6", *FIXED, *SPACE]) == 0
     assert [one["state"] for one in trials()] == ["COMPLETE"] * 6 and trials()[2]["params"] == stopped
+
+
+def test_a_run_that_another_sweep_is_making_is_a_trial_that_goes_on_with_the_search(runs):
+    """This one has ended with the failure of the other trial of its batch, and waits no longer."""
+    first: list[str] = []
+    runs.held_out = lambda settings: None
+    launch_all = runs.launch
+
+    with contextlib.ExitStack() as another:
+
+        def launch(tasks: Sequence[Task], settings: Any) -> Iterator[Outcome]:
+            first.append(tasks[0].run_id)
+            another.enter_context(exclusive(Path(tasks[0].folder)))
+            yield from launch_all(tasks[1:], settings)
+
+        runs.launch = launch
+        search(["study=a", "trials=2", "batch=2", "sweep.on_failure=stop", *FIXED, *SPACE])
+        assert [(one["state"], one["run_id"] in first) for one in trials()] == [("RUNNING", True), ("FAIL", False)]
 
 
 def test_values_that_make_no_run_are_failed_trials_that_start_none(runs, capsys):

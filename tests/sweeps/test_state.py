@@ -110,6 +110,7 @@ STAGES = {
     "condense": ({"condense/step": 3, "condense/loss": 1.0}, 3),
     "curve": ({"curve/step": 20, "curve/held_out_accuracy": 0.5}, 20),
     "prune": ({"prune/candidate": 2, "prune/beta": 0.5}, 2),
+    "redundancy": ({"redundancy/step": 1, "redundancy/accuracy": 0.5}, 1),
     "evaluate": ({"evaluate/network": 4, "evaluate/accuracy": 0.5}, 4),
 }
 

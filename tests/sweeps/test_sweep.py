@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
+import shlex
 import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from hmn import checkpoint, results
 from hmn.checkpoint import exclusive
 from hmn.config import sections
 from hmn.config.sweeps import LocalConfig
 from hmn.errors import ConfigError
-from hmn.sweeps import cli, planning
+from hmn.sweeps import cli, pace, planning
 from hmn.sweeps import sweep as sweep_module
+from hmn.sweeps.attempt import FAILURE
+from hmn.sweeps.cells import Cell
 from hmn.sweeps.launchers import local
-from hmn.sweeps.sweep import of_arguments
+from hmn.sweeps.planning import Planned
+from hmn.sweeps.sweep import accuracy, of_arguments, status_command
+from hmn.tracking import METRICS_FILE
 from tests.command import compose
 from tests.sweeps.launched import SETTINGS, STEPS, THREE, Launched, described
 
@@ -84,8 +94,9 @@ def arguments(sweep: Launched, seed: str) -> str:
 
 def test_a_sweeps_runs_are_one_group_of_w_and_b(sweep, here):
     here(sweep)
-    command = " ".join(("$ python run.py", *SETTINGS[:2], "seed=1", f"tracking.group={sweep.folder.name}"))
-    assert arguments(sweep, "1").startswith(command)
+    labels = shlex.quote("++tracking.labels={seed:'1'}")
+    command = " ".join(("$ python run.py", *SETTINGS[:2], "seed=1", f"tracking.group={sweep.folder.name}", labels))
+    assert arguments(sweep, "1") == command
 
 
 def test_another_group_of_w_and_b_is_kept(tmp_path, here):
@@ -248,7 +259,7 @@ def kept_set(sha256: str) -> str:
     """The files of a kept set as a stub leaves them, which is named by what it computed."""
     config = {"kind": "digits", "name": None, "image_size": 8, "channels": 1, "test_fraction": 0.2}
     data = {"class_names": ["0", "1"], "mean": [0.0], "std": [1.0], "channels": 1, "image_size": 8, "config": config}
-    card = {"schema_version": 1, "sha256": sha256, "container": {}, "budget": {}, "data": data}
+    card = {"schema_version": 1, "sha256": sha256, "container": {}, "budget": {"floats": 640}, "data": data}
     return json.dumps({"condensed.safetensors": "", "card.json": json.dumps(card)})
 
 
@@ -343,6 +354,99 @@ def test_the_plan_expects_hours_by_the_runs_that_are_done(sweep, here):
     rate = f"{one.flops / 2 / 1e9:,.1f} GFLOP/s"
     said = f"left: about <0.01 hours of one slot, at {rate}, as the 1 finished runs took"
     assert ended.lines[-2:] == ["3 runs: 1 done, 2 failed", said]
+
+
+def run_of(folder: Path, name: str | None = None, **figures: Any) -> Planned:
+    """A cell that is the run of ``folder``."""
+    return Planned(Cell(name or folder.name, {}, ()), (), folder.name, folder, **figures)
+
+
+RESULT = {"accuracy": {"mean": 0.5, "std": None}, "wall_seconds": {"evaluate": 500.0}}
+
+
+def test_hours_are_of_runs_that_condense_once_and_make_no_bank(tmp_path):
+    """Of three that share a condensation two are done: they took 4,000 seconds for 10 TFLOP and 2; 2 are left."""
+    shared = {"flops": 10e12, "making_flops": 8e12, "condensation": "shared"}
+    planned = [run_of(tmp_path / name, **shared) for name in "abc"]
+    results.write(planned[0].folder, RESULT | {"wall_seconds": {"bank": 9e4, "condense": 3000.0, "evaluate": 500.0}})
+    results.write(planned[1].folder, RESULT)
+    said = "left: about 0.185 hours of one slot, at 3.0 GFLOP/s, as the 2 finished runs took"
+    assert cli.plan_text(described(*SETTINGS, THREE), planned).splitlines()[-1] == said
+
+
+def test_a_machine_is_as_fast_as_in_the_best_of_a_few_training_steps(monkeypatch):
+    """Of 2 seconds, after one of 9 that warms up; operations are counted by PyTorch."""
+    ticks = iter([0.0, 9.0, 10.0, 14.0, 20.0, 22.0, 30.0, 33.0])
+    monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    with FlopCounterMode(display=False) as counter:
+        rate = pace.flops_per_second(torch.device("cpu"))
+    assert list(ticks) == []
+    assert rate == counter.get_total_flops() / 4 / 2
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (None, "cuda")])
+def test_what_is_timed_is_a_slot_s_device_with_a_slot_s_threads(monkeypatch, gpus, device):
+    sweep, before, timed = described(*SETTINGS, THREE), torch.get_num_threads(), []
+    sweep = dataclasses.replace(sweep, launcher=LocalConfig(gpus=gpus, threads=before + 1))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cli, "flops_per_second", lambda on: timed.append((on.type, torch.get_num_threads())) or 1e9)
+    assert cli._rate(sweep, {}, {}) == (1e9, "by one timed convolution")
+    assert (timed, torch.get_num_threads()) == ([(device, before + 1)], before)
+
+
+def test_a_run_that_nobody_goes_on_with_has_no_time_left(tmp_path):
+    (tmp_path / "a" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "a" / "checkpoints" / "condense.pt").touch()
+    record = {"condense/step": 30, "condense/steps_per_second": 4.0}
+    (tmp_path / "a" / METRICS_FILE).write_text(json.dumps(record) + "\n")
+    cells = [run_of(tmp_path / "a", name, steps=110) for name in ("one", "other")]
+    text = cli.status_text(cells).splitlines()
+    assert text[2].split() == ["one", "(+1)", "interrupted", "condense", "30", "of", "110"]
+    assert text[-1] == "1 runs: 1 interrupted"
+    with exclusive(tmp_path / "a"):
+        assert cli.status_text(cells).splitlines()[2].endswith("condense 30 of 110, 0:00:20 left")
+
+
+def test_status_is_shown_again_until_every_run_is_done_or_has_failed(tmp_path, monkeypatch, capsys):
+    failed, other = (run_of(tmp_path / name) for name in ("failed", "other"))
+    failed.folder.mkdir()
+    (failed.folder / FAILURE).write_text(json.dumps({"error": "a line", "command": "python run.py"}))
+    slept = []
+
+    def sleep(seconds: float) -> None:
+        assert not slept
+        slept.append(seconds)
+        results.write(other.folder, RESULT)
+
+    monkeypatch.setattr(cli.time, "sleep", sleep)
+    assert cli._status(SimpleNamespace(plan=lambda: [failed, other]), 5.0) == 0
+    assert slept == [5.0]
+    assert capsys.readouterr().out.count("\x1b[H\x1b[J") == 2
+
+
+def test_what_reads_the_set_of_a_failed_run_is_not_waited_for(tmp_path):
+    failed, other = (run_of(tmp_path / name) for name in ("failed", "other"))
+    failed.folder.mkdir()
+    (failed.folder / FAILURE).write_text(json.dumps({"error": "a line", "command": "python run.py"}))
+
+    def reader(of: Planned) -> Planned:
+        return Planned(Cell("reader", {}, (), reads=(of.cell.name,)), (), None, None)
+
+    assert not cli._may_change([failed, reader(failed)])
+    assert cli._may_change([failed, other, reader(other)])
+    results.write(other.folder, RESULT)
+    assert cli._may_change([other, reader(other)])  # whose run is known and made next
+
+
+def test_an_accuracy_is_percent_with_its_deviation_over_networks():
+    assert accuracy({"accuracy": {"mean": 0.59602, "std": 0.00214}}) == "59.60 ± 0.21 %"
+    assert accuracy({"accuracy": {"mean": 0.59602, "std": None}}) == "59.60 %"
+
+
+@pytest.mark.parametrize("program", ["sweep.py", "run.py -m"])
+def test_what_a_sweep_does_is_asked_of_sweep_py_however_it_was_started(program):
+    sweep = dataclasses.replace(described(*SETTINGS, THREE), command=f"python {program} 'dataset.root=a b' seed=0,1")
+    assert status_command(sweep) == "python sweep.py status 'dataset.root=a b' seed=0,1"
 
 
 def test_status_shows_steps_and_what_is_left_of_runs_that_run(sweep, here):
