@@ -275,6 +275,9 @@ def test_a_card_that_is_missing_or_damaged_is_refused(tmp_path):
         refused(tmp_path, CARD, key)
     path.write_text(json.dumps(card | {"container": "hmn"}))
     refused(tmp_path, CARD, "container is no JSON object")
+    for budget in ({}, {"floats": "640"}, {"floats": None}):
+        path.write_text(json.dumps(card | {"budget": budget}))
+        refused(tmp_path, CARD, "budget has no number of floats")
     path.unlink()
     refused(tmp_path, CARD, "missing")
 

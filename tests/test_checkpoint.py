@@ -323,6 +323,19 @@ def test_a_folder_belongs_to_one_process_until_it_ends_however_it_ends(tmp_path:
         pass
 
 
+def test_a_look_at_who_holds_a_folder_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It holds the folder for an instant itself."""
+    clock, looked_at = Clock(monkeypatch), iter([False, False, True])
+
+    def sleep(seconds: float) -> None:
+        clock.now += seconds
+
+    monkeypatch.setattr(checkpoint.time, "sleep", sleep)
+    monkeypatch.setattr(checkpoint, "_taken", lambda _lock, _kind: next(looked_at))
+    with exclusive(tmp_path):
+        assert list(looked_at) == []
+
+
 # A process with one Python start but many lives: each child saves without pause until it is killed.
 KILL = """
 import json, os, pathlib, random, signal, sys, time

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -26,8 +27,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import hmn
+from hmn import experiment, results
+from hmn.cli import is_sweep
 from hmn.config import Config
-from hmn.explain import explain
+from hmn.explain import ended_by_the_person, explain
 from hmn.results import cpu_name
 from tests.command import ROOT, TINY, Outcome, planned, run, start
 from tests.wandb_reader import read_offline_run, without_login
@@ -253,6 +256,37 @@ def test_references_are_hinted_at_until_they_are_measured_and_then_printed_besid
     assert "not measured yet" not in printed
 
 
+MEASURED = {
+    "images_per_class": "1",
+    "stored_floats": 640,
+    "accuracy": {"mean": 0.5, "std": None, "best_mean": 0.5, "by_network": [[0.5]]},
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ((), "condensed"),
+        (("container=coreset", "container.method=herding"), "coreset, herding"),
+        (("mode=random_subset",), "random real subset"),
+        (("mode=full_data",), "full training set"),
+    ],
+)
+def test_the_first_row_names_what_networks_were_trained_on(tmp_path, arguments, name):
+    plan = planned(*TINY, *arguments, f"paths.runs_dir={tmp_path}")
+    assert [cells[0] for cells in experiment._rows(plan, MEASURED)] == [name]
+
+
+def test_a_reference_that_was_cut_short_is_not_measured_yet(tmp_path):
+    """And keeps no run, at its end, from its own result."""
+    arguments = (*TINY, f"paths.runs_dir={tmp_path}")
+    plan, reference = planned(*arguments), planned(*arguments, "mode=full_data").folder
+    results.write(reference, MEASURED)
+    assert [cells[0] for cells in experiment._rows(plan, MEASURED)] == ["condensed", "full training set"]
+    (reference / results.FILE).write_text("{")
+    assert [cells[0] for cells in experiment._rows(plan, MEASURED)] == ["condensed"]
+
+
 # A kept artifact
 
 
@@ -367,6 +401,20 @@ def test_a_multirun_makes_one_run_per_cell_that_a_single_command_knows(tmp_path)
     assert f"{plans[1].run_id} is finished" in single.out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "ours"),
+    [
+        ("-m seed=0,1", True),
+        ("seed=0,1 --multirun", True),
+        ("seed=0", False),
+        ("-m seed=0,1 hydra/sweeper=optuna", False),
+        ("-m seed=0,1 --cfg job", False),
+    ],
+)
+def test_a_multirun_of_which_hydra_is_asked_more_is_left_to_hydra(arguments, ours):
+    assert is_sweep(arguments.split()) is ours
+
+
 def test_a_sweep_with_a_bad_cell_starts_none(tmp_path):
     outcome = run(tmp_path, "-m", *TINY, "seed=1,abc")
     assert (outcome.code, outcome.out, outcome.files) == (2, "", [])
@@ -407,6 +455,7 @@ BAD_SETTINGS = {
     "objective.inner_steps=null": ["objective.inner_steps=null: must be a number of steps"],
     "container.lr_scale.decoder=0.1": ["container.lr_scale has no keys yet: +container.lr_scale.decoder=VALUE adds"],
     "launcher=submitit": ["launcher=submitit: a sweep's, not a run's: add -m, or use sweep.py"],
+    "-m hydra.verbose=false launcher=ray": ["launcher=ray: a sweep's, not a run's: leave it out, or what is asked of"],
     "dataset=folder": ["dataset.root=null: must be given for dataset=folder"],
     "dataset=folder dataset.root=absent": ["dataset.root: absent cannot be listed"],
     "dataset=arrays dataset.root=absent.npz": ["dataset.root=absent.npz: no such file"],
@@ -433,11 +482,24 @@ def test_bad_settings_get_one_line_and_leave_nothing(refusals, arguments):
         assert part in outcome.complaint
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
-    error = PermissionError(13, "Permission denied", str(tmp_path))
-    line, code = explain(error)
-    assert line.startswith(f"{tmp_path}: Permission denied: mend that, or name another place with paths.runs_dir")
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_place_that_cannot_be_written_is_named(tmp_path, number):
+    why = os.strerror(number)
+    line, code = explain(OSError(number, why, str(tmp_path)))
+    assert line.startswith(f"{tmp_path}: {why}: mend that, or name another place with paths.runs_dir")
     assert code == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_is_full_where_the_person_s_part_of_it_is(number):
+    full = "no space left on the disk: free some, and the same command goes on from the last checkpoint"
+    assert explain(OSError(number, os.strerror(number))) == (full, 1)
+
+
+def test_ctrl_c_ends_a_command_without_a_word(capsys):
+    with pytest.raises(SystemExit) as ended, ended_by_the_person():
+        raise KeyboardInterrupt
+    assert (ended.value.code, capsys.readouterr()) == (128 + signal.SIGINT, ("", ""))
 
 
 def tree(root: Path) -> Path:

@@ -17,6 +17,7 @@ from hmn import condensations
 from hmn.checkpoint import Stop, exclusive
 from hmn.config.identity import condensation_identity
 from hmn.errors import Interrupted
+from hmn.results import code_version
 from tests.command import TINY, configured, planned, run, run_several, start
 
 SHARED = "compute.share_condensed=true"
@@ -215,6 +216,8 @@ def test_what_two_versions_of_the_sources_condensed_is_not_shared(tmp_path):
     outcome = run(tmp_path, *given)
     assert outcome.code == 0 and "going on with what other sources" in outcome.out
     assert not any(tmp_path.glob(".cache/condensed/*/*.safetensors"))
+    (result,) = results(tmp_path).values()
+    assert result["codes"] == ["0123456789ab", code_version()]  # or a sweep would take it for one of today's
 
 
 def test_what_a_run_had_begun_to_condense_before_another_had_done_it_is_not_in_its_record(tmp_path):

@@ -9,7 +9,8 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from hmn.config import NETWORK_NORMS, BankConfig, Config, NetworkConfig
+from hmn.config import NETWORK_NORMS, BankConfig, Config, NetworkConfig, containers, objectives
+from hmn.config.checks import is_scientific
 from hmn.config.identity import digest, scientific
 from hmn.errors import ConfigError
 from hmn.plan import Plan, make_plan
@@ -439,6 +440,13 @@ def test_so_have_another_seed_mode_and_number_of_channels():
 def test_the_same_experiment_elsewhere_has_the_same_id(key, value):
     config = configured(*BASE)
     assert identity(changed(config, **{key: value})) == identity(config)
+
+
+def test_of_every_container_and_objective_only_these_stay_out_of_the_id():
+    """``start``, whose checksum is in it, and ``segment``, which changes what is kept and nothing that is computed."""
+    sections = (*containers.SCHEMAS, *objectives.SCHEMAS.values(), objectives.ExpertsConfig, BankConfig)
+    found = {item.name for section in sections for item in dataclasses.fields(section) if not is_scientific(item)}
+    assert found == {"start", "segment"}
 
 
 @pytest.mark.parametrize("kind", ["svhn", "cifar10", "cifar100", "tiny_imagenet", "imagenet10"])

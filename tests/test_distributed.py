@@ -226,12 +226,15 @@ def told() -> dict[str, Any]:
     distributed.sum_(tensors)
     copied, positions = torch.full((2, 2), float(number)).T, torch.tensor([number, -7 - number], dtype=torch.int16)
     distributed.copy_first_([copied, positions, torch.tensor(number)])
+    called = []
+    first = distributed.from_first(lambda: called.append(number) or {"number": number})
     return {
         "owned": [list(distributed.owned(classes)) for classes in (4, 5, 10)],
         "rows": [row[0].item() for _, row in rows],
         "sums": [tensor.tolist() for tensor in tensors],
         "largest": distributed.agree(number, -number, 7),
-        "first": distributed.from_first(lambda: {"number": number}),
+        "first": first,
+        "called": called,
         "copied": [copied.tolist(), positions.tolist()],
     }
 
@@ -346,6 +349,7 @@ def test_what_processes_tell_each_other(several):
         assert told["rows"] == [0, 10, 20, 31, 41]
         assert told["sums"] == [[2, 1], [[4]]]
         assert told["largest"] == [1, 0, 7]
+    assert [told["called"] for told in two + four] == [[0], [], [0], [], [], []]
     for told in two + four:
         assert told["first"] == {"number": 0}
         assert told["copied"] == [[[0, 0], [0, 0]], [0, -7]]
@@ -361,6 +365,15 @@ def test_alone_nothing_is_exchanged():
     assert distributed.owned(3) == range(3)
     assert distributed.agree(3, -1) == [3, -1]
     assert distributed.from_first(lambda: 5) == distributed.first_then_others(lambda: 5) == 5
+
+
+@pytest.mark.parametrize(("first", "order"), [(True, ["loads", "meets"]), (False, ["meets", "loads"])])
+def test_what_the_first_process_downloads_is_there_before_the_others_look(monkeypatch, first: bool, order: list[str]):
+    seen = []
+    monkeypatch.setattr(distributed, "first", lambda: first)
+    monkeypatch.setattr(distributed, "agree", lambda _value: seen.append("meets"))
+    assert distributed.first_then_others(lambda: seen.append("loads") or 5) == 5
+    assert seen == order
 
 
 # Devices

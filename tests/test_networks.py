@@ -379,6 +379,29 @@ def test_an_mlp_is_two_hidden_layers():
     torch.testing.assert_close(network(images), hidden @ w3.T + b3)
 
 
+# Of every convolution its padding, and whether max pooling follows
+CLASSIC = {
+    "lenet": [(0, True), (0, True)],
+    "alexnet": [(2, True), (2, True), (1, False), (1, False), (1, True)],
+}
+
+
+@pytest.mark.parametrize("name", CLASSIC)
+def test_networks_without_norms_are_convolutions_relu_max_pooling_and_linear_layers(name):
+    network = initialise(tiny(name, 1), generator())
+    images = torch.randn(3, 1, 32, 32, generator=generator(1))
+    parameters, x = iter(network.parameters()), images
+    for padding, pooled in CLASSIC[name]:
+        weight, bias = next(parameters), next(parameters)
+        x = F.conv2d(x, weight, bias, padding=padding).clamp(min=0)
+        x = F.max_pool2d(x, 2) if pooled else x
+    *hidden, (weight, bias) = zip(parameters, parameters, strict=True)
+    x = x.flatten(1)
+    for hidden_weight, hidden_bias in hidden:
+        x = (x @ hidden_weight.T + hidden_bias).clamp(min=0)
+    torch.testing.assert_close(network(images), x @ weight.T + bias)
+
+
 # Initialisation
 
 

@@ -166,6 +166,22 @@ def test_expected_flops_are_those_of_condensing_and_of_training_the_judges():
     assert hundred.expected_flops == 4 * 2 * 45_000 * hundred.training_flops
 
 
+@pytest.mark.parametrize(
+    ("dataset", "images"),
+    [
+        ("svhn", 73_257),
+        ("cifar10", 50_000),
+        ("cifar100", 50_000),
+        ("tiny_imagenet", 100_000),
+        ("imagenet10", 13_000),
+        ("digits", 0.8 * 1_797),  # a fifth is for test
+    ],
+)
+def test_training_images_are_reckoned_with_before_they_are_read(dataset, images):
+    plan = planned("mode=plan", f"dataset={dataset}", "dataset.held_out_fraction=0.25")
+    assert plan.train_images == pytest.approx(0.75 * images, rel=0.005)
+
+
 def test_expected_flops_of_judging_kept_sets_are_those_of_their_images(monkeypatch):
     kept = ROOT / "experiments" / "release" / "hmn-cifar10-q75-ipc1"
     first, second = kept, kept.with_name(f"{kept.name}-6000-steps")  # of 38 images a class each
@@ -318,6 +334,19 @@ def test_imagenet10_needs_its_root_for_all_but_a_plan():
     with pytest.raises(ConfigError) as caught:
         planned("dataset=imagenet10")
     assert str(caught.value) == "dataset.root=null: must be given for dataset=imagenet10"
+
+
+def test_a_rate_of_a_tier_that_the_container_lacks_is_refused():
+    with pytest.raises(ConfigError) as caught:
+        planned("mode=plan", "dataset=cifar10", "+container.lr_scale.tokens=0.1")
+    known = "instances, class, dataset, extractors, decoder"
+    assert str(caught.value) == f"container.lr_scale.tokens=0.1: must be of {known}"
+
+
+def test_a_network_without_convolutions_has_no_gradients_of_them_to_match():
+    with pytest.raises(ConfigError, match=r"^network\.name=mlp: must be one with convolutions for objective=gradient"):
+        planned("mode=plan", "dataset=cifar10", "network=mlp")
+    assert planned("mode=plan", "dataset=cifar10", "network=mlp", "objective=dc", "container=image", "pruning=none")
 
 
 def test_habas_adversary_is_refused_where_nothing_reads_it():

@@ -45,10 +45,12 @@ def test_the_table_has_a_line_for_every_cell(monkeypatch, capsys):
     plans.main()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 + len(KINDS)
-    cells = {line.split(" | ")[2]: line.split(" | ")[3:] for line in lines[4:]}
-    assert cells["hmn"][:2] == ["7", "629"]
+    cells = {line.split(" | ")[2]: line.removesuffix(" |").split(" | ")[3:] for line in lines[4:]}
+    step = plans.planned("dataset=digits").step_flops
+    assert cells["hmn"] == ["7", "629", "98.28", "349", f"{(step.matching + step.update) / 1e12:.3f}"]
+    assert float(cells["hmn"][-1]) > 0
     assert cells["haba"][0] == "does not fit"
-    assert cells["coreset"][0] == "1"
+    assert cells["coreset"][:3] == ["1", "640", "100.00"]
 
 
 def test_another_error_than_a_budgets_is_not_hidden(monkeypatch):

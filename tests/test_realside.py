@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hmn import realside
+from hmn.build import Workshop, condensation
 from hmn.checkpoint import Checkpoints
 from hmn.compute import Compute
 from hmn.config.objectives import (
@@ -24,6 +25,7 @@ from hmn.config.objectives import (
 )
 from hmn.containers.image import RawImages, RawShape
 from hmn.data.datasets import RealData, Split
+from hmn.data.preprocess import Normalise
 from hmn.errors import ConfigError
 from hmn.matching import ClassMatching
 from hmn.networks import initialise
@@ -35,6 +37,7 @@ from hmn.pool import FIRST, PoolSide
 from hmn.realside import FeatureSide, LiveSide, SyntheticSide
 from hmn.seeding import generator
 from hmn.training import training_step
+from tests.command import configured
 
 CPU = Compute(torch.device("cpu"))
 CLASSES, PER_CLASS, SEED = 3, 4, 5
@@ -144,6 +147,36 @@ def assert_same(found: Any, expected: Any) -> None:
             assert_same(one, other)
     else:
         assert torch.equal(found, expected) if torch.is_tensor(expected) else found == expected
+
+
+# As a command has it
+
+CONFIGURED = {
+    "matching": ["objective=gradient_matching", "metric=cosine", "optimizer=sgd", "network_samples=16"],
+    "dc": ["objective=dc", "metric=mse", "inner_steps=2", "network_epochs=1"],
+    "dm": ["objective=distribution_matching"],
+    "idm": ["objective=idm", "pool_networks=4", "pool_interval=1", "pool_steps=2", "pool_batch=9"],
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_a_configured_run_is_made_of_what_its_objective_asks_for(tmp_path: Path, name: str):
+    group, *settings = [*CONFIGURED[name], "real_batch=6"]
+    settings += [] if name in ("dm", "idm") else ["network_batch=5"]
+    shop = Workshop(
+        config=configured(group, f"seed={SEED}", "dataset.flip=true", *(f"objective.{one}" for one in settings)),
+        data=REAL,
+        build=build,
+        compute=CPU,
+        train_step=training_step(build(), CPU),
+        normalise=Normalise(MEAN, STD),
+        checkpoints=Checkpoints(tmp_path, 60),
+    )
+    run, expected = condensation(shop, make_container()), make_run(shop.config.objective)
+    for _ in range(3):
+        (found, _), (losses, _) = run.run_step(), expected.run_step()
+        torch.testing.assert_close(found, losses, rtol=1e-3, atol=0)
+        assert losses.min() > 0
 
 
 # DC and DSA

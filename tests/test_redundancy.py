@@ -199,6 +199,18 @@ def test_runs_and_older_files_are_drawn_together(tmp_path):
         assert picture.width > 300
 
 
+def test_percents_of_accuracy_are_drawn_over_percents_left_out(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure.axes[0]))
+    rows = [{"dropped": 0.0, "mean": 0.5, "std": 0.02}, {"dropped": 0.3, "mean": 0.25, "std": None}]
+    rows = [found | {"images_per_class": count} for found, count in zip(rows, (7, 5), strict=True)]
+    redundancy.draw([{"set": "hmn", "rows": rows, "data": {"name": "digits"}, "network": "N"}], tmp_path / "a.png")
+    ((line, _, (whiskers,)),) = drawn[0].containers
+    assert line.get_xdata().tolist() == pytest.approx([0, 30]) and line.get_ydata().tolist() == pytest.approx([50, 25])
+    assert whiskers.get_segments()[0][:, 1].tolist() == pytest.approx([48, 52])
+    assert drawn[0].containers[0].get_label() == "hmn, 7 images per class"
+
+
 def test_what_was_not_measured_so_cannot_be_drawn(tmp_path):
     for name, text, reason in (("a", "{", "not JSON"), ("b", '{"mode": "run"}', "has no rows"), ("c", "[]", "no rows")):
         (tmp_path / name).write_text(text)

@@ -54,7 +54,9 @@ class Ended:
 def ended(folder: Path) -> Ended:
     card, result = (json.loads((folder / f"{name}.json").read_text()) for name in ("card", "result"))
     card.pop("provenance")
-    assert set(result.pop("wall_seconds")) == {"fit", "condense", "score", "search_beta", "evaluate"}
+    wall_seconds = result.pop("wall_seconds")
+    assert set(wall_seconds) == {"fit", "condense", "score", "search_beta", "evaluate"}
+    assert result["fit_seconds"] == wall_seconds["fit"]
     for name in ("condense_seconds", "condense_peak_bytes", "fit_seconds", "peak_bytes", "commit", "dirty"):
         result.pop(name)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

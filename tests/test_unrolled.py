@@ -485,6 +485,43 @@ def test_haba_has_its_adversary_and_trajectory_matching_its_experts(tmp_path: Pa
     assert len(list(tmp_path.glob("experts/*/expert-0000.safetensors"))) == 1
 
 
+def test_a_student_is_trained_by_all_settings_of_its_objective(tmp_path: Path):
+    given = ["student_momentum=0.9", "student_dampening=0.8", "segment=2", "student_batch=4", "student_lr=0.02"]
+    given += ["student_lr_lr=0.5", "student_lr_momentum=0.25", "student_lr_min=0.005"]
+    given += ["experts.epochs=3", "max_start_epoch=2", "expert_epochs=2"]
+    work = condensation(shop(tmp_path, "container=haba", *(f"objective.{one}" for one in given)), make_haba())
+    images, labels = torch.rand(5, 3, 8, 8, generator=generator(1)), torch.tensor([0, 1, 2, 0, 1])
+    start = {name: value.detach() for name, value in initialise(build(), generator(2)).named_parameters()}
+    ends = [
+        student.train(start, lambda _: (images, labels), 3, torch.tensor(0.1)).end
+        for student in (work.unrolled, Unrolled(build(), CPU, momentum=0.9, dampening=0.8))
+    ]
+    assert_same(*ends)
+    assert work.unrolled.segment == 2
+    (rate,) = work.rate.optimizer.param_groups
+    assert (float(work.rate.value), work.rate.least) == (pytest.approx(0.02), 0.005)
+    assert (rate["lr"], rate["momentum"]) == (0.5, 0.25)
+    assert (work.goal.trajectories.max_start, work.goal.trajectories.length) == (2, 2)
+    assert [len(index) for index in work.batches(3, generator(0))] == [4, 2, 4]  # of six bases in one style
+    assert len(work.adversary._pair()[1]) == 4
+
+
+def test_bptt_has_all_settings_of_its_objective(tmp_path: Path):
+    given = ["class_batch=2", "real_batch=5", "student_lr=0.3", "student_momentum=0.5"]
+    settings = configured("objective=bptt", *(f"objective.{one}" for one in given))
+    work = condensation(dataclasses.replace(shop(tmp_path), config=settings), make_container())
+    assert [len(index) for index in work.batches(2, generator(0))] == [CLASSES * 2] * 2
+    assert work.goal.real.batch == 5
+    assert float(work.rate.value) == pytest.approx(0.3) and not work.rate.learned
+    images, labels = torch.rand(5, 3, 8, 8, generator=generator(1)), torch.tensor([0, 1, 2, 0, 1])
+    start = work.goal.begin(0)
+    ends = [
+        student.train(start, lambda _: (images, labels), 3, torch.tensor(0.1)).end
+        for student in (work.unrolled, Unrolled(build(), CPU, momentum=0.5))
+    ]
+    assert_same(*ends)
+
+
 def test_one_style_has_no_adversary_and_digits_no_mirror(tmp_path: Path):
     container = Haba(dataclasses.replace(HABA, styles=1), 2)
     container.initialise(generator(0), HabaConfig(name="haba", init="noise"), None)

@@ -31,6 +31,44 @@ MTT_ROWS = {
     "tiny_imagenet_ipc50": (20, 2, 40, 10000, 1e-4, 0.01, 300),
 }
 MTT_OPTIONS = [*MTT_ROWS, "haba", "hmn", "speed"]
+ALL_OPERATORS = "color_crop_cutout_flip_scale_rotate"
+IDC = {"outer_steps": 2000, "inner_steps": 100, "metric": "mse", "real_batch": 64, "synthetic_batch": 128}
+IDC |= {"step_policy": "per_class", "class_reduction": "mean", "lr_scaling": "idc", "final_lr_fraction": 1.0}
+IDC |= {"optimizer": "sgd", "momentum": 0.5, "memory_lr": 0.005, "weights_lr": 0.005, "k_means_interval": None}
+IDC |= {"strategy": "color_crop_cutout", "augmentation_rule": "idc", "network_strategy": "color_crop"}
+IDC |= {"network_samples": 2000, "network_batch": 64, "network_lr": 0.01, "network_momentum": 0.9}
+IDC |= {"network_weight_decay": 5e-4, "network_cutmix": 0.5}
+DC = {"outer_steps": 1000, "inner_steps": None, "network_epochs": None, "metric": "cosine", "real_batch": 256}
+DC |= {"synthetic_batch": None, "network_batch": 256, "network_lr": 0.01, "optimizer": "sgd", "momentum": 0.5}
+DC |= {"memory_lr": 0.1, "weights_lr": 0.1, "final_lr_fraction": 1.0, "lr_scaling": "none", "strategy": "none"}
+DC |= {"augmentation_rule": "vico", "class_reduction": "sum", "step_policy": "accumulate"}
+DM = {"outer_steps": 20_000, "inner_steps": 1, "real_batch": 256, "synthetic_batch": None, "pool_networks": 0}
+DM |= {"optimizer": "sgd", "momentum": 0.5, "memory_lr": 1.0, "weights_lr": 1.0, "final_lr_fraction": 1.0}
+DM |= {"strategy": ALL_OPERATORS, "augmentation_rule": "vico", "class_reduction": "sum", "step_policy": "accumulate"}
+IDM = {"step_policy": "per_class", "memory_lr": 0.2, "weights_lr": 0.2, "ce_weight": 0.5, "pool_networks": 100}
+IDM |= {"pool_interval": 30, "pool_trained": 2, "pool_steps": 10, "pool_batch": 256, "pool_lr": 0.01}
+IDM |= {"pool_momentum": 0.9, "pool_weight_decay": 5e-4}
+LINBA = {"outer_steps": 5000, "student_steps": 150, "student_momentum": 0.9, "student_dampening": 0.0}
+LINBA |= {"student_lr": 0.01, "class_batch": 32, "real_batch": 64, "gradient_clip": 2.0, "strategy": "none"}
+LINBA |= {"optimizer": "sgd", "momentum": 0.5, "memory_lr": 0.1, "weights_lr": 0.1, "final_lr_fraction": 1.0}
+STUDENT = {"optimizer": "sgd", "final_lr_fraction": 1.0, "strategy": ALL_OPERATORS, "augmentation_rule": "vico"}
+HABA = {"outer_steps": 15_000, "student_steps": 50, "student_batch": None, "student_momentum": 0.0, "momentum": 0.95}
+HABA |= {"memory_lr": 100, "weights_lr": 100, "expert_epochs": 2, "max_start_epoch": 2}
+HABA |= {"student_lr": 0.01, "student_lr_lr": 1e-7, "student_lr_momentum": 0.9}
+SPEED = {"outer_steps": 20_000, "student_steps": 60, "student_batch": 64, "student_momentum": 0.9, "momentum": 0.95}
+SPEED |= {"student_dampening": 0.9, "memory_lr": 100, "weights_lr": 0.01, "expert_epochs": 2, "max_start_epoch": 10}
+SPEED |= {"student_lr": 0.01, "student_lr_lr": 1e-5, "student_lr_momentum": 0.95}
+PAPERS = {
+    "idc": IDC,
+    "dream": IDC | {"real_batch": 128, "k_means_interval": 10},
+    "dc": DC,
+    "dsa": DC | {"strategy": ALL_OPERATORS},
+    "distribution_matching": DM,
+    "idm": DM | IDM,
+    "bptt": LINBA,
+    "mtt_haba": STUDENT | HABA,
+    "mtt_speed": STUDENT | SPEED,
+}
 GROUPS = {
     "dataset": sorted(DATASETS),
     "memory": ["ipc1", "ipc10", "ipc50"],
@@ -153,9 +191,18 @@ def test_mtt_files_are_the_rows_of_its_table(row):
     assert (objective.name, objective.momentum, objective.outer_steps) == ("trajectory_matching", 0.5, 5000)
 
 
-def test_speed_moves_container_and_student_rate_with_its_momentum():
-    objective = configured("objective=mtt_speed").objective
-    assert (objective.momentum, objective.student_lr_momentum, objective.student_lr_lr) == (0.95, 0.95, 1e-5)
+@pytest.mark.parametrize("name", PAPERS)
+def test_an_objective_of_a_paper_has_the_settings_of_its_code(name):
+    objective = configured(f"objective={name}").objective
+    assert {key: getattr(objective, key) for key in PAPERS[name]} == PAPERS[name]
+
+
+@pytest.mark.parametrize(
+    ("images", "steps", "epochs"), [(1, 1, 1), (10, 10, 50), (20, 20, 25), (30, 30, 20), (40, 40, 15), (50, 50, 10)]
+)
+def test_dc_has_the_loops_of_its_paper(images, steps, epochs):
+    found = configured("objective=dc").objective.with_loops(images)
+    assert (found.inner_steps, found.network_epochs) == (steps, epochs)
 
 
 @pytest.mark.parametrize("path", VARIANTS, ids=str)

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -181,6 +182,52 @@ def test_a_slurm_job_uploads_for_no_longer_than_its_notice_leaves_it_to_be_queue
 
     chosen = SubmititConfig(name="submitit", cluster="slurm", notice_seconds=120)
     assert _environment(chosen)["WANDB_FINISH_TIMEOUT"] == "60.0"
+
+
+def test_a_slurm_job_asks_for_what_its_run_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hmn.sweeps.launchers.submitit import _executor
+
+    def flags(chosen: SubmititConfig) -> set[str]:
+        text = _executor(tmp_path, chosen)._make_submission_file_text("true", "1")
+        assert f"--cpus-per-task={chosen.cpus} true" in text  # of the job's step
+        return set(re.findall("^#SBATCH (.*)$", text, re.MULTILINE))
+
+    (tmp_path / "srun").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    more = {"gpus": 2, "partition": "long", "options": {"account": "mine"}}
+    found = flags(SubmititConfig(timeout_minutes=90, notice_seconds=45, cpus=6, memory_gb=1.5, **more))
+    asked = {"--time=90", "--signal=USR1@45", "--cpus-per-task=6", "--mem=1536M", "--requeue"}
+    assert found >= asked | {"--gpus-per-node=2", "--partition=long", "--account=mine"}
+    assert not [flag for flag in flags(SubmititConfig()) if flag.startswith(("--gpus", "--partition"))]
+
+
+class Submitted:
+    """A job of SLURM's that has left no result."""
+
+    job_id = "7_0"
+
+    def __init__(self, folder: Path) -> None:
+        self.paths = SimpleNamespace(result_pickle=folder / "none")
+
+
+def test_a_slurm_job_is_given_up_only_where_two_answers_in_turn_lack_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A result may be seen late, and a SLURM that does not answer says nothing of its jobs."""
+    from hmn.sweeps.launchers import submitit as engine
+
+    monkeypatch.setattr(engine, "_executor", lambda *_: None)
+    monkeypatch.setattr(engine, "QUEUE_SECONDS", 0.0)
+    job, task = Submitted(tmp_path), stub(tmp_path, "a", "pass")
+    jobs = engine._Jobs(tmp_path, SubmititConfig(), [task])
+    jobs._running[job] = task
+    for code, said, ended in (
+        *((1, "", []), (1, "", []), (0, "", []), (0, "7_0\n8_1\n", [])),
+        *((0, "8_1\n", []), (0, "8_1\n", [job])),
+    ):
+        answer = subprocess.CompletedProcess("squeue", code, said)
+        monkeypatch.setattr(engine.subprocess, "run", lambda *_, answer=answer, **__: answer)
+        assert jobs._ended() == ended
 
 
 def test_what_only_waits_for_a_run_in_a_slurm_job_does_without_torch() -> None:

@@ -130,6 +130,18 @@ def test_the_test_split_does_not_depend_on_the_run_but_the_held_out_one_does():
     assert one.fingerprint == load(digits(), seed=1).fingerprint
 
 
+def test_the_test_images_of_digits_are_those_that_kept_results_were_measured_on():
+    """Of every class in turn a fifth, by torch's permutations from seed 0."""
+    from sklearn.datasets import load_digits
+
+    bunch, stream, expected = load_digits(), generator(0), []
+    for label in range(10):
+        images = np.round(bunch.images[bunch.target == label] * (255 / 16)).astype(np.uint8)
+        chosen = torch.randperm(len(images), generator=stream)[: round(0.2 * len(images))]
+        expected.append(images[chosen.sort().values.numpy()])
+    assert np.array_equal(load(digits()).test.images[:, 0].numpy(), np.concatenate(expected))
+
+
 def test_statistics_are_measured_on_train_without_the_held_out_images():
     data = load(digits(held_out_fraction=0.5))
     pixels = data.train.images.double() / 255

@@ -39,6 +39,25 @@ def test_accuracies_are_in_the_order_of_their_seeds(tmp_path):
     assert (row["seeds"], row["accuracy"]) == ([0, 1], [50.0, 52.0])
 
 
+def test_a_row_tells_medians_of_times_and_the_most_memory(tmp_path):
+    folders = [Path(run_folder(tmp_path, seed, 0.5)) for seed in range(3)]
+    seconds, judging, banks = (10.0, 50.0, 20.0), (1.0, 7.0, 2.0), (0.5, 90.0, 0.25)
+    for seed, folder in enumerate(folders):
+        curve = [{"step": 0, "held_out_accuracy": 0.1}, {"step": 5, "held_out_accuracy": 0.3 + 0.1 * seed}]
+        changes = {"condense_seconds": seconds[seed], "wall_seconds": {"evaluate": judging[seed], "bank": banks[seed]}}
+        changes |= {"curve": curve, "compile_seconds": [1.0, 2.5 + seed], "peak_bytes": (2**30, 3 * 2**30, 1)[seed]}
+        results.write(folder, results.read(folder) | changes)
+        points = [{"curve/step": 0, "curve/condense_seconds": 0.0}, {"curve/condense_seconds": seconds[seed]}]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
+    row = compare.row(folders, [results.read(folder) for folder in folders])
+    expected = {"condense_seconds": 20.0, "evaluate_seconds": 2.0, "bank_seconds": 90.0, "peak_gib": 3.0}
+    expected |= {"compile_seconds": [3.5, 4.5, 5.5], "held_out_curve": [10.0, 40.0], "curve_seconds": [0.0, 20.0]}
+    expected |= {"mean": 50.0, "std": 0.0, "networks": 3}
+    assert {key: row[key] for key in expected} == expected
+    shown = compare.table([row]).splitlines()[2]
+    assert shown == "| bf16 | compiled | 10 x 20 | 2000 | 50.00 ± 0.00 | 3 | 20 | 90 | 2 | 3.00 |"
+
+
 def test_settings_of_one_version_of_the_code_alone_are_no_difference(tmp_path, monkeypatch, capsys):
     folders = run_folder(tmp_path, 0, 0.5), run_folder(tmp_path, 1, 0.52, later=3)
     compared(monkeypatch, *folders)

@@ -63,10 +63,17 @@ def test_rows_are_lines_over_the_numbers_of_the_first_column():
     assert (panel.y_title, panel.ticks, panel.title) == ("test accuracy, %", (), "")
 
 
-def test_shares_are_drawn_in_percent():
-    (panel,) = panels_of(filled(entry("HMN", "0.3", 60), columns=("dropped",)), "accuracy")
+SHARES = {
+    "dropped": "easiest images left out of each class, %",
+    "over_budget": "storage condensed beyond the budget, %",
+}
+
+
+@pytest.mark.parametrize("axis", SHARES)
+def test_shares_are_drawn_in_percent(axis):
+    (panel,) = panels_of(filled(entry("HMN", "0.3", 60), columns=(axis,)), "accuracy")
     assert panel.lines[0].points[0].x == pytest.approx(30)
-    assert panel.x_title == "easiest images left out of each class, %"
+    assert panel.x_title == SHARES[axis]
 
 
 def test_words_stand_side_by_side_in_their_order():

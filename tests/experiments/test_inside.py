@@ -50,6 +50,18 @@ def test_steps_are_told_by_their_first_and_last_quarter(tmp_path):
     assert logged(tmp_path) == {"loss": (0.5, 6.5), "loss_layer1": (1.0, 1.0)}
 
 
+def test_real_images_are_spread_over_their_files_and_measured_in_the_unit_range(tmp_path):
+    """The first and the third of four of every class: flat ones of 0 and 0.4, of 1 and 0.6."""
+    for name, values in (("a", (0, 51, 102, 153)), ("b", (255, 204, 153, 102))):
+        (tmp_path / name).mkdir()
+        for number, value in enumerate(values):
+            Image.new("RGB", (4, 4), (value,) * 3).save(tmp_path / name / f"{number}.png")
+    found = of_real(tmp_path, 2, 4, 3)
+    assert (found["set"], found["images_per_class"]) == (f"real, {tmp_path}", 2)
+    assert [found[name] for name in ("spread", "repeats", "apart")] == pytest.approx([0.2, 2, 1.5], rel=1e-5)
+    assert found["contrast"] == pytest.approx(0, abs=1e-6)
+
+
 def test_finished_runs_beside_real_images(tmp_path, capsys):
     assert run(tmp_path, *TINY).code == 0
     (folder,) = tmp_path.glob("runs/*")

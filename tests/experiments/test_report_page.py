@@ -73,6 +73,18 @@ def test_any_folder_of_runs_is_told_apart_by_its_settings(tmp_path):
     assert report.shared_settings(configs)["container.name"] == '"hmn"'
 
 
+def test_references_are_called_by_their_mode_and_have_no_objective(tmp_path):
+    for mode in ("run", "full_data"):
+        config = result("", [0.5])["config"] | {"mode": mode, "objective": {"name": "dc"}}
+        config |= {"dataset": {"name": "mine", "kind": "digits"}}
+        write_run(tmp_path / mode, result(mode, [0.5], mode=mode, config=config))
+    shared = {"dataset": "mine", "IPC": "10", "seed": "0"}
+    assert {run.run_id: run.labels for run in collect(tmp_path).runs} == {
+        "run": shared | {"method": "hmn", "objective": "dc"},
+        "full_data": shared | {"method": "full_data"},
+    }
+
+
 def test_runs_that_labels_do_not_tell_apart_keep_their_ids(tmp_path):
     for name in ("x-1", "x-2"):
         write_run(tmp_path / name, result(name, [0.5]))
@@ -176,6 +188,22 @@ def test_the_summary_adds_up_and_warns_of_mixtures(tmp_path):
     page = render(collect(tmp_path))
     for words in ("Mixed code versions", "3 versions", "Uncommitted changes", "Mixed devices"):
         assert words in page
+
+
+def test_accuracies_lie_between_the_lowest_and_the_highest_end_of_all(tmp_path):
+    write_run(tmp_path / "a", result("a", [0.2]))
+    write_run(tmp_path / "b", result("b", [0.5], accuracy=result("b", [0.5])["accuracy"] | {"std": 0.1}))
+    assert [row["place"] for row in report.rows(collect(tmp_path).runs)] == [
+        {"left": 4.0, "mean": 4.0, "right": 4.0},
+        {"left": 40.0, "mean": 58.0, "right": 76.0},
+    ]
+
+
+def test_a_curve_that_metrics_have_lost_is_the_results(tmp_path):
+    curve = [{"step": 0, "held_out_accuracy": 0.25}, {"step": 9, "held_out_accuracy": 0.5}]
+    write_run(tmp_path / "a", result("a", [0.5], curve=curve))
+    (only,) = collect(tmp_path).runs
+    assert report.curves_of(only) == {"accuracy": [[0, 25.0], [9, 50.0]], "loss": [], "pruned": None}
 
 
 def test_what_pruning_dropped_is_said_in_words(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -63,6 +65,26 @@ def test_every_cell_composes(name, with_data, monkeypatch):
     }
     for cell in table.cells:
         assert without_repeats(table, cell) == alike[tuple(v for k, v in cell.labels.items() if k not in table.over)]
+
+
+@pytest.mark.parametrize("name", ["q75_gradients", "q75_main_ipc10", "q75_baselines"])
+def test_published_runs_are_those_that_their_table_plans(name, with_data, monkeypatch):
+    """Or else the settings in conf/ and in the table are no longer those of the numbers that are shown."""
+    monkeypatch.chdir(with_data)
+    for counted in ("expected_flops", "making_flops"):
+        monkeypatch.setattr(Plan, counted, 0.0)
+    table = load_table(table_file(name))
+    axes = (*table.rows, *table.columns)
+    with (ROOT / "experiments" / "q75" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        published = {
+            tuple(row[axis] for axis in axes): set(row["runs"].split()) for row in csv.DictReader(file) if row["runs"]
+        }
+    found: dict[tuple[str, ...], set[str | None]] = {place: set() for place in published}
+    shown_cells = [cell for cell in table.cells if tuple(cell.labels[axis] for axis in axes) in published]
+    for one in plan_cells(shown_cells):
+        found[tuple(one.cell.labels[axis] for axis in axes)].add(one.run_id)
+    assert len(published) >= 5
+    assert {place: runs - found[place] for place, runs in published.items()} == dict.fromkeys(published, set())
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments import filling, tables
-from experiments.filling import VALUES, Filled, fill, measure
+from experiments.filling import VALUES, Filled, Gap, fill, measure
 from experiments.tables import csv_text, escaped, latex, markdown
 from hmn import results
 from hmn.checkpoint import write_text
@@ -235,7 +235,16 @@ def test_every_value_of_a_result():
     halves = result([0.5], stored_bytes=7, fit_seconds=900.0)
     assert VALUES["stored_bytes"].samples(halves) == [7.0]
     assert VALUES["condense_hours"].samples(halves) == [0.5]  # the fit is a part of it
+    older = result([0.5], wall_seconds={"condense": 900.0, "fit": 1800.0})  # which tells it among its stages alone
+    assert VALUES["condense_hours"].samples(older) == [0.75]
     assert VALUES["held_out"].samples(result([0.5])) == [25.0]  # the curve's end, where nothing was pruned
+
+
+def test_accuracy_is_better_high_and_what_a_machine_takes_low_and_only_compared_on_one():
+    high, low = ({key for key, value in VALUES.items() if value.better is better} for better in (max, min))
+    assert high == {"accuracy", "best_accuracy", "held_out", "held_out_start", "held_out_end"}
+    assert low == {"peak_gib", "condense_peak_gib", "condense_hours", "wall_hours"}
+    assert low == {key for key, value in VALUES.items() if value.of_machine}
 
 
 def test_the_least_memory_and_the_highest_accuracy_are_best_and_full_data_competes_with_none(tmp_path, reported):
@@ -261,6 +270,40 @@ def test_the_values_of_a_single_column_stand_side_by_side(tmp_path, reported):
     assert "| method | test accuracy, % | images per class |" in text
     assert "| X | **50.00 (1 x 1)** | 78 |" in text and "| Y | 40.00 (1 x 1) | 9 |" in text
     assert latex(fill(runs)).count(r"\begin{tabular}") == 1
+
+
+def test_a_line_of_csv_has_its_numbers_in_full_and_what_is_missing(tmp_path, reported):
+    reported(
+        'small,Ours,A,1,N,65.7,0.5,%,"Zheng et al., ECCV 2024",their way,',
+        "small,Ours,A,1,N,60.0,,%,Somebody,,unverified",
+    )
+    axes = {"dataset": {"A": []}, "ipc": {"1": []}, "method": {"Ours": []}, "seed": {"0": [], "1": []}}
+    runs = Runs(tmp_path, axes=axes)
+    runs.finish("A/1/Ours/0", [0.5, 0.75])
+    (row,) = rows_of(fill(runs))
+    assert row == {"method": "Ours", "dataset": "A", "ipc": "1", "value": "accuracy", "unit": "%"} | {
+        "mean": "62.5",
+        "std": str(statistics.stdev([50.0, 75.0])),
+        "n": "1 x 2",
+        "best": "0",
+        "runs": "A-1-Ours-0",
+        "reported": "65.7",
+        "reported_std": "0.5",
+        "reported_source": filling.PAPER,
+        "reported_protocol": "their way",
+        "reported_note": "",
+        "difference": str(62.5 - 65.7),
+        "further_reported": "60.0 Somebody, unverified",
+        "missing": "waiting",
+        "commands": "python run.py dataset=A ipc=1 method=Ours seed=1",
+    }
+
+
+def test_after_the_alphabet_notes_have_two_letters():
+    notes = tables.Notes(COMMAND)
+    letters = [notes.letter(Gap("failed", f"reason {number}", "command")) for number in range(54)]
+    assert (letters[0], letters[25:28], letters[51:]) == ("a", ["z", "aa", "ab"], ["az", "ba", "bb"])
+    assert notes.letter(Gap("failed", "reason 30", "command")) == letters[30]
 
 
 def test_a_single_competitor_is_not_called_best(tmp_path, reported):
