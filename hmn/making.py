@@ -38,13 +38,13 @@ class Making:
         With ``compute.share_condensed`` it may be another run's. What a run has condensed, or has once taken, it keeps:
         what it has begun to judge is of that.
         """
-        if not self.plan.config.compute.share_condensed:
-            return self._condense(container)
         checkpoints = self.shop.checkpoints
         if (taken := checkpoints.load(TAKEN)) is not None:
             container.finish()
             container.load_state_dict(taken["container"])
             return taken["made"]
+        if not self.plan.config.compute.share_condensed:
+            return self._condense(container)
         done = self._steps_kept() == self.plan.matching_steps
         folder = condensations.folder_of(self.plan, self.shop.data.fingerprint, self.code)
         # Of several processes the first holds the folder for all, and what it finds there is every one's.

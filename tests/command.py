@@ -21,13 +21,20 @@ from pathlib import Path
 from typing import BinaryIO
 
 import hydra
+import torch
 from omegaconf import DictConfig
 from torch.distributed import TCPStore
 
 from hmn import config
+from hmn.checkpoint import Checkpoints
+from hmn.compute import Compute
 from hmn.config import Config
+from hmn.data import datasets
 from hmn.plan import Plan, make_plan
+from hmn.seeding import generator
+from hmn.session import Session
 from hmn.sweeps.attempt import PARENT
+from hmn.tracking import Tracker
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
@@ -68,6 +75,13 @@ def configured(*overrides: str) -> Config:
 
 def planned(*overrides: str) -> Plan:
     return make_plan(configured(*overrides), typed=overrides)
+
+
+def session_of(plan: Plan, folder: Path) -> Session:
+    """The stages of the run of ``plan``, with all they keep in ``folder``."""
+    data = datasets.load(plan.config.dataset, Path("absent"), generator(0, "split"), progress=False)
+    compute, checkpoints = Compute(torch.device("cpu")), Checkpoints(folder / "checkpoints", 60.0)
+    return Session(plan, data, compute, checkpoints, Tracker(folder), folder, {"code": "c"})
 
 
 @dataclass(frozen=True)

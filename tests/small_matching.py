@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hmn.build import Workshop
+from hmn.checkpoint import Checkpoints
 from hmn.compute import Compute
 from hmn.config import GradientMatchingConfig, HmnConfig
 from hmn.containers.base import Container
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
 from hmn.data.datasets import RealData, Split
+from hmn.data.preprocess import Normalise
 from hmn.matching import ClassMatching
 from hmn.networks import initialise
 from hmn.networks.convnet import ConvNet
@@ -20,6 +24,7 @@ from hmn.objectives.gradient import matching_step
 from hmn.realside import LiveSide
 from hmn.seeding import generator
 from hmn.training import training_step
+from tests.command import configured
 
 CPU = Compute(torch.device("cpu"))
 CLASSES, PER_CLASS, SEED = 3, 5, 4  # 5 images per class in the container, 12 + 13 + 14 real ones
@@ -68,6 +73,19 @@ def make_real() -> RealData:
 
 
 REAL = make_real()
+
+
+def workshop(folder: Path, *overrides: str) -> Workshop:
+    """What a run that is configured so would condense with, on these images and networks."""
+    return Workshop(
+        config=configured(*overrides),
+        data=REAL,
+        build=build,
+        compute=CPU,
+        train_step=training_step(build(), CPU),
+        normalise=Normalise(MEAN, STD),
+        checkpoints=Checkpoints(folder, 60),
+    )
 
 
 def config(**changes: Any) -> GradientMatchingConfig:

@@ -1,4 +1,4 @@
-"""One step of matching class by class: against a naive loop, draws, network updates, rates, resuming, averages."""
+"""One step of matching class by class: against a naive loop, its draws and network updates, resuming, averages."""
 
 from __future__ import annotations
 
@@ -14,30 +14,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hmn import realside
-from hmn.build import Workshop, condensation
 from hmn.checkpoint import Checkpoints
 from hmn.config import GradientMatchingConfig
 from hmn.containers.multiformation import Multiformation, MultiformationShape
 from hmn.data import augment
-from hmn.data.preprocess import Normalise
 from hmn.data.sampling import per_class
 from hmn.errors import DataError
 from hmn.matching import ClassMatching
 from hmn.objectives.gradient import matching_step
 from hmn.seeding import generator
-from hmn.training import training_step
-from tests.command import configured
 from tests.small_matching import (
     CLASSES,
     CPU,
     MEAN,
-    MEMORIES,
     OWNED,
     PER_CLASS,
     REAL,
     SEED,
     STD,
-    TIERS,
     assert_same,
     build,
     clone_of,
@@ -354,36 +348,6 @@ def test_matching_gets_closer_to_the_real_images():
     run = make_run(settings)
     losses = [float(run.run_step()[0].sum()) for _ in range(30)]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
-
-
-# Rates
-
-
-def peak_rates(run: ClassMatching) -> dict[str, float]:
-    return dict(zip(TIERS, (group["initial_lr"] for group in run.optimizer.inner.param_groups), strict=True))
-
-
-def test_a_tiers_rate_is_scaled_by_the_runs_factor_and_by_its_own():
-    run = make_run(config(), rate_factor=0.5, lr_scale={"decoder": 3.0})
-    expected = dict.fromkeys(MEMORIES, 0.005) | {"extractors": 0.0005, "decoder": 0.0015}
-    assert peak_rates(run) == pytest.approx(expected)
-
-
-def test_idcs_factor_and_the_containers_scales_reach_the_rates_of_a_configured_run(tmp_path: Path):
-    """20 images per class of 8 pixels: (20 / 10) (8 / 32)^2 is an eighth."""
-    rates = ("objective.memory_lr=0.08", "objective.weights_lr=0.008", "+container.lr_scale.decoder=3")
-    scaled = ("objective.lr_scaling=idc", "memory.images_per_class=20", "objective.real_batch=6")
-    shop = Workshop(
-        config=configured(*rates, *scaled),
-        data=REAL,
-        build=build,
-        compute=CPU,
-        train_step=training_step(build(), CPU),
-        normalise=Normalise(MEAN, STD),
-        checkpoints=Checkpoints(tmp_path, 60),
-    )
-    expected = dict.fromkeys(MEMORIES, 0.01) | {"extractors": 0.001, "decoder": 0.003}
-    assert peak_rates(condensation(shop, make_container())) == pytest.approx(expected)
 
 
 # Resuming

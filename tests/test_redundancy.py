@@ -14,19 +14,16 @@ import torch
 from PIL import Image
 
 from experiments import redundancy
-from hmn import artifacts, compute, session
-from hmn.checkpoint import Checkpoints, Stop
+from hmn import artifacts, session
 from hmn.config.containers import HabaConfig
 from hmn.containers.base import Container
 from hmn.containers.haba import Haba, HabaShape
 from hmn.containers.image import RawImages, RawShape
-from hmn.data import datasets
 from hmn.errors import ArtifactError
 from hmn.evaluate import Accuracies
 from hmn.prune import kept_after
-from hmn.session import Session
-from hmn.tracking import METRICS_FILE, Tracker, read_metrics
-from tests.command import ROOT, TINY, Outcome, planned, run, start
+from hmn.tracking import METRICS_FILE, read_metrics
+from tests.command import ROOT, TINY, Outcome, planned, run, session_of, start
 
 SHAPE = {"classes": 3, "channels": 1, "image_size": 8}
 MODE = (*TINY, "mode=redundancy", "pruning.score_epochs=2", "pruning.score_networks=1", "evaluation.networks=2")
@@ -111,13 +108,6 @@ def test_a_set_is_measured_share_by_share(tmp_path, toy, make, counts):
     assert set(result["wall_seconds"]) == {"score", "evaluate"}
     (folder,) = (where / "runs").iterdir()
     assert {path.name for path in folder.iterdir()} == {".lock", "config.yaml", "metrics.jsonl", "result.json"}
-
-
-def session_of(plan, folder: Path) -> Session:
-    data = datasets.load(plan.config.dataset, Path("absent"), torch.Generator().manual_seed(0), progress=False)
-    chosen = compute.choose(plan.config.compute, plan.expected_flops, plan.data.classes)
-    checkpoints = Checkpoints(folder / "checkpoints", 60.0, Stop())
-    return Session(plan, data, chosen, checkpoints, Tracker(folder), folder, {})
 
 
 def test_the_easiest_images_of_every_class_are_dropped(tmp_path, toy, monkeypatch):

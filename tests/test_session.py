@@ -9,24 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-from hmn import compute, session
+from hmn import session
 from hmn.artifacts import load_condensed
-from hmn.checkpoint import Checkpoints
-from hmn.data import datasets
 from hmn.evaluate import Accuracies, Images
-from hmn.seeding import generator
 from hmn.session import Session
-from hmn.tracking import METRICS_FILE, Tracker, read_metrics
-from tests.command import TINY, planned
+from hmn.tracking import METRICS_FILE, read_metrics
+from tests.command import TINY, planned, session_of
 
 
-def session_of(folder: Path, *overrides: str) -> Session:
-    plan = planned(*TINY, *overrides)
-    data = datasets.load(plan.config.dataset, folder, generator(0, "split"), progress=False)
-    chosen = compute.choose(plan.config.compute, plan.expected_flops, plan.data.classes)
-    return Session(
-        plan, data, chosen, Checkpoints(folder / "checkpoints", 60.0), Tracker(folder), folder, {"code": "c"}
-    )
+def session_with(folder: Path, *overrides: str) -> Session:
+    return session_of(planned(*TINY, *overrides), folder)
 
 
 @pytest.fixture
@@ -48,12 +40,12 @@ def test_a_condensed_set_is_judged_in_the_numbers_that_are_kept(tmp_path, monkey
         return {}
 
     monkeypatch.setattr(session.Making, "make", make)
-    session_of(tmp_path, "container=image", "pruning=none", "memory.number=float16").condense_and_evaluate()
+    session_with(tmp_path, "container=image", "pruning=none", "memory.number=float16").condense_and_evaluate()
     assert torch.equal(judged[0].images, load_condensed(tmp_path).tensors()[0])
 
 
 def test_a_coreset_is_judged_in_the_numbers_that_are_kept(tmp_path, judged):
-    session_of(tmp_path, "container=coreset", "memory.number=float16").choose_and_evaluate()
+    session_with(tmp_path, "container=coreset", "memory.number=float16").choose_and_evaluate()
     assert torch.equal(judged[0].images, load_condensed(tmp_path).tensors()[0])
 
 
@@ -61,7 +53,7 @@ SCORED = ("container=coreset", "container.method=herding", "dataset.mean=[0.3]",
 
 
 def scores_folder(folder: Path, *overrides: str) -> Path:
-    return session_of(folder, *SCORED, *overrides)._scores_folder()
+    return session_with(folder, *SCORED, *overrides)._scores_folder()
 
 
 @pytest.mark.parametrize(
@@ -83,7 +75,7 @@ def test_coresets_of_other_methods_and_sizes_ask_the_same_networks(tmp_path, oth
 
 def test_an_evaluation_that_is_read_back_is_recorded_once(tmp_path, judged):
     """As where the disk was full when the set was to be kept."""
-    made = session_of(tmp_path)
+    made = session_with(tmp_path)
     for _ in range(2):
         made._evaluate(Images(torch.zeros(10, 1, 8, 8), torch.arange(10)))
     assert len(judged) == 2
@@ -102,7 +94,7 @@ def test_the_picture_of_what_is_pruned_is_drawn_for_as_many_of_each_end_as_go(tm
         return Image.new("RGB", (1, 1))
 
     monkeypatch.setattr(session.pictures, "pruning_grid", grid)
-    made = session_of(tmp_path, "memory=ipc10")
+    made = session_with(tmp_path, "memory=ipc10")
     keep = made.plan.storage.images_per_class
     made._keep_pruning_picture(torch.zeros(10 * (keep + 10), 1, 8, 8), torch.zeros(10, keep + 10), 0.3)
     assert drawn == [(keep, 3)]

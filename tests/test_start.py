@@ -10,18 +10,16 @@ import pytest
 import torch
 
 from hmn import artifacts, load_condensed
-from hmn.build import Workshop, fit, start
+from hmn.build import fit, start
 from hmn.checkpoint import Checkpoints
 from hmn.containers.fit import fit_real
 from hmn.containers.image import RawImages, RawShape
-from hmn.data.preprocess import Normalise
 from hmn.data.sampling import repeated_subset
 from hmn.errors import ConfigError, DataError
 from hmn.plan import make_plan
 from hmn.seeding import generator
-from hmn.training import training_step
 from tests.command import TINY, configured, run
-from tests.small_matching import CLASSES, CPU, MEAN, PER_CLASS, REAL, STD, assert_same, build, clone_of, make_container
+from tests.small_matching import CLASSES, MEAN, PER_CLASS, REAL, STD, assert_same, clone_of, make_container, workshop
 
 ALONE = (*TINY, "pruning=none")
 FROM = "container.init=kept"
@@ -105,18 +103,6 @@ def test_a_set_of_other_classes_is_refused_in_one_line(tmp_path):
     assert "its class_names is ['0', '1'], that of these data ['2', '3']" in outcome.complaint
 
 
-def shop(folder: Path, *given: str) -> Workshop:
-    return Workshop(
-        config=configured(*given),
-        data=REAL,
-        build=build,
-        compute=CPU,
-        train_step=training_step(build(), CPU),
-        normalise=Normalise(MEAN, STD),
-        checkpoints=Checkpoints(folder, 60),
-    )
-
-
 def raw(pixel_space: str) -> RawImages:
     shape = RawShape(classes=CLASSES, channels=3, image_size=8, pixel_space=pixel_space, mean=MEAN, std=STD)
     container = RawImages(shape, 2)
@@ -130,7 +116,9 @@ def test_pixels_that_were_normalised_in_another_way_are_refused(tmp_path, pixel_
     data = {"class_names": list(REAL.class_names), "mean": list(MEAN), "std": list(STD)}
     folder, other, container = tmp_path / "kept", [0.1, 0.2, 0.3], raw(pixel_space)
     artifacts.save(folder, raw(pixel_space), {"budget": {"floats": 10**6}, "data": data | {key: other}})
-    own = shop(tmp_path, "container=image", f"container.pixel_space={pixel_space}", FROM, f"container.start={folder}")
+    own = workshop(
+        tmp_path, "container=image", f"container.pixel_space={pixel_space}", FROM, f"container.start={folder}"
+    )
     if pixel_space == "unit":  # pixels in [0, 1] are the same whatever networks see of them
         start(own, container)
     else:
@@ -154,7 +142,7 @@ def test_a_missing_set_is_told_in_one_line(tmp_path):
 def test_a_container_is_fitted_by_its_own_settings(tmp_path):
     given = ("fit_steps=7", "fit_batch=14", "fit_learning_rate=0.03", "fit_weights_lr=0.004")
     container, expected = make_container(), make_container()
-    error = fit(shop(tmp_path / "one", "seed=3", *(f"container.{one}" for one in given)), container)
+    error = fit(workshop(tmp_path / "one", "seed=3", *(f"container.{one}" for one in given)), container)
     stream = generator(3, "fit")
     index = repeated_subset(REAL.train.labels, PER_CLASS, REAL.class_names, stream)
     rates = {"lr": 0.03, "weights_lr": 0.004}

@@ -49,6 +49,7 @@ from tests.small_matching import (
     build,
     clone_of,
     make_container,
+    workshop,
 )
 
 HABA = HabaShape(classes=CLASSES, channels=3, image_size=8, base_channels=3, styles=3)
@@ -466,15 +467,7 @@ class Noise:
 def shop(folder: Path, *given: str) -> Workshop:
     small = [f"objective.experts.{key}" for key in ("count=1", "epochs=1", "batch=16")]
     small += ["objective.max_start_epoch=1", "objective.expert_epochs=1", "objective.student_steps=2"]
-    return Workshop(
-        config=configured("objective=trajectory_matching", *small, f"paths.cache_dir={folder}", *given),
-        data=REAL,
-        build=build,
-        compute=CPU,
-        train_step=training_step(build(), CPU),
-        normalise=Normalise(MEAN, STD),
-        checkpoints=Checkpoints(folder, 60),
-    )
+    return workshop(folder, "objective=trajectory_matching", *small, f"paths.cache_dir={folder}", *given)
 
 
 def test_haba_has_its_adversary_and_trajectory_matching_its_experts(tmp_path: Path):

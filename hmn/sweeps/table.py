@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,10 +73,24 @@ def listed() -> str:
     names, rows = table_names(), []
     width = max(map(len, names))
     for name in names:
-        file = _read(table_file(name))
-        expects = file["expects"]
-        rows.append([f"{name:{width}}  {file['title']}", f"{expects['hours']:,}", expects["device"]])
+        with _named(table_file(name)) as path:
+            file = _read(path)
+            expects = file["expects"]
+            rows.append([f"{name:{width}}  {file['title']}", f"{expects['hours']:,}", expects["device"]])
     return text_table(["experiment=", "hours", "on"], rows)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[Path]:
+    """Within the block, what cannot be used of a file is said in one line that names it."""
+    try:
+        yield path
+    except KeyError as error:
+        raise ConfigError(f"{path}: has no {error.args[0]}") from None
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(f"{path}: line {error.problem_mark.line + 1}: {error.problem}") from None
+    except (ConfigError, OSError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
 
 
 def load_table(path: Path, overrides: Sequence[str] = ()) -> Table:
@@ -87,7 +102,7 @@ def load_table(path: Path, overrides: Sequence[str] = ()) -> Table:
     smoke = [override for override in overrides if override.lstrip("+") == "debug=smoke"]
     chosen = [override for override in overrides if override.startswith(ONLY)]
     overrides = [override for override in overrides if override not in (*smoke, *chosen)]
-    try:
+    with _named(path):
         only = dict(map(_chosen, chosen))
         file = _read(path)
         cells = tuple(_cells(file, overrides, only, bool(smoke)))
@@ -106,12 +121,6 @@ def load_table(path: Path, overrides: Sequence[str] = ()) -> Table:
             cells=cells,
         )
         one_of("kind", table.kind, KINDS)
-    except KeyError as error:
-        raise ConfigError(f"{path}: has no {error.args[0]}") from None
-    except yaml.MarkedYAMLError as error:
-        raise ConfigError(f"{path}: line {error.problem_mark.line + 1}: {error.problem}") from None
-    except (ConfigError, OSError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
     return table
 
 

@@ -8,16 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from hmn.build import Workshop, condensation
-from hmn.checkpoint import Checkpoints
+from hmn.build import condensation
 from hmn.condense import Condensation
 from hmn.containers.base import Container
 from hmn.containers.image import RawImages, RawShape
-from hmn.data.preprocess import Normalise
 from hmn.seeding import generator
-from hmn.training import training_step
-from tests.command import configured
-from tests.small_matching import CLASSES, CPU, MEAN, REAL, STD, TIERS, build, lr_at, make_container
+from tests.small_matching import CLASSES, TIERS, lr_at, make_container, workshop
 
 STEPS = 4
 OBJECTIVES = {
@@ -41,15 +37,7 @@ def folder(tmp_path_factory) -> Path:
 def condensing(objective: str, folder: Path, container: Container | None = None) -> Condensation:
     settings = [f"objective.{setting}" for setting in OBJECTIVES[objective] + SHARED]
     given = [f"objective={objective}", "memory=ipc10", "+container.lr_scale.decoder=3", f"paths.cache_dir={folder}"]
-    shop = Workshop(
-        config=configured(*given, *settings),
-        data=REAL,
-        build=build,
-        compute=CPU,
-        train_step=training_step(build(), CPU),
-        normalise=Normalise(MEAN, STD),
-        checkpoints=Checkpoints(folder / "checkpoints", 60),
-    )
+    shop = workshop(folder / "checkpoints", *given, *settings)
     return condensation(shop, make_container() if container is None else container)
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -353,10 +354,14 @@ def test_a_signal_to_another_thread_comes_after_what_must_not_be_cut_in_two() ->
     other = threading.Thread(target=lambda: (ready.set(), end.wait()))  # whose mask lets it through
     other.start()
     ready.wait()
+    arrived, told = socket.socketpair()
+    told.setblocking(False)
+    arrived.settimeout(WAIT_SECONDS)
+    wakeup = signal.set_wakeup_fd(told.fileno())
     try:
         with _after_it([signal.SIGUSR1]):
             signal.pthread_kill(other.ident, signal.SIGUSR1)
-            time.sleep(0.2)
+            assert arrived.recv(1) == bytes([signal.SIGUSR1])
             seen.append("block")
         assert seen == ["block", "signal"]
         with pytest.raises(RuntimeError), _after_it([signal.SIGUSR1]):
@@ -364,6 +369,9 @@ def test_a_signal_to_another_thread_comes_after_what_must_not_be_cut_in_two() ->
         signal.raise_signal(signal.SIGUSR1)
         assert seen == ["block", "signal", "signal"]
     finally:
+        signal.set_wakeup_fd(wakeup)
+        arrived.close()
+        told.close()
         end.set()
         other.join()
         signal.signal(signal.SIGUSR1, before)

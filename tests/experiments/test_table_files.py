@@ -122,6 +122,13 @@ def test_all_tables_are_listed_with_what_they_cost(capsys):
         cli.run(["seed=1", "tables"])
 
 
+def test_a_file_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("hmn.sweeps.table.TABLES", tmp_path)
+    (tmp_path / "odd.yaml").write_text("title: Odd\n")
+    with pytest.raises(ConfigError, match=f"^{tmp_path}/odd.yaml: has no expects$"):
+        cli.run(["tables"])
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if load_table(table_file(name)).reported])
 def test_reported_numbers_have_their_places(name):
     table, rows = load_table(table_file(name)), read_reported()

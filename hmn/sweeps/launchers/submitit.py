@@ -184,7 +184,8 @@ class _Jobs:
 
 @contextlib.contextmanager
 def _after_it(signals: Collection[signal.Signals]) -> Iterator[None]:
-    """What stops the launcher must not come between submitting jobs and knowing of them: it comes after the block.
+    """What stops the launcher must not come between submitting jobs and knowing of them: it comes after the block,
+    unless that fails.
 
     Blocking is not enough, as another thread may be given the signal, and its handler runs in this one.
     """
