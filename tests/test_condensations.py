@@ -184,14 +184,13 @@ def test_a_run_that_has_condensed_alone_and_begun_to_judge_keeps_its_own(tmp_pat
     assert outcome.code == 0 and "condensed by" not in outcome.out
 
 
-@pytest.mark.parametrize("then", [(), ("compute.share_condensed=false",)])
-def test_what_a_run_took_and_has_begun_to_judge_it_keeps(tmp_path, then):
-    """Of other sources, or removed meanwhile: half of its accuracy would be of another set."""
+def test_what_a_run_took_and_has_begun_to_judge_it_keeps(tmp_path):
+    """Though it is not there any more and shared no longer: half of its accuracy would be of another set."""
     assert run(tmp_path, *TINY, SHARED).code == 0
     given = (*TINY, SHARED, "pruning.score=random", "evaluation.epochs=60", "compute.checkpoint_every_seconds=0")
     killed_at("evaluate", tmp_path, *given)
     shutil.rmtree(tmp_path / ".cache" / "condensed")
-    outcome = run(tmp_path, *given, *then)
+    outcome = run(tmp_path, *given, "compute.share_condensed=false")
     assert outcome.code == 0, outcome.err
     (taken,) = [one for run_id, one in results(tmp_path).items() if one["condensed_by"] != run_id]
     assert "condense" not in taken["wall_seconds"]
