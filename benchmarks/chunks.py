@@ -56,18 +56,7 @@ def noise(classes: int, side: int, per_class: int) -> RealData:
     labels = torch.arange(classes).repeat_interleave(per_class)
     stream = generator(0, "noise")
     train = Split(torch.randint(256, (len(labels), 3, side, side), generator=stream, dtype=torch.uint8), labels)
-    nothing = Split(train.images[:0], labels[:0])
-    return RealData(
-        name="noise",
-        class_names=tuple(map(str, range(classes))),
-        mean=problem.MEAN,
-        std=problem.STD,
-        train=train,
-        held_out=nothing,
-        test=nothing,
-        notes=(),
-        fingerprint="noise",
-    )
+    return problem.of_noise(train, classes)
 
 
 def child(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:

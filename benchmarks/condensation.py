@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -74,14 +71,11 @@ def child(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 
 def run(form: Form, options: argparse.Namespace, cache: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.condensation", "--child", "--forms", form.name]
-    command += ["--steps", str(options.steps), *harness.shape_arguments(options)]
-    environment = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
+    given = ("--child", "--forms", form.name, "--steps", str(options.steps), *harness.shape_arguments(options))
+    caches = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
     started = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
-    if done.returncode:
-        raise SystemExit(f"{PART}, {form.name}: its process failed\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1]) | {"process_seconds": time.perf_counter() - started}
+    found = harness.in_a_process(f"{PART}, {form.name}", "benchmarks.condensation", *given, **caches)
+    return found | {"process_seconds": time.perf_counter() - started}
 
 
 def rows(form: Form, runs: list[dict[str, Any]], plain: dict[str, Any] | None, steps: int) -> list[Row]:

@@ -44,7 +44,7 @@ def planned(kind: str, options: argparse.Namespace) -> list[Form]:
 
 def networks_of(kind: str, options: argparse.Namespace) -> int:
     """How many networks a call trains: on a CPU, which takes them one after another, one tells it all."""
-    return getattr(options, "networks", None) or (1 if kind == "cpu" else 10)
+    return options.networks or (1 if kind == "cpu" else 10)
 
 
 def plain_networks(
@@ -165,9 +165,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> tuple[dict, li
 
 
 def main() -> None:
-    parser = harness.parser(__doc__, rounds=5)
-    parser.add_argument("--networks", type=int, help="per call; default: 1 on a CPU, 10 on a GPU")
-    options = parser.parse_args()
+    options = harness.parser(__doc__, rounds=5).parse_args()
     head, found = measure(options, harness.prepare(options))
     harness.report(options, head, found)
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -43,6 +44,7 @@ def parser(description: str, *, rounds: int) -> argparse.ArgumentParser:
     options.add_argument("--synthetic", type=int, default=64, help="synthetic images per class and step")
     options.add_argument("--samples", type=int, default=2000, help="real images per network update")
     options.add_argument("--images-per-class", type=int, default=1, help="memory size that HMN's preset is for")
+    options.add_argument("--networks", type=int, help="that an evaluation trains; default: 1 on a CPU, 10 on a GPU")
     options.add_argument("--chunk", type=int, help="classes that our outer step decodes at a time; default: as a run")
     options.add_argument("--data", type=Path, help="a tree of class folders; default: structured noise")
     options.add_argument("--rounds", type=int, default=rounds)
@@ -63,12 +65,21 @@ def shape_arguments(options: argparse.Namespace) -> list[str]:
     arguments = ["--device", str(device_of(options))]
     for name in SHAPES:
         arguments += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    for name in ("forms_of", "chunk", "data"):
+    for name in ("forms_of", "chunk", "data", "networks"):
         if value := getattr(options, name):
             arguments += [f"--{name.replace('_', '-')}", str(value)]
     if options.threads:
         arguments += ["--threads", str(options.threads)]
     return arguments + (["--system-allocator"] if options.system_allocator else [])
+
+
+def in_a_process(title: str, module: str, *arguments: str, **environment: str) -> dict[str, Any]:
+    """What ``python -m MODULE ARGUMENTS`` prints as JSON in its last line. Ends the program where that fails."""
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+    if done.returncode:
+        raise SystemExit(f"{title}: its process failed\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def device_of(options: argparse.Namespace) -> torch.device:

@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,11 +39,8 @@ def fill(rows: Sequence[Row], options: argparse.Namespace) -> None:
 
 def peak(part: str, form: str, arguments: Sequence[str]) -> dict[str, Any]:
     """What a process that computes ``form`` twice needs, in bytes."""
-    command = [sys.executable, "-m", "benchmarks.memory", "--child", part, "--forms", form, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{part}, {form}: its process failed\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    given = ("--child", part, "--forms", form, *arguments)
+    return harness.in_a_process(f"{part}, {form}", "benchmarks.memory", *given)
 
 
 def child(options: argparse.Namespace, device: torch.device) -> dict[str, int | None]:

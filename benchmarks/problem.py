@@ -114,10 +114,15 @@ def noise(classes: int, per_class: int = NOISE_PER_CLASS) -> RealData:
         images = (images - images.mean((0, 2, 3), keepdim=True)) / images.std((0, 2, 3), keepdim=True)
         pixels.append(((images * std + mean).clamp(0, 1) * 255).round().byte())
     train = Split(torch.cat(pixels), torch.arange(classes).repeat_interleave(per_class))
+    return of_noise(train, classes)
+
+
+def of_noise(train: Split, classes: int) -> RealData:
+    """``train`` as a data set that is nothing but training images."""
     nothing = Split(train.images[:0], train.labels[:0])
     return RealData(
         name="noise",
-        class_names=tuple(str(label) for label in range(classes)),
+        class_names=tuple(map(str, range(classes))),
         mean=MEAN,
         std=STD,
         train=train,

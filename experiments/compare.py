@@ -59,7 +59,7 @@ def row(folders: list[Path], found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _curve_seconds(folders: list[Path]) -> list[float]:
-    """Median over runs of the condensing seconds at each point of the curve."""
+    """Median of the condensing seconds at each point of the curve, of the runs that condensed themselves."""
     seconds = [
         [
             record["curve/condense_seconds"]
@@ -68,7 +68,7 @@ def _curve_seconds(folders: list[Path]) -> list[float]:
         ]
         for folder in folders
     ]
-    return [round(statistics.median(values), 1) for values in zip(*seconds, strict=True)]
+    return [round(statistics.median(values), 1) for values in zip(*filter(None, seconds), strict=True)]
 
 
 def table(rows: list[dict[str, Any]]) -> str:

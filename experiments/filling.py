@@ -19,7 +19,7 @@ from hmn.sweeps import state
 from hmn.sweeps.cells import Cell
 from hmn.sweeps.planning import Planned, by_run
 from hmn.sweeps.sweep import Sweep, of_arguments
-from hmn.sweeps.table import Table, table_file
+from hmn.sweeps.table import Table, table_names
 
 REPORTED = Path(__file__).resolve().parent / "reported.csv"
 PAPER = "Zheng et al., ECCV 2024"  # whose number is shown where several sources have one
@@ -242,13 +242,17 @@ def fill(sweep: Sweep, *, mix: bool = False, kept: Path | None = None) -> Filled
             f"shows={unknown[0]}: no number; {table.name} is drawn: python -m experiments.figures {table.name}"
         )
     states = {run_id: state.read(one.folder) for run_id, one in by_run([*planned.values()]).items()}
+    here = {run_id: found.result for run_id, found in states.items() if found.result is not None}
     if kept is not None:
-        for name in {name for cell in table.cells for name in cell.reads}:
-            _keep_card(planned[name], kept)
-        states = {run_id: _keep(kept / run_id, found) for run_id, found in states.items()}
+        states |= {run_id: _or_kept(found, kept / run_id) for run_id, found in states.items() if run_id not in here}
     results = {run_id: found.result for run_id, found in states.items() if found.result is not None}
     if not mix:
         _refuse_mixture(table.name, results)
+    if kept is not None:  # only now: a refusal leaves what was published as it was
+        for name in {name for cell in table.cells for name in cell.reads}:
+            _keep_card(planned[name], kept)
+        for run_id, result in here.items():
+            _keep(kept / run_id, result)
     command = sweep.command
     smoke = any(override.startswith("debug=") for cell in table.cells for override in cell.overrides)
     reported = [] if smoke else read_reported()  # of digits nothing is, whatever the columns are called
@@ -282,13 +286,14 @@ def _keep_card(one: Planned, kept: Path) -> None:
         shutil.copyfile(one.folder / CARD, kept / one.run_id / CARD)
 
 
-def _keep(folder: Path, found: state.State) -> state.State:
-    if found.result is None:
-        return before if (before := state.read(folder)).result is not None else found
-    config = {name: values for name, values in found.result["config"].items() if name != "paths"}  # of this machine
+def _or_kept(found: state.State, folder: Path) -> state.State:
+    return before if (before := state.read(folder)).result is not None else found
+
+
+def _keep(folder: Path, result: Mapping[str, Any]) -> None:
+    config = {name: values for name, values in result["config"].items() if name != "paths"}  # of this machine
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder, found.result | {"config": config})
-    return found
+    write(folder, {**result, "config": config})
 
 
 def _places(table: Table) -> dict[tuple[tuple[str, ...], tuple[str, ...]], list[Cell]]:
@@ -346,13 +351,9 @@ def _commit(result: Mapping[str, Any]) -> str:
     return (result["commit"] or "unknown")[:7] + (" with changes" if result["dirty"] else "")
 
 
-# Rendering
-
-
 def sweep_of(name: str, overrides: Sequence[str]) -> Sweep:
     """The sweep of a table file. Raises ``ConfigError`` that names all files where there is none of this name."""
-    if not table_file(name).exists():
-        known = ", ".join(sorted(path.stem for path in table_file(name).parent.glob("*.yaml")))
-        raise ConfigError(f"{name}: no file of experiments/tables; there are {known}")
+    if name not in (known := table_names()):
+        raise ConfigError(f"{name}: no file of experiments/tables; there are {', '.join(known)}")
     arguments = [f"experiment={name}", *overrides]
     return of_arguments(arguments, shlex.join(["python", "sweep.py", *arguments]))

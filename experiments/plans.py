@@ -10,24 +10,19 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import hydra
-
-from hmn import config
 from hmn.checkpoint import write_text
-from hmn.config import CONF
 from hmn.containers import KINDS
 from hmn.errors import ConfigError
 from hmn.explain import in_one_line
 from hmn.plan import Plan, make_plan
+from hmn.sweeps.planning import compose
 
 DATASETS = ("svhn", "cifar10", "cifar100", "tiny_imagenet", "imagenet10", "digits")
 MEMORIES = (1, 10, 50)
 
 
 def planned(*overrides: str) -> Plan:
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        raw = hydra.compose("config", overrides=["mode=plan", "pruning=none", *overrides], return_hydra_config=False)
-    return make_plan(config.from_hydra(raw))
+    return make_plan(compose(["mode=plan", "pruning=none", *overrides]))
 
 
 def cells(overrides: Sequence[str]) -> Iterator[list[str]]:
@@ -58,7 +53,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="written instead of printed")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as of run.py")
     given = parser.parse_args()
-    config.register()
     head = [
         "data set",
         "IPC",

@@ -230,9 +230,9 @@ def test_rows_that_wait_for_a_gpu_are_named():
 
 
 def test_a_child_process_computes_the_same_shapes():
-    given = options("--width", "8", "--images-per-class", "10", "--chunk", "1", "--system-allocator")
+    given = options("--width", "8", "--images-per-class", "10", "--chunk", "1", "--networks", "4", "--system-allocator")
     again = options(*harness.shape_arguments(given))
-    kept = (*harness.SHAPES, "chunk", "threads", "system_allocator", "data", "forms_of")
+    kept = (*harness.SHAPES, "chunk", "networks", "threads", "system_allocator", "data", "forms_of")
     assert [getattr(given, name) for name in kept] == [getattr(again, name) for name in kept]
 
 

@@ -8,6 +8,7 @@ import json
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -39,6 +40,8 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """The exit code: 1 if a run failed or, for ``results``, none is there."""
     given = _parser().parse_intermixed_args(_with_command(arguments))
+    require("--json", not given.json or given.command == "results", "given", "left out but for results")
+    require("--every", given.every is None or given.command == "status", given.every, "left out but for status")
     if given.command == "search":
         return search(given.settings)
     if given.command == "tables":
@@ -205,7 +208,7 @@ def status_text(planned: Sequence[Planned]) -> str:
             repeats.append(f"{one.cell.name}: {found.command}")
     rows += [[one.cell.name, "waiting", "for " + "; ".join(one.cell.reads)] for one in planned if one.run_id is None]
     rows.sort(key=lambda row: ORDER.index(row[1]))
-    parts = [text_table(["cell", "status", ""], rows), "", summary(counts(planned))]
+    parts = [text_table(["cell", "status", ""], rows), "", summary(Counter(row[1] for row in rows))]
     return "\n".join([*parts, *(["", "to repeat what failed by hand:", *repeats] if repeats else [])])
 
 

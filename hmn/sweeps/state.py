@@ -23,7 +23,7 @@ class State:
     result: dict[str, Any] | None = None
     error: str | None = None  # one line
     command: str | None = None  # what repeats a failed run
-    stage: str | None = None  # of a running one
+    stage: str | None = None  # of one that runs, or was interrupted
     step: int | None = None
     steps_per_second: float | None = None
 

@@ -24,7 +24,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from tqdm import tqdm
 
 from hmn import results
-from hmn.checkpoint import STOP_SIGNALS, exclusive, write_text
+from hmn.checkpoint import STOP_SIGNALS, clear, exclusive, write_text
 from hmn.config import CONF, LauncherConfig, SweepConfig, require, sections
 from hmn.config.identity import digest
 from hmn.config.sweeps import LocalConfig
@@ -239,6 +239,7 @@ def _set_aside_others(sweep: Sweep, planned: Sequence[Planned]) -> bool:
         return False
     if sweep.settings.other_code == "repeat":
         for code, folder in others.values():
+            clear(folder / "checkpoints")  # of a run that was killed after its result: they would give it again
             (folder / results.FILE).rename(folder / f"result-{code}.json")
         return True
     codes = ", ".join(sorted({code for code, _ in others.values()}))

@@ -39,6 +39,13 @@ def test_accuracies_are_in_the_order_of_their_seeds(tmp_path):
     assert (row["seeds"], row["accuracy"]) == ([0, 1], [50.0, 52.0])
 
 
+def test_a_run_that_took_another_s_condensation_has_no_seconds_to_compare(tmp_path):
+    folders = [Path(run_folder(tmp_path, seed, 0.5)) for seed in range(2)]
+    (folders[0] / "metrics.jsonl").write_text(json.dumps({"curve/condense_seconds": 3.0}) + "\n")
+    (folders[1] / "metrics.jsonl").write_text(json.dumps({"evaluate/accuracy": 0.5}) + "\n")
+    assert compare.row(folders, [results.read(folder) for folder in folders])["curve_seconds"] == [3.0]
+
+
 def test_a_row_tells_medians_of_times_and_the_most_memory(tmp_path):
     folders = [Path(run_folder(tmp_path, seed, 0.5)) for seed in range(3)]
     seconds, judging, banks = (10.0, 50.0, 20.0), (1.0, 7.0, 2.0), (0.5, 90.0, 0.25)

@@ -373,6 +373,24 @@ def test_kept_results_stand_in_for_runs_that_are_gone(tmp_path, reported):
     assert "75.00 (1 x 1)" in markdown(fill(runs, kept=kept))
 
 
+def test_a_table_that_is_refused_leaves_kept_results_as_they_were(tmp_path, reported):
+    runs, kept = Runs(tmp_path / "runs"), tmp_path / "kept"
+    for name in ("A/1/Ours/0", "A/1/Theirs/0"):
+        runs.finish(name, [0.5], code="0123456789ab")
+        (runs.path(name) / "card.json").write_text("before")
+    runs.table = replace(
+        runs.table, cells=(*runs.table.cells[:-1], replace(runs.table.cells[-1], reads=("A/1/Ours/0",)))
+    )
+    fill(runs, kept=kept)
+    before = {path: path.read_text() for path in kept.rglob("*.json")}
+    assert len(before) == 3
+    runs.finish("A/1/Ours/0", [0.75], code="ba9876543210")
+    (runs.path("A/1/Ours/0") / "card.json").write_text("after")
+    with pytest.raises(ConfigError, match="2 code versions"):
+        fill(runs, kept=kept)
+    assert {path: path.read_text() for path in kept.rglob("*.json")} == before
+
+
 def test_the_cards_of_sets_that_cells_read_are_kept(tmp_path, reported):
     runs, kept = Runs(tmp_path / "runs"), tmp_path / "kept"
     *others, reader = runs.table.cells

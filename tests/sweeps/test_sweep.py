@@ -19,7 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hmn import checkpoint, results
-from hmn.checkpoint import exclusive
+from hmn.checkpoint import exclusive, write_text
 from hmn.config import sections
 from hmn.config.sweeps import LocalConfig
 from hmn.errors import ConfigError
@@ -216,8 +216,10 @@ def test_results_of_other_sources_are_kept_if_told_to(mixed, here):
 
 
 def test_results_of_other_sources_are_measured_anew_if_told_to(mixed, here):
+    left = mixed.folders["1"] / "checkpoints" / "evaluate.pt"  # of a run that was killed after its result
+    write_text(left, "")
     ended = here(mixed, "sweep.other_code=repeat")
-    assert (ended.code, ended.lines[-1]) == (0, "3 runs: 3 done")
+    assert (ended.code, ended.lines[-1], left.exists()) == (0, "3 runs: 3 done", False)
     assert mixed.events("1").count("done") == 2
     assert results.read(mixed.folders["1"])["code"] == results.code_version()
     aside = json.loads((mixed.folders["1"] / "result-0123456789ab.json").read_text())
@@ -405,6 +407,18 @@ def test_a_run_that_nobody_goes_on_with_has_no_time_left(tmp_path):
     assert text[-1] == "1 runs: 1 interrupted"
     with exclusive(tmp_path / "a"):
         assert cli.status_text(cells).splitlines()[2].endswith("condense 30 of 110, 0:00:20 left")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["tables", "--json"], "--json=given: must be left out but for results"),
+        (["tables", "--every", "5"], "--every=5.0: must be left out but for status"),
+    ],
+)
+def test_an_option_of_another_command_is_refused(arguments, line):
+    with pytest.raises(ConfigError, match=re.escape(line)):
+        cli.run(arguments)
 
 
 def test_status_is_shown_again_until_every_run_is_done_or_has_failed(tmp_path, monkeypatch, capsys):
