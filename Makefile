@@ -31,7 +31,7 @@ demo: setup ## condense, prune and evaluate the embedded digits
 # Hiding the devices gives every machine the same run; `.venv/bin/python -m pytest -m gpu` runs what needs one. Two
 # processes of one thread are quicker than one of two. Files stay whole: their tests share finished runs.
 test: setup ## run the test suite on the CPU
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Nothing else should run meanwhile. BENCH="--rounds 3 --data DIR" and the like are handed on.
 bench: setup ## time all formulations against the plain loop: 25 minutes on two cores

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import connection, popen_forkserver
+from multiprocessing import connection, forkserver, popen_forkserver
 from pathlib import Path
 from typing import BinaryIO
 
@@ -46,8 +46,9 @@ TINY = ("debug=smoke", "network.width=4", "compute.threads=1", "compute.device=c
 config.register()
 # Importing torch takes seconds. The server that processes are forked from has done it once and for all.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["hmn.cli", "sklearn.datasets", "torch._dynamo"])
+processes.set_forkserver_preload(["hmn.cli", "sklearn.datasets", "torch._dynamo", "tests.warm"])
 _started = itertools.count()
+_starting = threading.Lock()
 
 _poll, _reading = popen_forkserver.Popen.poll, threading.Lock()
 
@@ -79,7 +80,7 @@ def planned(*overrides: str) -> Plan:
 
 def session_of(plan: Plan, folder: Path) -> Session:
     """The stages of the run of ``plan``, with all they keep in ``folder``."""
-    data = datasets.load(plan.config.dataset, Path("absent"), generator(0, "split"), progress=False)
+    data = datasets.load(plan.config.dataset, Path("absent"), generator(0, "split"))
     compute, checkpoints = Compute(torch.device("cpu")), Checkpoints(folder / "checkpoints", 60.0)
     return Session(plan, data, compute, checkpoints, Tracker(folder), folder, {"code": "c"})
 
@@ -96,6 +97,12 @@ class Outcome:
         """The one line on stderr; fails the test if there is another or none."""
         (line,) = self.err.splitlines()
         return line
+
+
+def _serve() -> None:
+    """Have the server run. It is started from the project's folder, or it would not find ``tests.warm``."""
+    with _starting, contextlib.chdir(ROOT):
+        forkserver.ensure_running()
 
 
 class Command:
@@ -115,6 +122,7 @@ class Command:
             args=(str(program), str(folder), list(arguments), str(self._outputs), dict(environment)),
             daemon=True,
         )
+        _serve()
         self.process.start()
 
     def finish(self) -> Outcome:

@@ -5,6 +5,25 @@ from __future__ import annotations
 import pytest
 import torch
 
+# By the minutes they take. Files that start late leave the other processes idle at the end.
+LONG = (
+    "test_smoke.py",
+    "test_bad_luck.py",
+    "test_table_files.py",
+    "test_launchers.py",
+    "test_condensations.py",
+    "test_resume.py",
+    "test_distributed.py",
+    "test_refusals.py",
+    "test_cli.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; with ``--no-loadscope-reorder`` processes take them in this order."""
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
+
 
 @pytest.fixture
 def double():

@@ -43,6 +43,20 @@ OTHERWISE = {
 }
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """Where one run has finished that shares its condensation."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert run(folder, *TINY, SHARED).code == 0
+    return folder
+
+
+@pytest.fixture
+def made(finished, tmp_path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+
+
 def results(folder: Path) -> dict[str, dict[str, Any]]:
     return {path.parent.name: json.loads(path.read_text()) for path in folder.glob("runs/*/result.json")}
 
@@ -119,11 +133,10 @@ def test_every_container_is_shared_in_the_form_that_is_kept(tmp_path, kind):
     assert one["artifact_sha256"] == other["artifact_sha256"] and one["condensed_by"] == other["condensed_by"]
 
 
-def test_several_processes_take_it_together(tmp_path):
-    assert run(tmp_path, *TINY, SHARED).code == 0
-    outcomes = run_several(tmp_path, 2, *TINY, SHARED, *AFTER["networks"])
+def test_several_processes_take_it_together(made):
+    outcomes = run_several(made, 2, *TINY, SHARED, *AFTER["networks"])
     assert [outcome.code for outcome in outcomes] == [0, 0], [outcome.err for outcome in outcomes]
-    one, other = results(tmp_path).values()
+    one, other = results(made).values()
     assert one["artifact_sha256"] == other["artifact_sha256"] and one["condensed_by"] == other["condensed_by"]
 
 
@@ -139,7 +152,7 @@ def test_a_killed_run_goes_on_and_keeps_the_same_condensation(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
-    given = (*TINY, SHARED, "objective.outer_steps=40", "compute.checkpoint_every_seconds=0")
+    given = (*TINY, SHARED, "objective.outer_steps=12", "compute.checkpoint_every_seconds=0")
     assert run(whole, *given).code == 0
     killed_at("condense", killed, *given)
     assert not any(killed.glob(".cache/condensed/*/*.safetensors"))
@@ -155,13 +168,12 @@ def records(folder: Path, run_id: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "runs" / run_id / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_killed_run_that_took_it_records_its_later_stages_once(tmp_path):
-    assert run(tmp_path, *TINY, SHARED).code == 0
+def test_a_killed_run_that_took_it_records_its_later_stages_once(made):
     given = (*TINY, SHARED, "pruning.score=random", "evaluation.epochs=60", "compute.checkpoint_every_seconds=0")
-    killed_at("evaluate", tmp_path, *given)
-    assert run(tmp_path, *given).code == 0
-    (taken,) = [run_id for run_id, one in results(tmp_path).items() if one["condensed_by"] != run_id]
-    found = records(tmp_path, taken)
+    killed_at("evaluate", made, *given)
+    assert run(made, *given).code == 0
+    (taken,) = [run_id for run_id, one in results(made).items() if one["condensed_by"] != run_id]
+    found = records(made, taken)
     assert sum("prune/aum" in record for record in found) == 1
     assert len({json.dumps(record, sort_keys=True) for record in found}) == len(found)
 
@@ -184,17 +196,16 @@ def test_a_run_that_has_condensed_alone_and_begun_to_judge_keeps_its_own(tmp_pat
     assert outcome.code == 0 and "condensed by" not in outcome.out
 
 
-def test_what_a_run_took_and_has_begun_to_judge_it_keeps(tmp_path):
+def test_what_a_run_took_and_has_begun_to_judge_it_keeps(made):
     """Though it is not there any more and shared no longer: half of its accuracy would be of another set."""
-    assert run(tmp_path, *TINY, SHARED).code == 0
     given = (*TINY, SHARED, "pruning.score=random", "evaluation.epochs=60", "compute.checkpoint_every_seconds=0")
-    killed_at("evaluate", tmp_path, *given)
-    shutil.rmtree(tmp_path / ".cache" / "condensed")
-    outcome = run(tmp_path, *given, "compute.share_condensed=false")
+    killed_at("evaluate", made, *given)
+    shutil.rmtree(made / ".cache" / "condensed")
+    outcome = run(made, *given, "compute.share_condensed=false")
     assert outcome.code == 0, outcome.err
-    (taken,) = [one for run_id, one in results(tmp_path).items() if one["condensed_by"] != run_id]
+    (taken,) = [one for run_id, one in results(made).items() if one["condensed_by"] != run_id]
     assert "condense" not in taken["wall_seconds"]
-    assert not any(tmp_path.glob(".cache/condensed/*/*.safetensors"))
+    assert not any(made.glob(".cache/condensed/*/*.safetensors"))
 
 
 def test_the_first_condensation_that_is_offered_stays(tmp_path):
@@ -208,7 +219,7 @@ def test_the_first_condensation_that_is_offered_stays(tmp_path):
 
 
 def test_what_two_versions_of_the_sources_condensed_is_not_shared(tmp_path):
-    given = (*TINY, SHARED, "objective.outer_steps=40", "compute.checkpoint_every_seconds=0")
+    given = (*TINY, SHARED, "objective.outer_steps=12", "compute.checkpoint_every_seconds=0")
     killed_at("clock", tmp_path, *given)
     (clock,) = tmp_path.glob("runs/*/checkpoints/clock.pt")
     began = torch.load(clock, weights_only=True)
@@ -221,7 +232,7 @@ def test_what_two_versions_of_the_sources_condensed_is_not_shared(tmp_path):
 
 
 def test_what_a_run_had_begun_to_condense_before_another_had_done_it_is_not_in_its_record(tmp_path):
-    given = (*TINY, SHARED, "objective.outer_steps=40", "tracking.log_every_steps=1")
+    given = (*TINY, SHARED, "objective.outer_steps=12", "tracking.log_every_steps=1")
     killed_at("condense", tmp_path, *given, "compute.checkpoint_every_seconds=0")
     assert run(tmp_path, *given, *AFTER["networks"]).code == 0
     assert run(tmp_path, *given).code == 0
@@ -230,26 +241,24 @@ def test_what_a_run_had_begun_to_condense_before_another_had_done_it_is_not_in_i
 
 
 @pytest.mark.parametrize("damage", [b"", b"no tensors", None])
-def test_a_damaged_condensation_is_told_in_one_line(tmp_path, damage):
-    assert run(tmp_path, *TINY, SHARED).code == 0
-    (kept,) = tmp_path.glob(".cache/condensed/*/*.safetensors")
+def test_a_damaged_condensation_is_told_in_one_line(made, damage):
+    (kept,) = made.glob(".cache/condensed/*/*.safetensors")
     kept.write_bytes(kept.read_bytes()[:-4] if damage is None else damage)
-    outcome = run(tmp_path, *TINY, SHARED, *AFTER["beta"])
+    outcome = run(made, *TINY, SHARED, *AFTER["beta"])
     assert outcome.code == 2
     assert kept.name in outcome.complaint and "remove it" in outcome.complaint
     kept.unlink()
-    assert run(tmp_path, *TINY, SHARED, *AFTER["beta"]).code == 0
+    assert run(made, *TINY, SHARED, *AFTER["beta"]).code == 0
 
 
-def test_a_run_waits_for_the_one_that_condenses_and_can_be_stopped_while_it_waits(tmp_path):
-    assert run(tmp_path, *TINY, SHARED).code == 0
-    (folder,) = tmp_path.glob(".cache/condensed/*")
+def test_a_run_waits_for_the_one_that_condenses_and_can_be_stopped_while_it_waits(made):
+    (folder,) = made.glob(".cache/condensed/*")
     with exclusive(folder):
-        command = start(tmp_path, *TINY, SHARED, *AFTER["beta"])
+        command = start(made, *TINY, SHARED, *AFTER["beta"])
         command.wait_for(lambda: "waiting for the process" in command.outputs()[1])
         command.process.terminate()
         assert command.finish().code == 128 + signal.SIGTERM
-        waits = start(tmp_path, *TINY, SHARED, *AFTER["beta"])
+        waits = start(made, *TINY, SHARED, *AFTER["beta"])
         waits.wait_for(lambda: "waiting for the process" in waits.outputs()[1])
     outcome = waits.finish()
     assert outcome.code == 0 and "condensed by" in outcome.out

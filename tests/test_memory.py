@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+
 import pytest
 import torch
 
@@ -79,7 +81,7 @@ def test_without_a_limit_a_gpu_takes_all_classes_of_a_step_and_a_cpu_those_of_a_
 
 def test_more_memory_means_more_classes_and_never_more_than_there_are():
     chunks = []
-    for kilobytes in range(1, 2000, 7):
+    for kilobytes in range(1, 2000, 40):
         try:
             chunks.append(chunk_for(1 + kilobytes / 2**20))
         except ConfigError:
@@ -94,14 +96,16 @@ def test_too_small_a_limit_is_refused_with_the_least_one():
 
 
 def test_fewer_images_per_class_need_less():
+    def enough(kilobytes: int, **changes) -> bool:
+        try:
+            return chunk_for(1 + kilobytes / 2**20, **changes) > 0
+        except ConfigError:
+            return False
+
     def least(**changes) -> int:
-        for kilobytes in range(1, 2000):
-            try:
-                chunk_for(1 + kilobytes / 2**20, **changes)
-                return kilobytes
-            except ConfigError:
-                continue
-        raise AssertionError
+        found = bisect.bisect_left(range(2000), True, key=lambda kilobytes: enough(kilobytes, **changes))
+        assert 0 < found < 2000
+        return found
 
     assert least(synthetic_batch=1) < least(synthetic_batch=PER_CLASS)
     assert least(real_batch=4) < least(real_batch=40)

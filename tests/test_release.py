@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,10 @@ REAL = ROOT / "data" / "cifar10-q75" / "test"
 PER_CLASS = 20  # real images that the network is tested on
 
 
-def trained(condensed: hmn.CondensedSet) -> tuple[torch.nn.Module, Normalise]:
-    """A small network after a few epochs on ``condensed``."""
+@functools.cache
+def trained() -> tuple[torch.nn.Module, Normalise]:
+    """A small network after a few epochs on one of them."""
+    condensed = hmn.load_condensed(HMN)
     torch.manual_seed(0)
     images, labels = condensed.tensors()
     data, compute = condensed.card["data"], Compute(torch.device("cpu"))
@@ -67,17 +70,15 @@ def test_a_released_set_loads_in_one_line_and_keeps_to_its_budget(folder: Path):
 
 def test_what_one_teaches_holds_for_images_of_another():
     """The sets were made apart, by different containers from different images: what they share is the classes."""
-    teacher, other = (hmn.load_condensed(folder) for folder in (HMN, FRED))
-    network, normalise = trained(teacher)
-    images, labels = other.tensors()
+    network, normalise = trained()
+    images, labels = hmn.load_condensed(FRED).tensors()
     assert float(accuracy(network, images.clamp(0, 1), labels, normalise)) > 0.35  # chance is 0.1
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL.relative_to(ROOT)} is not there: real images are no part of this")
 def test_a_small_network_recognises_real_images_far_above_chance():
-    condensed = hmn.load_condensed(HMN)
-    network, normalise = trained(condensed)
-    names = condensed.card["data"]["class_names"]
+    network, normalise = trained()
+    names = hmn.load_condensed(HMN).card["data"]["class_names"]
     files = [path for name in names for path in sorted((REAL / name).iterdir())[:PER_CLASS]]
     images = torch.from_numpy(np.stack([np.array(Image.open(path).convert("RGB")) for path in files]))
     images = images.permute(0, 3, 1, 2).contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,12 @@ def kept(folder: Path, *given: str) -> Path:
     return result.parent
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """The folder of a finished run of the usual settings."""
+    return kept(tmp_path_factory.mktemp("alone"), *ALONE)
+
+
 def result(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "result.json").read_text())
 
@@ -58,25 +65,22 @@ def test_a_run_starts_where_the_kept_set_is(tmp_path, kind):
         assert torch.equal(found[name], tensor), name
 
 
-def test_another_objective_goes_on_from_it(tmp_path):
-    first = kept(tmp_path, *ALONE)
+def test_another_objective_goes_on_from_it(tmp_path, alone):
     given = ("debug=smoke_distribution", "objective=distribution_matching", "objective.real_batch=16")
     given += ("objective.optimizer=adam", "objective.memory_lr=0.001")
-    then = kept(tmp_path, *ALONE[1:], *given, FROM, f"container.start={first}")
-    was, found = (load_condensed(folder).container.instances for folder in (first, then))
+    then = kept(tmp_path, *ALONE[1:], *given, FROM, f"container.start={alone}")
+    was, found = (load_condensed(folder).container.instances for folder in (alone, then))
     assert not torch.equal(was, found)
     assert (found - was).abs().max() < 0.05 < was.abs().mean()  # near it, where a new start would not be
 
 
-def test_the_run_id_is_of_what_it_started_from_and_not_of_where_that_lay(tmp_path):
-    first, other = kept(tmp_path, *ALONE), kept(tmp_path, *ALONE, "seed=1")
-    moved = tmp_path / "moved"
-    first.rename(moved)
+def test_the_run_id_is_of_what_it_started_from_and_not_of_where_that_lay(tmp_path, alone):
+    moved, other = shutil.copytree(alone, tmp_path / "moved"), kept(tmp_path, *ALONE, "seed=1")
     ids = [
         make_plan(configured(*ALONE, FROM, f"container.start={folder}")).run_id
-        for folder in (moved, moved / "condensed.safetensors", other)
+        for folder in (alone, moved, moved / "condensed.safetensors", other)
     ]
-    assert ids[0] == ids[1] != ids[2]
+    assert ids[0] == ids[1] == ids[2] != ids[3]
     assert ids[0] != make_plan(configured(*ALONE)).run_id
 
 
@@ -88,10 +92,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("why", REFUSED)
-def test_a_set_that_does_not_fit_is_refused_in_one_line(tmp_path, why):
-    first = kept(tmp_path, *ALONE)
+def test_a_set_that_does_not_fit_is_refused_in_one_line(tmp_path, alone, why):
     given, told = REFUSED[why]
-    outcome = run(tmp_path, *ALONE, *given, FROM, f"container.start={first}")
+    outcome = run(tmp_path, *ALONE, *given, FROM, f"container.start={alone}")
     assert outcome.code == 2
     assert outcome.complaint.startswith("container.start=") and told in outcome.complaint
 
