@@ -23,8 +23,8 @@ from benchmarks.harness import Row
 from hmn.compute import Compute
 from hmn.config import HmnConfig
 from hmn.containers import storage
-from hmn.containers.hierarchical import HierarchicalMemory
-from hmn.containers.presets import hmn_shape, with_preset
+from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
+from hmn.containers.presets import with_preset
 from hmn.data.datasets import RealData, Split
 from hmn.matching import ClassMatching
 from hmn.memory import classes_per_chunk
@@ -64,7 +64,7 @@ def child(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     classes, side, synthetic = options.case
     data = {"classes": classes, "channels": 3, "image_size": side}
     real = noise(classes, side, options.real).to(device)
-    shape = hmn_shape(with_preset(HmnConfig(name="hmn"), images_per_class=10, **data), **data)
+    shape = HmnShape.of(with_preset(HmnConfig(name="hmn"), images_per_class=10, **data), **data)
     container = HierarchicalMemory(shape, storage(shape, 10, 0.0).images_per_class).to(device)
     container.initialise(generator(0, "container", device=device), HmnConfig(name="hmn"), None)
     build = partial(ConvNet, 3, classes, side, width=options.width, depth=default_depth(side))

@@ -85,7 +85,7 @@ def condensation(
         stop=Stop(),
     )
     keep = kept_on(at.device)
-    side = bank.BankSide(paths, config.bank, config.strategy, problem.SIZE, at.device, 0, keep_bytes=keep)
+    side = bank.BankSide(paths, config.bank, config.strategy, at.device, 0, keep_bytes=keep)
     side.folder = folder  # removed with the side that reads it
     return ClassMatching(container, side, config, match=stored_step(network, config.metric, compute), **shared)
 

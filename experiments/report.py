@@ -28,6 +28,7 @@ from hmn.checkpoint import write_text
 from hmn.errors import ArtifactError
 from hmn.explain import in_one_line
 from hmn.prune import hardest_count
+from hmn.report import percent
 from hmn.results import code_of
 
 PAGE = Path(__file__).with_name("page")
@@ -243,8 +244,7 @@ def provenance(run: Run) -> list[tuple[str, str]]:
 
 def _without(row: Mapping[str, Any]) -> str:
     """What ``mode=redundancy`` measured after one share."""
-    spread = "" if row["std"] is None else f" ± {100 * row['std']:.2f}"
-    return f"{row['dropped']:.0%} of each class: {100 * row['mean']:.2f}{spread} %"
+    return f"{row['dropped']:.0%} of each class: {percent(row)} %"
 
 
 # How numbers are written

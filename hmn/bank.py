@@ -22,7 +22,7 @@ from hmn.config import BankConfig, GradientMatchingConfig
 from hmn.data import augment
 from hmn.errors import ArtifactError
 from hmn.objectives.distance import Parameters
-from hmn.realside import Choice, LiveSide, Synthetic
+from hmn.realside import Choice, LiveSide, RealSide
 from hmn.seeding import generator
 
 # (parameters, images (k, B, channels, H, W), labels (k,)) -> gradients {name: (k, ...)}
@@ -94,7 +94,7 @@ def _record(
     return {name: value.contiguous().cpu() for name, value in tensors.items()}
 
 
-class BankSide:
+class BankSide(RealSide):
     """The real side read from a bank: every step takes the next snapshot of a random order, pass after pass.
 
     On a GPU the first ``keep_bytes`` of what is read stay there; a CPU has the system's file cache.
@@ -105,14 +105,13 @@ class BankSide:
         paths: list[Path],
         config: BankConfig,
         strategy: str,
-        size: int,
         device: torch.device,
         seed: int,
         rule: str = "idc",
         keep_bytes: int = 0,
     ) -> None:
         self.paths, self.snapshots, self.device = paths, config.snapshots, device
-        self.strategy, self.rule, self.size = strategy, rule, size
+        self.strategy, self.rule = strategy, rule
         self.choosing = generator(seed, "condense", "bank")  # on the host: it decides what is read
         self.order = torch.empty(0, dtype=torch.int64)
         self.position = 0
@@ -150,22 +149,10 @@ class BankSide:
         return _under("parameters", choice)
 
     def draw(self, choice: Choice, count: int) -> augment.Draw:
-        return augment.drawn(self.strategy, self.size, _under("draw", choice), self.rule)
+        return augment.drawn(self.strategy, _under("draw", choice), self.rule)
 
     def real(self, choice: Choice, drawn: augment.Draw, part: slice) -> Parameters:
         return {name: value[part] for name, value in _under("gradients", choice).items()}
-
-    def choose_update(self) -> Choice:
-        return {}
-
-    def update(self, choice: Choice, synthetic: Synthetic | None = None) -> None:
-        pass
-
-    def generators(self) -> list[torch.Generator]:
-        return []
-
-    def state_tensors(self) -> list[Tensor]:
-        return []
 
     def state_dict(self) -> dict[str, Any]:
         return {"choosing": self.choosing.get_state(), "order": self.order, "position": self.position}

@@ -14,13 +14,14 @@ from torch import Tensor
 from hmn.config.containers import CoresetConfig
 from hmn.data.kmeans import nearest_to_centres
 from hmn.data.sampling import class_sizes, random_subset
-from hmn.evaluate import Images, Judge
-from hmn.scores import Difficulty, difficulty, features, networks_of, remembered, weights
+from hmn.data.splits import Split
+from hmn.evaluate import Judge
+from hmn.scores import difficulty, features, networks_of, remembered, weights
 from hmn.seeding import generator
 
 
 def choose(
-    judge: Judge, train: Images, class_names: Sequence[str], count: int, config: CoresetConfig, cache: Path
+    judge: Judge, train: Split, class_names: Sequence[str], count: int, config: CoresetConfig, cache: Path
 ) -> Tensor:
     """Indices (C * count,) into ``train``, which is ordered by class, of the images that ``config.method`` keeps.
 
@@ -46,14 +47,13 @@ def choose(
             start += size
         return torch.cat(chosen)
     path = cache / "difficulty.safetensors"
-    found = remembered(path, lambda: vars(difficulty(judge, train, config.networks, config.epochs)), device, stop)
-    scores = Difficulty(**found)
+    scores = remembered(path, lambda: difficulty(judge, train, config.networks, config.epochs), device, stop)
     if method == "forgetting":
-        return highest(scores.forgetting, labels, count, stream)
+        return highest(scores["forgetting"], labels, count, stream)
     if method == "aum":
-        return highest(-scores.logit_margin, labels, count, stream)
+        return highest(-scores["logit_margin"], labels, count, stream)
     cut, bins = config.hard_cut, config.bins
-    return ccs(scores.softmax_margin, labels, count, hard_cut=cut, bins=bins, generator=stream)
+    return ccs(scores["softmax_margin"], labels, count, hard_cut=cut, bins=bins, generator=stream)
 
 
 def _by_features(method: str, rows: Tensor, count: int, stream: torch.Generator) -> Tensor:

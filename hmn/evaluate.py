@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,19 +11,12 @@ from torch import Tensor
 
 from hmn.checkpoint import Checkpoints
 from hmn.config import EvaluationConfig
-from hmn.data.augment import without_flip
+from hmn.data.augment import usable
 from hmn.data.preprocess import Normalise
+from hmn.data.splits import Split
 from hmn.networks import Builder
 from hmn.seeding import derived_seed, generator
 from hmn.training import Recipe, Training, TrainingStep, accuracy, train_networks
-
-
-@dataclass(frozen=True)
-class Images:
-    """A labelled set on the compute device: images (N, channels, H, W) uint8 or float in [0, 1], labels (N,)."""
-
-    images: Tensor
-    labels: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +31,29 @@ class Judge:
     checkpoints: Checkpoints
     together: int = 1  # how many networks are trained at once
 
-    def training(self, train: Images, recipe: Recipe, stream: str, networks: Sequence[int]) -> Training:
+    def training(self, train: Split, recipe: Recipe, stream: str, networks: Sequence[int]) -> Training:
         """A training of these ``networks`` together, each from the initial weights of its own seed in ``stream``."""
         generators = [generator(self.seed, stream, index, device=train.images.device) for index in networks]
         return Training(self.build, train.images, train.labels, recipe, self.normalise, self.step, *generators)
+
+
+def train_judges(
+    judge: Judge,
+    count: int,
+    images: Split,
+    recipe: Recipe,
+    stream: str,
+    observe: Callable[[range, Training, dict[str, Tensor]], None],
+    memo: dict[str, Tensor],
+    slot: str | None = None,
+) -> dict[str, Tensor]:
+    """Train ``count`` fresh networks on ``images``; returns ``memo``, as :func:`hmn.training.train_networks` says.
+
+    ``stream`` names their random numbers, ``slot``, where it is not the same, their checkpoint.
+    """
+    slot = slot or stream
+    make = functools.partial(judge.training, images, recipe, stream)
+    return train_networks(count, make, observe, memo, judge.checkpoints, slot, slot, judge.together)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +85,6 @@ class Accuracies:
 
 def recipe_of(config: EvaluationConfig, *, flip: bool) -> Recipe:
     """The profile's recipe; without the mirror for data whose classes it changes."""
-    strategy = config.strategy if flip else without_flip(config.strategy)
     return Recipe(
         epochs=config.epochs,
         batch=config.batch,
@@ -80,7 +92,7 @@ def recipe_of(config: EvaluationConfig, *, flip: bool) -> Recipe:
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         schedule=config.schedule,
-        strategy=strategy,
+        strategy=usable(config.strategy, flip),
         cutmix=config.cutmix,
         even_batches=config.even_batches,
     )
@@ -101,13 +113,12 @@ def test_epochs(epochs: int, points: int) -> list[int]:
 
 
 def evaluate(
-    judge: Judge, train: Images, test: Images, networks: int, points: int, stream: str, slot: str | None = None
+    judge: Judge, train: Split, test: Split, networks: int, points: int, stream: str, slot: str | None = None
 ) -> Accuracies:
     """Train ``networks`` fresh networks on ``train`` by the judge's recipe and test each at ``points`` epochs.
 
-    ``stream`` names their random numbers, ``slot``, where it is not the same, their checkpoint.
+    ``stream`` and ``slot`` as in :func:`train_judges`.
     """
-    slot = slot or stream
     tested = test_epochs(judge.recipe.epochs, points)
 
     def observe(group: range, training: Training, memo: dict[str, Tensor]) -> None:
@@ -115,22 +126,14 @@ def evaluate(
             values = accuracy(training.network, test.images, test.labels, judge.normalise)
             memo["accuracy"][group.start : group.stop, tested.index(training.epoch)] = values
 
-    memo = train_networks(
-        networks,
-        lambda group: judge.training(train, judge.recipe, stream, group),
-        observe,
-        {"accuracy": torch.zeros(networks, len(tested), dtype=torch.float64)},
-        judge.checkpoints,
-        slot,
-        slot,
-        judge.together,
-    )
+    memo = {"accuracy": torch.zeros(networks, len(tested), dtype=torch.float64)}
+    train_judges(judge, networks, train, judge.recipe, stream, observe, memo, slot)
     seeds = [derived_seed(judge.seed, stream, index) for index in range(networks)]
     return Accuracies(by_network=memo["accuracy"].tolist(), test_epochs=tested, seeds=seeds)
 
 
 def quick_accuracy(
-    judge: Judge, train: Images, held_out: Images, epochs: int, stream: str, slot: str | None = None
+    judge: Judge, train: Split, held_out: Split, epochs: int, stream: str, slot: str | None = None
 ) -> float:
     """Held-out accuracy of one network trained for ``epochs``: for curves and selection, never the result."""
     short = replace(judge, recipe=replace(judge.recipe, epochs=epochs))

@@ -119,12 +119,16 @@ def _tracker(plan: Plan, folder: Path) -> tracking.Tracker:
     )
 
 
-def _reference(plan: Plan, mode: str) -> dict[str, Any] | None:
-    """The kept result of ``mode`` under the plan's settings, or ``None`` where it is not measured or not readable."""
-    try:
-        return results.read(make_plan(dataclasses.replace(plan.config, mode=mode)).folder)
-    except ArtifactError:
-        return None
+def _references(plan: Plan) -> dict[str, dict[str, Any] | None]:
+    """The kept results of the references' modes under the plan's settings; ``None`` where not measured or readable."""
+
+    def kept(mode: str) -> dict[str, Any] | None:
+        try:
+            return results.read(make_plan(dataclasses.replace(plan.config, mode=mode)).folder)
+        except ArtifactError:
+            return None
+
+    return {mode: kept(mode) for mode in REFERENCES} if plan.config.mode == "run" else {}
 
 
 def _rows(plan: Plan, result: dict[str, Any]) -> list[list[str]]:
@@ -134,12 +138,8 @@ def _rows(plan: Plan, result: dict[str, Any]) -> list[list[str]]:
         name = f"coreset, {plan.config.container.method}"
     if plan.config.mode == "redundancy":
         return [_row_without(100 * row["dropped"], row, result) for row in result["rows"]]
-    rows = [report.row(name, result)]
-    if plan.config.mode == "run":
-        for mode, label in REFERENCES.items():
-            if (reference := _reference(plan, mode)) is not None:
-                rows.append(report.row(label, reference))
-    return rows
+    measured = {mode: kept for mode, kept in _references(plan).items() if kept is not None}
+    return [report.row(name, result), *(report.row(REFERENCES[mode], kept) for mode, kept in measured.items())]
 
 
 def _row_without(percent: float, row: dict[str, Any], result: dict[str, Any]) -> list[str]:
@@ -149,15 +149,13 @@ def _row_without(percent: float, row: dict[str, Any], result: dict[str, Any]) ->
 
 
 def _print_result(plan: Plan, result: dict[str, Any], command: str) -> None:
-    config: Config = plan.config
     print(
         f"\n{result['data']['name']}, {result['network']}, profile {result['profile']}, test accuracy of the last epoch"
     )
     print(report.text_table(report.COLUMNS, _rows(plan, result)))
-    if config.mode == "run":
-        for mode, label in REFERENCES.items():
-            if _reference(plan, mode) is None:
-                print(f"{label}: not measured yet; {command} mode={mode}")
+    for mode, kept in _references(plan).items():
+        if kept is None:
+            print(f"{REFERENCES[mode]}: not measured yet; {command} mode={mode}")
     print(f"run folder: {plan.folder}")
     if (picture := plan.folder / "condensed.png").exists():
         print(f"images:     {picture}")

@@ -15,7 +15,7 @@ from hmn.artifacts import decode_all
 from hmn.build import Workshop
 from hmn.checkpoint import exclusive
 from hmn.containers.base import Container
-from hmn.evaluate import Images
+from hmn.data.splits import Split
 from hmn.plan import Plan
 from hmn.tracking import Tracker
 
@@ -30,7 +30,7 @@ class Making:
     shop: Workshop
     tracker: Tracker
     code: str  # digest of the sources
-    judged: Callable[[Images, str], float]  # held-out accuracy of decoded images, and the name of that judgement
+    judged: Callable[[Split, str], float]  # held-out accuracy of decoded images, and the name of that judgement
 
     def make(self, container: Container) -> dict[str, Any]:
         """Bring ``container`` into the form that is kept; returns what the result tells of it.
@@ -116,7 +116,7 @@ class Making:
         def on_curve(step: int) -> float:
             kept = copy.deepcopy(container)
             work.settle(kept)
-            value = self.judged(Images(*decode_all(kept)), f"curve_{step}")
+            value = self.judged(Split(*decode_all(kept)), f"curve_{step}")
             metrics = {"curve/held_out_accuracy": value, "curve/condense_seconds": work.seconds}
             self.tracker.log(metrics, step_key="curve/step", step=step)
             self._log_grid(container, step)

@@ -73,7 +73,7 @@ class Plan:
     def shape(self) -> ImageShape:
         """The container's, without the data set's statistics."""
         config = self.config.container
-        return KINDS[config.name].shape_of(config, **dataclasses.asdict(self.data))
+        return KINDS[config.name].shape.of(config, **dataclasses.asdict(self.data))
 
     def container(
         self, instances: int, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None
@@ -235,7 +235,7 @@ def make_plan(config: Config, typed: Sequence[str] = ()) -> Plan:
         if isinstance(config.objective, SyntheticGradientConfig) and config.condenses:
             config = dataclasses.replace(config, objective=config.objective.with_loops(ipc))
         over_budget = config.pruning.over_budget if config.condenses else 0.0
-        stored = storage(kind.shape_of(filled, **shape), ipc, over_budget)
+        stored = storage(kind.shape.of(filled, **shape), ipc, over_budget)
     if config.condenses and config.container.start is not None:
         start = read_card(tensors_file(config.container.start))
         artifact = start["sha256"]

@@ -7,9 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hmn.evaluate import Images, Judge, quick_accuracy
+from hmn.data.splits import Split
+from hmn.evaluate import Judge, quick_accuracy, train_judges
 from hmn.seeding import generator
-from hmn.training import Training, logits_of, train_networks
+from hmn.training import Training, logits_of
 
 BETAS = tuple(step / 10 for step in range(11))
 
@@ -25,7 +26,7 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
     return own - others.max(-1).values
 
 
-def area_under_margin(judge: Judge, decoded: Images, score: str, networks: int, epochs: int) -> Tensor:
+def area_under_margin(judge: Judge, decoded: Split, score: str, networks: int, epochs: int) -> Tensor:
     """AUM (N,) of the decoded images: high is easy, low is hard.
 
     Networks train on the images by the judge's recipe without CutMix, whose mixed labels have no margin. After each
@@ -43,16 +44,8 @@ def area_under_margin(judge: Judge, decoded: Images, score: str, networks: int, 
         values = logits if score == "logit_margin" else logits.softmax(-1)
         memo["margins"] += margins(values, decoded.labels).view(-1, len(decoded.labels)).sum(0)
 
-    memo = train_networks(
-        networks,
-        lambda group: judge.training(decoded, recipe, "score", group),
-        observe,
-        {"margins": torch.zeros(len(decoded.images), device=decoded.images.device)},
-        judge.checkpoints,
-        "score",
-        "score",
-        judge.together,
-    )
+    memo = {"margins": torch.zeros(len(decoded), device=decoded.images.device)}
+    train_judges(judge, networks, decoded, recipe, "score", observe, memo)
     return memo["margins"] / (networks * epochs if score == "logit_margin" else networks)
 
 
@@ -89,13 +82,13 @@ def candidates(cut: int) -> list[float]:
 
 
 def search_beta(
-    judge: Judge, decoded: Images, scores: Tensor, keep: int, held_out: Images, epochs: int
+    judge: Judge, decoded: Split, scores: Tensor, keep: int, held_out: Split, epochs: int
 ) -> tuple[float, dict[float, float]]:
     """The best beta of the grid and every candidate's accuracy on held-out real images; ties go to the smaller beta."""
     found = {}
     for beta in candidates(scores.shape[1] - keep):
         index = kept_instances(scores, keep, beta)
-        kept = Images(decoded.images[index], decoded.labels[index])
+        kept = decoded.select(index)
         # All by the same network, order and augmentation, so that only the images differ.
         found[beta] = quick_accuracy(judge, kept, held_out, epochs, "search_beta", slot=f"search_beta_{beta}")
     return max(found, key=found.__getitem__), found

@@ -34,7 +34,7 @@ Synthetic = Callable[[], tuple[Tensor, Tensor]]  # all decoded images (N, channe
 
 
 class RealSide(Protocol):
-    """What a condensation needs of the real images."""
+    """What a condensation needs of the real images; by default nothing is drawn on the device and no network trains."""
 
     def begin(self, step: int) -> None:
         """Make the network of matching step ``step``, which is at least the one before."""
@@ -53,22 +53,25 @@ class RealSide(Protocol):
 
     def choose_update(self) -> Choice:
         """What the update after the step's last match uses."""
+        return {}
 
     def update(self, choice: Choice, synthetic: Synthetic | None = None) -> None:
         """Move the network on before the next step; ``synthetic`` is called where it trains on the synthetic set."""
 
     def generators(self) -> list[torch.Generator]:
         """Those that the device draws from after a choice."""
+        return []
 
     def state_tensors(self) -> list[Tensor]:
         """What an update changes in place."""
+        return []
 
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class FeatureSide:
+class FeatureSide(RealSide):
     """A fresh network for every step, which never trains (DM, algorithm 1).
 
     Also what the sides have in common whose networks do train: real batches, siamese draws, and the network itself,
@@ -90,7 +93,7 @@ class FeatureSide:
         self.images, self.labels = real.train.images, real.train.labels
         device = compute.device
         self.normalise = Normalise(real.mean, real.std, device)
-        self.strategy = config.strategy if flip else augment.without_flip(config.strategy)
+        self.strategy = augment.usable(config.strategy, flip)
         self.augmenting = generator(seed, stream, "augment", device=device)
         self.real_batches = per_class(
             self.labels, real.class_names, config.real_batch, generator(seed, stream, "real", device=device)
@@ -121,17 +124,8 @@ class FeatureSide:
         images = self.normalise(self.images[index].flatten(0, 1))
         return augment.apply(images, drawn[part].repeat(index.shape[1])).unflatten(0, index.shape)
 
-    def choose_update(self) -> Choice:
-        return {}
-
-    def update(self, choice: Choice, synthetic: Synthetic | None = None) -> None:
-        pass
-
     def generators(self) -> list[torch.Generator]:
         return [self.augmenting]
-
-    def state_tensors(self) -> list[Tensor]:
-        return []
 
     def state_dict(self) -> dict[str, Any]:
         return {"augmenting": self.augmenting.get_state(), "real_batches": self.real_batches.state_dict()}
@@ -207,7 +201,7 @@ class LiveSide(TrainedSide):
             lr=config.network_lr,
             momentum=config.network_momentum,
             weight_decay=config.network_weight_decay,
-            strategy=config.network_strategy if flip else augment.without_flip(config.network_strategy),
+            strategy=augment.usable(config.network_strategy, flip),
             cutmix=config.network_cutmix,
         )
         self.clustering = generator(seed, stream, "clusters", device=device)

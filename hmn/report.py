@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 COLUMNS = ("set", "images/class", "floats", "accuracy %", "best of tests %", "networks")
@@ -11,15 +11,20 @@ COLUMNS = ("set", "images/class", "floats", "accuracy %", "best of tests %", "ne
 def row(name: str, result: dict[str, Any]) -> list[str]:
     """One measured set; accuracies as mean ± standard deviation over networks (ddof 1), in percent."""
     accuracy = result["accuracy"]
-    spread = "" if accuracy["std"] is None else f" ± {100 * accuracy['std']:.2f}"
     return [
         name,
         result["images_per_class"],
         f"{result['stored_floats']:,}",
-        f"{100 * accuracy['mean']:.2f}{spread}",
+        percent(accuracy),
         f"{100 * accuracy['best_mean']:.2f}",
         str(len(accuracy["by_network"])),
     ]
+
+
+def percent(accuracy: Mapping[str, Any]) -> str:
+    """``mean`` ± ``std``, where there is one."""
+    spread = "" if accuracy["std"] is None else f" ± {100 * accuracy['std']:.2f}"
+    return f"{100 * accuracy['mean']:.2f}{spread}"
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import safetensors
@@ -15,31 +15,26 @@ from torch import Tensor, nn
 from hmn import distributed
 from hmn.checkpoint import Stop, atomic_write, exclusive
 from hmn.data.preprocess import Normalise
+from hmn.data.splits import Split
 from hmn.errors import ArtifactError
-from hmn.evaluate import Images, Judge
+from hmn.evaluate import Judge, train_judges
 from hmn.networks import Builder
 from hmn.prune import margins
-from hmn.training import Training, features_of, logits_of, train_networks
+from hmn.training import Training, features_of, logits_of
 
 SLOT = "coreset"  # of the checkpoints, and the stream of the networks' seeds
 
 
-@dataclass(frozen=True, kw_only=True)
-class Difficulty:
-    """Per image (N,), over all epochs and averaged over networks."""
+def difficulty(judge: Judge, train: Split, networks: int, epochs: int) -> dict[str, Tensor]:
+    """How hard every image of ``train`` (N,) was for ``networks`` that learn all of them by the judge's recipe.
 
-    logit_margin: Tensor  # AUM: z_y - max of the others, averaged over epochs (Pleiss et al., NeurIPS 2020)
-    softmax_margin: Tensor  # of softmax probabilities, summed over epochs (CCS, Zheng et al., ICLR 2023)
-    forgetting: Tensor  # how often it went from right to wrong; as many as epochs if it never was right
-
-
-def difficulty(judge: Judge, train: Images, networks: int, epochs: int) -> Difficulty:
-    """Train ``networks`` on ``train`` by the judge's recipe and look at its un-augmented images after each epoch.
-
-    Without CutMix, whose mixed labels have no margin. Forgetting events are those of Toneva et al. (ICLR 2019), who
-    look when an image is drawn for an update, and count an image that is never learned as forgotten infinitely often.
+    After each epoch the un-augmented images are looked at, averaged over networks: ``logit_margin``, averaged over
+    epochs (AUM; Pleiss et al., NeurIPS 2020), ``softmax_margin``, of probabilities and summed over epochs (CCS; Zheng
+    et al., ICLR 2023), and ``forgetting``, how often an image went from right to wrong. That is what Toneva et al.
+    (ICLR 2019) count, who look when an image is drawn for an update; one that never was right, which they count as
+    forgotten infinitely often, has as many as there are epochs. CutMix is left out: mixed labels have no margin.
     """
-    n, device = len(train.labels), train.labels.device
+    n, device = len(train), train.labels.device
     recipe = replace(judge.recipe, epochs=epochs, cutmix=0.0)
 
     def observe(group: range, training: Training, memo: dict[str, Tensor]) -> None:
@@ -54,24 +49,15 @@ def difficulty(judge: Judge, train: Images, networks: int, epochs: int) -> Diffi
 
     summed = {name: torch.zeros(n, device=device) for name in ("logit_margin", "softmax_margin")}
     by_network = {name: torch.zeros(networks, n, device=device) for name in ("right", "learned", "forgotten")}
-    memo = train_networks(
-        networks,
-        lambda group: judge.training(train, recipe, SLOT, group),
-        observe,
-        summed | by_network,
-        judge.checkpoints,
-        SLOT,
-        "coreset score",
-        judge.together,
-    )
-    return Difficulty(
-        logit_margin=memo["logit_margin"] / (networks * epochs),
-        softmax_margin=memo["softmax_margin"] / networks,
-        forgetting=torch.where(memo["learned"] > 0, memo["forgotten"], epochs).mean(0),
-    )
+    memo = train_judges(judge, networks, train, recipe, SLOT, observe, summed | by_network)
+    return {
+        "logit_margin": memo["logit_margin"] / (networks * epochs),
+        "softmax_margin": memo["softmax_margin"] / networks,
+        "forgetting": torch.where(memo["learned"] > 0, memo["forgotten"], epochs).mean(0),
+    }
 
 
-def weights(judge: Judge, train: Images, networks: int, epochs: int) -> dict[str, Tensor]:
+def weights(judge: Judge, train: Split, networks: int, epochs: int) -> dict[str, Tensor]:
     """Those of ``networks`` trained on ``train`` by the judge's recipe, stacked: (networks, ...) by name.
 
     With CutMix, as IDC trains the network whose features herding takes. Weights are kept and not features: those of a
@@ -84,16 +70,8 @@ def weights(judge: Judge, train: Images, networks: int, epochs: int) -> dict[str
             for name, value in training.network.state_dict().items():
                 memo[name][group.start : group.stop] = value.view(len(group), *memo[name].shape[1:])
 
-    return train_networks(
-        networks,
-        lambda group: judge.training(train, replace(judge.recipe, epochs=epochs), SLOT, group),
-        observe,
-        {name: value.new_zeros(networks, *value.shape) for name, value in empty.items()},
-        judge.checkpoints,
-        SLOT,
-        "coreset network",
-        judge.together,
-    )
+    memo = {name: value.new_zeros(networks, *value.shape) for name, value in empty.items()}
+    return train_judges(judge, networks, train, replace(judge.recipe, epochs=epochs), SLOT, observe, memo)
 
 
 def networks_of(build: Builder, stacked: dict[str, Tensor]) -> list[nn.Module]:

@@ -28,9 +28,9 @@ from hmn.containers.base import Container
 from hmn.data import datasets
 from hmn.data.preprocess import Normalise, unit_range
 from hmn.data.sampling import random_subset
-from hmn.data.splits import listing
+from hmn.data.splits import Split, listing
 from hmn.errors import DataError
-from hmn.evaluate import Accuracies, Images, Judge, evaluate, quick_accuracy, recipe_of, tiny_rest
+from hmn.evaluate import Accuracies, Judge, evaluate, quick_accuracy, recipe_of, tiny_rest
 from hmn.making import Making
 from hmn.plan import Plan
 from hmn.seeding import derived_seed, generator
@@ -78,7 +78,6 @@ class Session:
             normalise=self.judge.normalise,
             checkpoints=checkpoints,
         )
-        self.held_out = Images(data.held_out.images, data.held_out.labels)
 
     def condense_and_evaluate(self) -> dict[str, Any]:
         """Condense over budget, prune down to it, evaluate, keep."""
@@ -89,7 +88,7 @@ class Session:
         for step_key in ("prune/step", "prune/candidate"):
             self.tracker.rewind(step_key, -1)
         condensed = self._making().make(container)
-        over_budget = Images(*decode_all(container))
+        over_budget = Split(*decode_all(container))
         pruning = {"over_budget": config.pruning.over_budget, "cut_per_class": stored.over_budget_images_per_class}
         pruning["cut_per_class"] -= stored.images_per_class
         if pruning["cut_per_class"]:
@@ -97,16 +96,16 @@ class Session:
             container.keep(index)
             pruning |= chosen
         artifacts.round_to(container, config.memory.number)
-        images, labels = decode_all(container)
+        kept = Split(*decode_all(container))
         if config.evaluation.curve_points:
-            pruned = self._held_out_accuracy(Images(images, labels), "curve_pruned")
+            pruned = self._held_out_accuracy(kept, "curve_pruned")
             if pruning["cut_per_class"]:  # else the last point of the curve has judged this set
                 self.tracker.log({"curve/pruned_accuracy": pruned}, step_key="prune/step", step=0)
             pruning["held_out_accuracy"] = pruned
         start = build.how_started(config.container, self.plan.artifact)
         made = {"start": start, "objective": dataclasses.asdict(config.objective), "pruning": pruning}
         return {
-            **self._evaluate_and_keep(container, Images(images, labels), made),
+            **self._evaluate_and_keep(container, kept, made),
             "over_budget_images_per_class": stored.over_budget_images_per_class,
             "pruning": pruning,
             **condensed,
@@ -121,14 +120,14 @@ class Session:
             judged=self._held_out_accuracy,
         )
 
-    def _held_out_accuracy(self, images: Images, stream: str) -> float:
+    def _held_out_accuracy(self, images: Split, stream: str) -> float:
         """Of a point of the accuracy curve; ``stream`` names it."""
-        return quick_accuracy(self.judge, images, self.held_out, self.config.evaluation.curve_epochs, stream)
+        return quick_accuracy(self.judge, images, self.data.held_out, self.config.evaluation.curve_epochs, stream)
 
     def choose_and_evaluate(self) -> dict[str, Any]:
         """Choose as many real images as the budget pays for, evaluate, keep."""
         settings, count = self.config.container, self.plan.storage.instances
-        train = Images(self.data.train.images, self.data.train.labels)
+        train = self.data.train
         with self.checkpoints.timed("choose"):
             index = coresets.choose(self.judge, train, self.data.class_names, count, settings, self._scores_folder())
         distributed.copy_first_([index])  # a GPU need not repeat another's features to the last bit
@@ -136,7 +135,7 @@ class Session:
         container.hold(unit_range(train.images[index]))
         artifacts.round_to(container, self.config.memory.number)
         made = {"coreset": dataclasses.asdict(settings) | {"index_into": INDEX_INTO, "index": index.tolist()}}
-        return self._evaluate_and_keep(container, Images(*decode_all(container)), made)
+        return self._evaluate_and_keep(container, Split(*decode_all(container)), made)
 
     def _scores_folder(self) -> Path:
         """Where runs that learn the same from the full training set find it."""
@@ -153,7 +152,7 @@ class Session:
         }
         return Path(self.config.paths.cache_dir) / "coresets" / digest(identity)
 
-    def _evaluate_and_keep(self, container: Container, kept: Images, made: dict[str, Any]) -> dict[str, Any]:
+    def _evaluate_and_keep(self, container: Container, kept: Split, made: dict[str, Any]) -> dict[str, Any]:
         """What results of containers have in common; ``made`` tells their cards how they came about."""
         self._keep_picture(kept.images, kept.labels)
         accuracies = self._evaluate(kept)
@@ -172,7 +171,7 @@ class Session:
             "artifact_sha256": card["sha256"],
         }
 
-    def _score(self, decoded: Images) -> Tensor:
+    def _score(self, decoded: Split) -> Tensor:
         """AUM (N,) of the decoded images."""
         settings = self.config.pruning
         with self.checkpoints.timed("score"):
@@ -182,7 +181,7 @@ class Session:
         self.tracker.log_histogram("prune/aum", scores, step_key="prune/step", step=0)
         return scores
 
-    def _choose(self, over_budget: Images) -> tuple[Tensor, dict[str, Any]]:
+    def _choose(self, over_budget: Split) -> tuple[Tensor, dict[str, Any]]:
         """Which instances stay, and how that was decided."""
         settings, stored = self.config.pruning, self.plan.storage
         scores = self._score(over_budget)
@@ -191,7 +190,7 @@ class Session:
         if settings.beta is None:
             with self.checkpoints.timed("search_beta"):
                 best, searched = prune.search_beta(
-                    self.judge, over_budget, scores, stored.images_per_class, self.held_out, settings.search_epochs
+                    self.judge, over_budget, scores, stored.images_per_class, self.data.held_out, settings.search_epochs
                 )
             chosen |= {"beta": best, "searched": {str(beta): value for beta, value in searched.items()}}
             for position, (beta, value) in enumerate(searched.items()):
@@ -226,7 +225,7 @@ class Session:
         for number, share in enumerate(self.config.redundancy.drop):
             count = prune.kept_after(scores.shape[1], share)
             index = prune.kept_instances(scores, count, beta=0.0)  # from the easy end alone
-            found = self._trained_on(Images(kept.images[index], kept.labels[index]), f"keep_{count}")
+            found = self._trained_on(kept.select(index), f"keep_{count}")
             metrics = {"redundancy/dropped": share, "redundancy/accuracy": found.mean}
             self.tracker.log(metrics, step_key="redundancy/step", step=number)
             measured = {"mean": found.mean, "std": found.std, "best_mean": found.best_mean, "by_network": found.last}
@@ -242,7 +241,7 @@ class Session:
             "artifact_sha256": self.plan.artifact,
         }
 
-    def _kept_images(self) -> tuple[Images, list[dict[str, Any]]]:
+    def _kept_images(self) -> tuple[Split, list[dict[str, Any]]]:
         """The images of the artifacts, labelled as the data are and normalised as the cards say; and the cards."""
         sets = [artifacts.load_condensed(path) for path in self.config.artifacts]
         cards = [kept.card for kept in sets]
@@ -257,24 +256,22 @@ class Session:
         # They were condensed for their own normalisation, whatever the data at hand would measure.
         mean, std = cards[0]["data"]["mean"], cards[0]["data"]["std"]
         self.judge = dataclasses.replace(self.judge, normalise=Normalise(mean, std, self.compute.device))
-        return Images(images.to(self.compute.device), labels.to(self.compute.device)), cards
+        return Split(images, labels).to(self.compute.device), cards
 
     def experts(self) -> dict[str, Any]:
         """Train what trajectory matching aims at, as far as it is not kept yet, and test every expert at its end."""
-        settings, test, network = self.config.objective.experts, self.data.test, self.plan.build()
-        last = []
+        settings, test, last = self.config.objective.experts, self.data.test, []
+        network = self.plan.build().to(self.compute.device)
         for path in build.experts(self.workshop):
             network.load_state_dict(experts.read(path, settings.epochs, torch.device("cpu")))
-            on_device = network.to(self.compute.device)
-            last.append([float(accuracy(on_device, test.images, test.labels, self.judge.normalise))])
+            last.append([float(accuracy(network, test.images, test.labels, self.judge.normalise))])
         seeds = [derived_seed(settings.seed, "experts", number) for number in range(settings.count)]
         found = Accuracies(by_network=last, test_epochs=[settings.epochs], seeds=seeds)
         return {"accuracy": _plain(found), **self._all_images()}
 
     def full_data(self) -> dict[str, Any]:
         """Train on all training images (without those held out), as the sets are condensed from them."""
-        train = self.data.train
-        return {"accuracy": _plain(self._evaluate(Images(train.images, train.labels))), **self._all_images()}
+        return {"accuracy": _plain(self._evaluate(self.data.train)), **self._all_images()}
 
     def _all_images(self) -> dict[str, Any]:
         train = self.data.train
@@ -285,23 +282,22 @@ class Session:
         count = self.config.memory.images_per_class
         stream = generator(self.config.seed, "random_subset", device=self.compute.device)
         index = random_subset(self.data.train.labels, count, self.data.class_names, stream)
-        images, labels = self.data.train.images[index], self.data.train.labels[index]
-        self._keep_picture(images.float() / 255, labels)
+        kept = self.data.train.select(index)
+        self._keep_picture(kept.images.float() / 255, kept.labels)
         return {
-            "accuracy": _plain(self._evaluate(Images(images, labels))),
+            "accuracy": _plain(self._evaluate(kept)),
             "images_per_class": str(count),
-            "stored_floats": images.numel(),
+            "stored_floats": kept.images.numel(),
         }
 
-    def _trained_on(self, train: Images, stream: str) -> Accuracies:
+    def _trained_on(self, train: Split, stream: str) -> Accuracies:
         settings = self.config.evaluation
-        test = Images(self.data.test.images, self.data.test.labels)
         if (told := tiny_rest(len(train.labels), self.judge.recipe)) and distributed.first():
             print(told)
         with self.checkpoints.timed("evaluate"):
-            return evaluate(self.judge, train, test, settings.networks, settings.test_points, stream)
+            return evaluate(self.judge, train, self.data.test, settings.networks, settings.test_points, stream)
 
-    def _evaluate(self, train: Images) -> Accuracies:
+    def _evaluate(self, train: Split) -> Accuracies:
         found = self._trained_on(train, "evaluate")
         self.tracker.rewind("evaluate/network", -1)
         for index, value in enumerate(found.last):

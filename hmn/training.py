@@ -16,7 +16,7 @@ from tqdm import tqdm
 from hmn import distributed
 from hmn.capture import Replay, optimizer_tensors
 from hmn.checkpoint import Checkpoints
-from hmn.compute import Compute, at_once
+from hmn.compute import Compute, at_once, wide
 from hmn.data import augment
 from hmn.data.preprocess import Normalise
 from hmn.data.sampling import permutations
@@ -47,8 +47,7 @@ def training_step(network: nn.Module, compute: Compute) -> TrainingStep:
         weights: Tensor,
     ) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
         buffers = {name: value.clone() for name, value in buffers.items()}  # batch norm moves them in place
-        logits = functional_call(network, (parameters, buffers), (images,))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = wide(functional_call(network, (parameters, buffers), (images,)))
         own = F.cross_entropy(logits, labels, reduction="none")
         other = F.cross_entropy(logits, partners, reduction="none")
         value = ((share * own + (1 - share) * other) * weights).sum() / weights.sum()

@@ -41,26 +41,18 @@ class Goal(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class ReachExpert:
+class ReachExpert(Trajectories):
     """MTT (Cazenavette et al., CVPR 2022): from where an expert was to where it went."""
 
-    def __init__(self, trajectories: Trajectories) -> None:
-        self.trajectories = trajectories
-        self.start: Parameters = {}
-        self.target: Parameters = {}
+    start: Parameters
+    target: Parameters
 
     def begin(self, step: int) -> Parameters:
-        self.start, self.target = self.trajectories.draw()
+        self.start, self.target = self.draw()
         return self.start
 
     def judge(self, end: Parameters) -> tuple[Tensor, Parameters]:
         return trajectory_loss(end, self.start, self.target)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.trajectories.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.trajectories.load_state_dict(state)
 
 
 class ClassifyReal:

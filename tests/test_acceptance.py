@@ -30,7 +30,7 @@ CIFAR10 = {"classes": 10, "channels": 3, "image_size": 32}
 
 def shape(name: str, data: dict[str, int] = CIFAR10, ipc: int = 1, **values: object):
     kind = KINDS[name]
-    return kind.shape_of(kind.fill(CONFIGS[name](name=name, **values), images_per_class=ipc, **data), **data)
+    return kind.shape.of(kind.fill(CONFIGS[name](name=name, **values), images_per_class=ipc, **data), **data)
 
 
 def stored(name: str, data: dict[str, int] = CIFAR10, ipc: int = 1, **values: object):

@@ -61,7 +61,7 @@ def contents(path: Path) -> dict[str, Tensor]:
 
 
 def side(paths: list[Path], *, seed: int = SEED, rule: str = "idc") -> BankSide:
-    return BankSide(paths, SETTINGS.bank, SETTINGS.strategy, 8, torch.device("cpu"), seed, rule)
+    return BankSide(paths, SETTINGS.bank, SETTINGS.strategy, torch.device("cpu"), seed, rule)
 
 
 def make_run(
@@ -169,9 +169,7 @@ def test_what_is_read_stays_as_far_as_there_is_room_for_it(tmp_path: Path, monke
     """Four snapshots, three passes."""
     paths, numbers = make_bank(tmp_path), []
     size = sum(value.nbytes for value in side(paths)._read(0, 0).values())
-    reader = BankSide(
-        paths, SETTINGS.bank, SETTINGS.strategy, 8, torch.device("cpu"), SEED, keep_bytes=fitting * size + 1
-    )
+    reader = BankSide(paths, SETTINGS.bank, SETTINGS.strategy, torch.device("cpu"), SEED, keep_bytes=fitting * size + 1)
     reading = reader._read
     monkeypatch.setattr(reader, "_read", lambda *number: numbers.append(number) or reading(*number))
     reference = side(paths)

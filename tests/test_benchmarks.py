@@ -81,7 +81,7 @@ def test_the_reference_augments_as_we_do_for_equal_draws(name):
         drawn = {colour: torch.full((3,), 0.5) for colour in ("brightness", "saturation", "contrast")} | drawn
     expected = augment.apply(
         images,
-        augment.Draw(size=32, alternatives=alternatives, chosen=torch.zeros(3, dtype=torch.int64), **drawn),
+        augment.Draw(alternatives=alternatives, chosen=torch.zeros(3, dtype=torch.int64), **drawn),
     )
     torch.testing.assert_close(operator(images, values), expected, rtol=0, atol=1e-5)
     assert (expected - images).abs().max() > 0.01

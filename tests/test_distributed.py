@@ -28,7 +28,7 @@ from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
 from hmn.data.datasets import RealData, Split
 from hmn.data.preprocess import Normalise
 from hmn.errors import Busy, ConfigError, Lost
-from hmn.evaluate import Images, Judge, evaluate
+from hmn.evaluate import Judge, evaluate
 from hmn.matching import ClassMatching
 from hmn.networks.convnet import ConvNet
 from hmn.objectives.distance import all_weights
@@ -106,7 +106,7 @@ def condensation(
     if banked:  # each process makes the same one
         options = {"classes": classes, "fingerprint": data.fingerprint, "chunk": classes, "stop": Stop()}
         paths = bank.build(Path(tempfile.mkdtemp()), lambda _: side, real_gradients(build(), CPU), settings, **options)
-        side = bank.BankSide(paths, settings.bank, settings.strategy, 8, CPU.device, 4)
+        side = bank.BankSide(paths, settings.bank, settings.strategy, CPU.device, 4)
         match = stored_step(build(), settings.metric, CPU)
     return ClassMatching(container, side, settings, match=match, parts=parts, normalise=normalise, **shared)
 
@@ -136,7 +136,7 @@ VARIANTS = {
 }
 
 
-def judge(folder: Path) -> tuple[Judge, Images]:
+def judge(folder: Path) -> tuple[Judge, Split]:
     data = real(5)
     shared = {"momentum": 0.9, "weight_decay": 5e-4, "schedule": "cosine", "strategy": "flip", "cutmix": 0.5}
     recipe = Recipe(epochs=4, batch=16, lr=0.02, **shared)
@@ -149,7 +149,7 @@ def judge(folder: Path) -> tuple[Judge, Images]:
         seed=1,
         checkpoints=Checkpoints(folder, 0),
     )
-    return made, Images(data.train.images, data.train.labels)
+    return made, Split(data.train.images, data.train.labels)
 
 
 def judged(folder: Path) -> dict[str, Any]:
@@ -511,7 +511,11 @@ def test_processes_that_one_signal_stops_stop_together_and_go_on_in_as_many(tmp_
 @pytest.mark.parametrize(
     ("arguments", "count", "complaint"),
     [
-        (TINY, 11, "--nproc-per-node=11: must be at most 10, one class for every process"),
+        (
+            (*TINY, "memory=ipc10", "dataset.class_range=[0,2]"),
+            3,
+            "--nproc-per-node=3: must be at most 2, one class for every process",
+        ),
         (("-m", *TINY, "seed=0,1"), 2, "--multirun: must be left out under torchrun"),
         ((*TINY, "seed=-1"), 2, "seed=-1: must be at least 0"),
         ((*TINY, "memory=ipc7"), 2, "memory=ipc7: must be one of ipc1"),

@@ -15,8 +15,9 @@ from hmn.checkpoint import Checkpoints, Stop
 from hmn.compute import Compute
 from hmn.config import EvaluationConfig
 from hmn.data.preprocess import Normalise
+from hmn.data.splits import Split
 from hmn.errors import Interrupted
-from hmn.evaluate import Accuracies, Images, Judge, evaluate, quick_accuracy, recipe_of, tiny_rest
+from hmn.evaluate import Accuracies, Judge, evaluate, quick_accuracy, recipe_of, tiny_rest
 from hmn.networks.convnet import ConvNet
 from hmn.seeding import derived_seed
 from hmn.training import Recipe, Training, accuracy, training_step
@@ -50,10 +51,10 @@ def judge(folder: Path, *, seed: int = 0, stop: Stop | None = None, together: in
     )
 
 
-def images(n: int, seed: int) -> Images:
+def images(n: int, seed: int) -> Split:
     stream = torch.Generator().manual_seed(seed)
     pixels = torch.randint(256, (n, 1, 8, 8), generator=stream, dtype=torch.uint8)
-    return Images(pixels, torch.arange(n) % 3)
+    return Split(pixels, torch.arange(n) % 3)
 
 
 TRAIN, TEST = images(12, 1), images(90, 2)

@@ -28,7 +28,7 @@ DATA = {
 def test_own_settings_fill_most_of_the_budget_or_are_refused_with_the_least_that_fits(data, ipc, name):
     sizes = dict(zip(("classes", "channels", "image_size"), DATA[data], strict=True))
     kind = KINDS[name]
-    shape = kind.shape_of(kind.fill(CONFIGS[name](name=name), images_per_class=ipc, **sizes), **sizes)
+    shape = kind.shape.of(kind.fill(CONFIGS[name](name=name), images_per_class=ipc, **sizes), **sizes)
     if (data, ipc, name) == ("digits", 1, "haba"):
         with pytest.raises(ConfigError, match="the smallest budget that fits is 732"):
             storage(shape, ipc, 0.0)

@@ -17,7 +17,8 @@ from hmn import prune
 from hmn.checkpoint import Checkpoints
 from hmn.compute import Compute
 from hmn.data.preprocess import Normalise
-from hmn.evaluate import Images, Judge
+from hmn.data.splits import Split
+from hmn.evaluate import Judge
 from hmn.networks.convnet import ConvNet
 from hmn.prune import area_under_margin, candidates, hardest_count, kept_instances, margins, search_beta
 from hmn.seeding import derived_seed
@@ -123,7 +124,7 @@ MARGINS = [[[2, 1, 0, -2], [4, -1, 0, -4]], [[0, 1, 6, 0], [1, -3, 2, 8]]]  # by
 def scripted(folder: Path) -> SimpleNamespace:
     asked = []
 
-    def training(train: Images, recipe: Recipe, stream: str, networks: range) -> ScriptedTraining:
+    def training(train: Split, recipe: Recipe, stream: str, networks: range) -> ScriptedTraining:
         asked.append((recipe, stream, networks))
         return ScriptedTraining(SCRIPTS[networks.start], recipe)
 
@@ -138,7 +139,7 @@ def scripted(folder: Path) -> SimpleNamespace:
     )
 
 
-DECODED = Images(torch.zeros(4, 1, 2, 2), LABELS)
+DECODED = Split(torch.zeros(4, 1, 2, 2), LABELS)
 
 
 def test_logit_margins_are_averaged_over_epochs_and_networks(tmp_path: Path):
@@ -165,7 +166,7 @@ def test_scoring_trains_by_the_judges_recipe_for_its_own_epochs_and_without_cutm
 def test_scores_are_those_of_networks_trained_on_the_decoded_images(tmp_path: Path, together, groups):
     """The whole path once, against a loop of one's own: margins of un-augmented images after every epoch."""
     stream = torch.Generator().manual_seed(3)
-    decoded = Images(torch.rand(9, 1, 8, 8, generator=stream), torch.arange(9) % 3)
+    decoded = Split(torch.rand(9, 1, 8, 8, generator=stream), torch.arange(9) % 3)
     found = area_under_margin(judge(tmp_path, together=together), decoded, "logit_margin", networks=3, epochs=3)
     expected = torch.zeros(9)
     for group in groups:
@@ -183,9 +184,9 @@ def test_scores_are_those_of_networks_trained_on_the_decoded_images(tmp_path: Pa
 
 
 def test_random_scores_depend_on_the_seed_alone(tmp_path: Path):
-    decoded = [Images(torch.full((6, 1, 8, 8), value), torch.arange(6) % 3) for value in (0.0, 1.0)]
+    decoded = [Split(torch.full((6, 1, 8, 8), value), torch.arange(6) % 3) for value in (0.0, 1.0)]
 
-    def scores(seed: int, images: Images) -> list[float]:
+    def scores(seed: int, images: Split) -> list[float]:
         return area_under_margin(judge(tmp_path, seed), images, "random", networks=1, epochs=1).tolist()
 
     assert scores(0, decoded[0]) == scores(0, decoded[1])
@@ -301,10 +302,10 @@ def test_the_best_beta_on_held_out_images_wins_and_ties_go_to_the_smaller(
     monkeypatch: pytest.MonkeyPatch, accuracies: dict[float, float], best: float
 ):
     scores = torch.tensor([[3.0, 1.0, 2.0, 5.0, 4.0, 0.0], [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]])
-    decoded = Images(torch.arange(12.0), torch.arange(12) // 6)  # one number stands for an image
-    asked: dict[str, Images] = {}
+    decoded = Split(torch.arange(12.0), torch.arange(12) // 6)  # one number stands for an image
+    asked: dict[str, Split] = {}
 
-    def quick_accuracy(judge: str, train: Images, held_out: str, epochs: int, stream: str, slot: str) -> float:
+    def quick_accuracy(judge: str, train: Split, held_out: str, epochs: int, stream: str, slot: str) -> float:
         assert (judge, held_out, epochs, stream) == ("judge", "held out", 30, "search_beta")
         asked[slot] = train
         return accuracies[float(slot.removeprefix("search_beta_"))]
@@ -322,8 +323,8 @@ def test_the_best_beta_on_held_out_images_wins_and_ties_go_to_the_smaller(
 def test_the_search_trains_every_candidate_once(tmp_path: Path):
     """The real thing: each candidate's subset, one short network, held-out images."""
     stream = torch.Generator().manual_seed(0)
-    decoded = Images(torch.rand(12, 1, 8, 8, generator=stream), torch.arange(12) // 4)
-    held_out = Images(torch.rand(30, 1, 8, 8, generator=stream), torch.arange(30) % 3)
+    decoded = Split(torch.rand(12, 1, 8, 8, generator=stream), torch.arange(12) // 4)
+    held_out = Split(torch.rand(30, 1, 8, 8, generator=stream), torch.arange(30) % 3)
     scores = torch.rand(3, 4, generator=stream)
     beta, searched = search_beta(judge(tmp_path), decoded, scores, 2, held_out, epochs=2)
     assert list(searched) == [0.0, 0.5, 1.0]

@@ -18,12 +18,13 @@ from hmn.config.containers import CoresetConfig
 from hmn.coresets import choose
 from hmn.data.preprocess import Normalise
 from hmn.data.sampling import random_subset
+from hmn.data.splits import Split
 from hmn.errors import ArtifactError, DataError, Interrupted
-from hmn.evaluate import Images, Judge
+from hmn.evaluate import Judge
 from hmn.networks import Builder
 from hmn.networks.convnet import ConvNet
 from hmn.networks.resnet import ResNet
-from hmn.scores import SLOT, Difficulty, difficulty, features, networks_of, remembered, weights
+from hmn.scores import SLOT, difficulty, features, networks_of, remembered, weights
 from hmn.seeding import generator
 from hmn.training import Recipe, logits_of, training_step
 
@@ -62,15 +63,14 @@ def judge(folder: Path, seed: int = 0, together: int = 1, stop: Stop | None = No
     )
 
 
-def images(per_class: int = 4, side: int = 8) -> Images:
+def images(per_class: int = 4, side: int = 8) -> Split:
     """uint8, ordered by class."""
     pixels = torch.randint(0, 256, (3 * per_class, 1, side, side), generator=generator(0, "images"), dtype=torch.uint8)
-    return Images(pixels, torch.arange(3).repeat_interleave(per_class))
+    return Split(pixels, torch.arange(3).repeat_interleave(per_class))
 
 
-def same(one: Difficulty, other: Difficulty) -> bool:
-    names = [item.name for item in dataclasses.fields(Difficulty)]
-    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in names)
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 # By hand
@@ -122,7 +122,7 @@ EVENTS = [[0, 1, 2, 5], [0, 0, 1, 0]]  # never right: as many as epochs
 def scripted(folder: Path, together: int) -> SimpleNamespace:
     asked = []
 
-    def training(_train: Images, recipe: Recipe, stream: str, networks: range) -> ScriptedTraining:
+    def training(_train: Split, recipe: Recipe, stream: str, networks: range) -> ScriptedTraining:
         asked.append((recipe, stream, networks))
         own = OWN_LOGITS[networks.start : networks.stop].movedim(2, 0)[..., None]  # (epochs, networks, images, 1)
         by_epoch = torch.cat([own, torch.zeros_like(own)], -1)
@@ -141,13 +141,13 @@ def scripted(folder: Path, together: int) -> SimpleNamespace:
 @pytest.mark.parametrize(("together", "groups"), [(1, [range(0, 1), range(1, 2)]), (2, [range(0, 2)])])
 def test_margins_and_forgetting_events_by_hand(tmp_path, together, groups):
     stub = scripted(tmp_path, together)
-    train = Images(torch.zeros(4, 1, 2, 2), torch.zeros(4, dtype=torch.int64))
+    train = Split(torch.zeros(4, 1, 2, 2), torch.zeros(4, dtype=torch.int64))
     found = difficulty(stub, train, networks=2, epochs=5)
-    assert found.forgetting.tolist() == [sum(events) / 2 for events in zip(*EVENTS, strict=True)]
-    torch.testing.assert_close(found.logit_margin, OWN_LOGITS.mean((0, 2)))
+    assert found["forgetting"].tolist() == [sum(events) / 2 for events in zip(*EVENTS, strict=True)]
+    torch.testing.assert_close(found["logit_margin"], OWN_LOGITS.mean((0, 2)))
     # Of two classes, p_y - p_other = tanh(margin / 2).
     by_hand = [sum(math.tanh(float(x) / 2) for x in OWN_LOGITS[:, i].flatten()) / 2 for i in range(4)]
-    torch.testing.assert_close(found.softmax_margin, torch.tensor(by_hand))
+    torch.testing.assert_close(found["softmax_margin"], torch.tensor(by_hand))
     recipe = dataclasses.replace(RECIPE, epochs=5, cutmix=0.0)
     assert stub.asked == [(recipe, SLOT, group) for group in groups]
 
@@ -254,7 +254,7 @@ def test_every_method_chooses_as_many_of_each_class_and_repeats_itself(tmp_path,
 @pytest.mark.parametrize("method", METHODS)
 def test_a_class_with_too_few_images_is_named_before_anything_is_trained(tmp_path, method):
     train = images()
-    fewer = Images(train.images[:-1], train.labels[:-1])
+    fewer = Split(train.images[:-1], train.labels[:-1])
     with pytest.raises(DataError, match="memory.images_per_class=4: class c has only 3 training images"):
         choose(judge(tmp_path), fewer, NAMES, 4, coreset(method), tmp_path)
     assert not list(tmp_path.iterdir())
@@ -275,7 +275,7 @@ def test_each_method_that_looks_at_features_makes_its_own_choice(tmp_path, monke
     monkeypatch.setattr("hmn.coresets.remembered", lambda *_: {})
     monkeypatch.setattr("hmn.coresets.features", lambda _networks, images, _normalise: images.flatten(1))
     own = torch.tensor([0.0, 1.0, 2.0, 10.0, 11.0, 15.0])
-    train = Images(torch.cat([own, own + 100]).view(-1, 1, 1, 1), torch.arange(2).repeat_interleave(6))
+    train = Split(torch.cat([own, own + 100]).view(-1, 1, 1, 1), torch.arange(2).repeat_interleave(6))
     chosen = choose(judge(tmp_path), train, ("a", "b"), 2, coreset(method), tmp_path).tolist()
     assert sorted(chosen[:2]) == expected
     assert sorted(chosen[2:]) == [6 + index for index in expected]
@@ -283,11 +283,11 @@ def test_each_method_that_looks_at_features_makes_its_own_choice(tmp_path, monke
 
 @pytest.mark.parametrize(("method", "expected"), [("aum", [0, 2]), ("forgetting", [1, 2]), ("ccs", [0, 3])])
 def test_the_hardest_images_are_kept_but_ccs_cuts_them_by_another_score(tmp_path, monkeypatch, method, expected):
-    scores = Difficulty(
-        logit_margin=torch.tensor([-1.0, 1.0, 3.0, 4.0]),
-        softmax_margin=torch.tensor([9.0, -9.0, -9.0, 9.0]),
-        forgetting=torch.tensor([0.0, 2.0, 5.0, 1.0]),
-    )
+    scores = {
+        "logit_margin": torch.tensor([-1.0, 1.0, 3.0, 4.0]),
+        "softmax_margin": torch.tensor([9.0, -9.0, -9.0, 9.0]),
+        "forgetting": torch.tensor([0.0, 2.0, 5.0, 1.0]),
+    }
     monkeypatch.setattr("hmn.coresets.difficulty", lambda *_: scores)
-    train = Images(torch.zeros(4, 1, 2, 2), torch.tensor([0, 0, 1, 1]))
+    train = Split(torch.zeros(4, 1, 2, 2), torch.tensor([0, 0, 1, 1]))
     assert choose(judge(tmp_path), train, ("a", "b"), 1, coreset(method), tmp_path).tolist() == expected

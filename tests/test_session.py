@@ -11,7 +11,8 @@ from PIL import Image
 
 from hmn import session
 from hmn.artifacts import load_condensed
-from hmn.evaluate import Accuracies, Images
+from hmn.data.splits import Split
+from hmn.evaluate import Accuracies
 from hmn.session import Session
 from hmn.tracking import METRICS_FILE, read_metrics
 from tests.command import TINY, planned, session_of
@@ -22,11 +23,11 @@ def session_with(folder: Path, *overrides: str) -> Session:
 
 
 @pytest.fixture
-def judged(monkeypatch) -> list[Images]:
+def judged(monkeypatch) -> list[Split]:
     """What networks were to be trained on; none is."""
     seen = []
 
-    def evaluate(_judge, train: Images, *_: Any) -> Accuracies:
+    def evaluate(_judge, train: Split, *_: Any) -> Accuracies:
         seen.append(train)
         return Accuracies(by_network=[[0.5, 0.25], [0.5, 0.75]], test_epochs=[1, 2], seeds=[0, 1])
 
@@ -77,7 +78,7 @@ def test_an_evaluation_that_is_read_back_is_recorded_once(tmp_path, judged):
     """As where the disk was full when the set was to be kept."""
     made = session_with(tmp_path)
     for _ in range(2):
-        made._evaluate(Images(torch.zeros(10, 1, 8, 8), torch.arange(10)))
+        made._evaluate(Split(torch.zeros(10, 1, 8, 8), torch.arange(10)))
     assert len(judged) == 2
     assert read_metrics(tmp_path / METRICS_FILE) == [
         {"evaluate/network": 0, "evaluate/accuracy": 0.25},

@@ -30,7 +30,6 @@ from hmn.data import augment
 from hmn.data.preprocess import Normalise
 from hmn.data.sampling import per_class
 from hmn.errors import ConfigError
-from hmn.experts import Trajectories
 from hmn.networks import initialise
 from hmn.networks.convnet import ConvNet
 from hmn.objectives.unroll import Unrolled
@@ -100,7 +99,7 @@ def trajectory_run(
     files: list[Path], settings: TrajectoryMatchingConfig, container: Container | None = None, **parts: Any
 ) -> ThroughStudent:
     container = make_container() if container is None else container
-    trajectories = Trajectories(
+    goal = ReachExpert(
         files,
         max_start=settings.max_start_epoch,
         length=settings.expert_epochs,
@@ -115,9 +114,7 @@ def trajectory_run(
         device=CPU.device,
     )
     options = {"unrolled": unrolled(settings), "batches": shuffled(container.views(), settings.student_batch)}
-    return ThroughStudent(
-        container, ReachExpert(trajectories), settings, **{**options, **shared(), "rate": rate, **parts}
-    )
+    return ThroughStudent(container, goal, settings, **{**options, **shared(), "rate": rate, **parts})
 
 
 def bptt_run(settings: BpttConfig, container: Container | None = None, **parts: Any) -> ThroughStudent:
@@ -182,9 +179,9 @@ def test_a_trajectory_step_is_autograd_s_through_everything(expert_files, moment
     options = {"student_momentum": momentum, "student_dampening": dampening, "segment": segment}
     settings = config(**options, student_lr_lr=1e-5, student_lr_momentum=0.0)
     work = trajectory_run(expert_files, settings, make(), chunk=chunk)
-    drawn = trajectory_run(expert_files, settings).goal.trajectories.draw()
+    drawn = trajectory_run(expert_files, settings).goal.draw()
     start, target = ({name: value.double() for name, value in end.items()} for end in drawn)
-    work.goal.trajectories.draw = lambda: (start, target)
+    work.goal.draw = lambda: (start, target)
     lr = torch.tensor(settings.student_lr).requires_grad_()
     end = student_by_autograd(work, start, lr)
     far = sum((end[name] - target[name]).square().sum() for name in end)
@@ -439,7 +436,7 @@ def test_every_container_is_condensed_through_a_student(name: str, objective: st
     given += [f"container.{key}=4" for key in ("token_dim",)] if name == "speed" else []
     section = configured(f"container={name}", *given).container
     filled = KINDS[name].fill(section, images_per_class=10, **shape)
-    container = KINDS[name].container(KINDS[name].shape_of(filled, **shape), 2)
+    container = KINDS[name].container(KINDS[name].shape.of(filled, **shape), 2)
     container.initialise(generator(0), filled, Noise())
     before = clone_of(container)
     rates = {"memory_lr": 0.1, "weights_lr": 0.1}
@@ -494,7 +491,7 @@ def test_a_student_is_trained_by_all_settings_of_its_objective(tmp_path: Path):
     (rate,) = work.rate.optimizer.param_groups
     assert (float(work.rate.value), work.rate.least) == (pytest.approx(0.02), 0.005)
     assert (rate["lr"], rate["momentum"]) == (0.5, 0.25)
-    assert (work.goal.trajectories.max_start, work.goal.trajectories.length) == (2, 2)
+    assert (work.goal.max_start, work.goal.length) == (2, 2)
     assert [len(index) for index in work.batches(3, generator(0))] == [4, 2, 4]  # of six bases in one style
     assert len(work.adversary._pair()[1]) == 4
 

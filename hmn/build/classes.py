@@ -55,10 +55,10 @@ def gradient_matching(shop: Workshop, container: Container) -> ClassMatching:
                     stop=shop.checkpoints.stop,
                 )
             )
-        size, rule = container.shape.image_size, objective.augmentation_rule
         # Where memory is limited, the limit is for what a step needs.
         keep = kept_on(compute.device) if config.compute.memory_limit is None else 0
-        side = bank.BankSide(paths, objective.bank, shop.strategy, size, compute.device, config.seed, rule, keep)
+        rule, seed = objective.augmentation_rule, config.seed
+        side = bank.BankSide(paths, objective.bank, shop.strategy, compute.device, seed, rule, keep)
         make_step = stored_step
     else:
         side, make_step = live(config.seed, "condense"), matching_step

@@ -27,15 +27,13 @@ def start(shop: Workshop, container: Container) -> None:
     Raises ``DataError`` for a kept set of other classes or of pixels normalised in another way.
     """
     settings, device = shop.config.container, shop.compute.device
-    real = _training_images(shop, generator(shop.config.seed, "container", "real", device=device))
-    stream = generator(shop.config.seed, "container", device=device)
     if settings.init == KEPT:
-        container.initialise(stream, dataclasses.replace(settings, init=settings.INITS[0], start=None), real)
         kept = artifacts.load_condensed(settings.start)
         _check_kept(shop, container, kept.card["data"])
         container.load_state_dict(kept.container.state_dict())
     else:
-        container.initialise(stream, settings, real)
+        real = _training_images(shop, generator(shop.config.seed, "container", "real", device=device))
+        container.initialise(generator(shop.config.seed, "container", device=device), settings, real)
 
 
 def fit(shop: Workshop, container: Container) -> float:

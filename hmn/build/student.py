@@ -12,9 +12,8 @@ from hmn.build.workshop import Workshop
 from hmn.config.containers import HabaConfig
 from hmn.config.identity import digest, experts_identity
 from hmn.containers.base import Container
-from hmn.data.augment import without_flip
+from hmn.data.augment import usable
 from hmn.data.sampling import per_class
-from hmn.experts import Trajectories
 from hmn.memory import images_per_chunk
 from hmn.networks import initialise
 from hmn.networks.convnet import ConvNet
@@ -27,8 +26,7 @@ from hmn.unrolled import Batches, ClassifyReal, Goal, LearnedRate, ReachExpert, 
 def experts(shop: Workshop) -> list[Path]:
     """The files of the configured experts, which are trained first if they are missing."""
     config, compute, settings = shop.config, shop.compute, shop.config.objective.experts
-    strategy = settings.strategy if config.dataset.flip else without_flip(settings.strategy)
-    recipe = expert_training.recipe_of(settings, strategy)
+    recipe = expert_training.recipe_of(settings, usable(settings.strategy, config.dataset.flip))
 
     def train(numbers: Sequence[int]) -> Training:
         streams = [generator(settings.seed, "experts", number, device=compute.device) for number in numbers]
@@ -54,7 +52,7 @@ def trajectory_matching(shop: Workshop, container: Container) -> ThroughStudent:
     views = container.views()
     batches = shuffled(views, objective.student_batch)
     chunk = _chunk(shop, container, batches)  # too little memory is said before experts are trained
-    trajectories = Trajectories(
+    goal = ReachExpert(
         experts(shop),
         max_start=objective.max_start_epoch,
         length=objective.expert_epochs,
@@ -64,7 +62,8 @@ def trajectory_matching(shop: Workshop, container: Container) -> ThroughStudent:
     adversary = None
     if isinstance(config.container, HabaConfig) and len(views) > 1:  # one style has none to differ from
         shape = container.shape
-        extractor = ConvNet(shape.channels, shape.classes, shape.image_size).to(device)
+        depth = min(3, int(math.log2(shape.image_size)))  # HaBa's three, or as many as leave a pixel
+        extractor = ConvNet(shape.channels, shape.classes, shape.image_size, depth=depth).to(device)
         adversary = StyleAdversary(
             initialise(extractor, generator(config.seed, "condense", "adversary", device=device)),
             views,
@@ -81,7 +80,6 @@ def trajectory_matching(shop: Workshop, container: Container) -> ThroughStudent:
         least=objective.student_lr_min,
         device=device,
     )
-    goal = ReachExpert(trajectories)
     return _through_student(shop, container, goal, _unrolled(shop), batches, chunk, rate, adversary)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from hmn.checkpoint import Checkpoints
 from hmn.compute import Compute
 from hmn.config import Config
-from hmn.data.augment import without_flip
+from hmn.data.augment import usable
 from hmn.data.datasets import RealData
 from hmn.data.preprocess import Normalise
 from hmn.networks import Builder
@@ -38,7 +38,7 @@ class Workshop:
     @property
     def strategy(self) -> str:
         strategy = self.config.objective.strategy
-        return strategy if self.config.dataset.flip else without_flip(strategy)
+        return usable(strategy, self.config.dataset.flip)
 
     def side_of(self, seed: int) -> dict[str, Any]:
         """What every real side takes."""

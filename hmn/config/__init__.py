@@ -1,7 +1,7 @@
 """The configuration's schemas and range checks.
 
-Every value is checked where it is declared; a message names the dotted key, the value and the rule. Only ``run.py``,
-``hmn/plan.py`` and ``hmn/experiment.py`` see :class:`Config`; all other modules take tensors, numbers or one section.
+Every value is checked where it is declared; a message names the dotted key, the value and the rule. The core takes
+tensors, numbers or one section; the whole :class:`Config` is for what plans a run, makes its parts and keeps it.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ class ComputeConfig:
     # loop: autograd twice; compiled: nested derivatives; r_operator: written out, for ConvNet only; auto: by cost.
     # All but loop are compiled, and so is the training of networks then.
     matching: str = unscientific("auto")
-    classes_per_call: int | None = unscientific(None)  # of a matching step; null: 1 on a CPU, all on a GPU
+    classes_per_call: int | None = unscientific(None)  # null: 1 on a CPU or for the loop, else all
     # GiB, of each process: classes are condensed in chunks that fit; null: all at once on a GPU, one by one on a CPU
     memory_limit: float | None = unscientific(None)
     threads: int | None = unscientific(None)  # CPU threads; null: torch's own choice
@@ -370,7 +370,7 @@ def register() -> None:
     for schema in containers.SCHEMAS:
         store.store(group="container", name=f"{schema.NAME}_schema", node=schema)
     for schema in sweeps.SCHEMAS:
-        store.store(group="launcher", name=f"{schema.NAME}_schema", node=schema)
+        store.store(group="launcher", name=f"{schema.name}_schema", node=schema)
     for name, schema in objectives.SCHEMAS.items():
         store.store(group="objective", name=f"{name}_schema", node=schema)
 

@@ -27,7 +27,7 @@ class ContainerConfig:
     CONDENSED: ClassVar[bool] = True  # else nothing is: objective, pruning and learning curve are not used
 
     name: str = MISSING
-    # Where the parameters start. fit_real: fitted to as many random real images; kept: as a kept set of the same shapes
+    # Where the parameters start. fit_real: fitted to as many real images; kept: as a kept set of the same shapes
     # and count has them, so that one objective can go on where another ended
     init: str = MISSING
     start: str | None = unscientific(None)  # a run folder or its condensed.safetensors; its checksum is in the run id

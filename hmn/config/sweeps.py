@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -23,8 +23,6 @@ class LauncherConfig:
 class LocalConfig(LauncherConfig):
     """This machine: a pool of slots, each of which takes one run at a time, whatever sweep it is of."""
 
-    NAME: ClassVar[str] = "local"
-
     name: str = "local"
     gpus: int | None = None  # that are used; null: all that this process sees
     slots_per_gpu: int = 1
@@ -40,8 +38,6 @@ class LocalConfig(LauncherConfig):
 class RayConfig(LauncherConfig):
     """A Ray cluster on a shared file system; every run is one task."""
 
-    NAME: ClassVar[str] = "ray"
-
     name: str = "ray"
     address: str | None = None  # HOST:PORT of a cluster's head, or auto; null: RAY_ADDRESS, else one of this machine
     cpus: float = 1.0  # of each run
@@ -55,8 +51,6 @@ class RayConfig(LauncherConfig):
 @dataclass(kw_only=True)
 class SubmititConfig(LauncherConfig):
     """A SLURM cluster through submitit; every run is one job."""
-
-    NAME: ClassVar[str] = "submitit"
 
     name: str = "submitit"
     cluster: str = "slurm"  # local: processes of this machine, to try it

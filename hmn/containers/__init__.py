@@ -17,29 +17,27 @@ class Kind(NamedTuple):
     """A kind of container: ``container(shape, instances)`` makes an empty one with that many instances per class.
 
     ``fill(config, classes=, channels=, image_size=, images_per_class=)`` chooses what ``config`` leaves null, and
-    ``shape_of(config, classes=, channels=, image_size=)`` is the shape of a filled one; both raise ``ConfigError``.
+    ``shape.of(config, classes=, channels=, image_size=)`` is the shape of a filled one; both raise ``ConfigError``.
     """
 
     container: type[Container]
     shape: type[ImageShape]
     fill: Callable[..., ContainerConfig]
-    shape_of: Callable[..., ImageShape]
 
 
 KINDS = {
-    "hmn": Kind(HierarchicalMemory, HmnShape, presets.with_preset, presets.hmn_shape),
-    "image": Kind(image.RawImages, image.RawShape, image.fill, image.shape_of),
-    "coreset": Kind(image.RawImages, image.RawShape, coreset.fill, coreset.shape_of),
+    "hmn": Kind(HierarchicalMemory, HmnShape, presets.with_preset),
+    "image": Kind(image.RawImages, image.RawShape, image.fill),
+    "coreset": Kind(image.RawImages, image.RawShape, coreset.fill),
     "multiformation": Kind(
         multiformation.Multiformation,
         multiformation.MultiformationShape,
         multiformation.fill,
-        multiformation.shape_of,
     ),
-    "haba": Kind(haba.Haba, haba.HabaShape, haba.fill, haba.shape_of),
-    "linba": Kind(linba.LinearBases, linba.LinbaShape, linba.fill, linba.shape_of),
-    "speed": Kind(speed.SparseCodes, speed.SpeedShape, speed.fill, speed.shape_of),
-    "fred": Kind(fred.FrequencyMemory, fred.FredShape, fred.fill, fred.shape_of),
+    "haba": Kind(haba.Haba, haba.HabaShape, haba.fill),
+    "linba": Kind(linba.LinearBases, linba.LinbaShape, linba.fill),
+    "speed": Kind(speed.SparseCodes, speed.SpeedShape, speed.fill),
+    "fred": Kind(fred.FrequencyMemory, fred.FredShape, fred.fill),
 }
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Protocol
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+
+from hmn.config.containers import ContainerConfig
 
 
 class RealImages(Protocol):
@@ -32,6 +34,15 @@ class ImageShape(ABC):
     classes: int
     channels: int
     image_size: int
+
+    @classmethod
+    def of(cls, config: ContainerConfig, **data: int) -> Self:
+        """The shape of a filled ``config``, whose values it takes by name, for ``data``: classes, channels, image_size.
+
+        Raises ``ConfigError`` for values that do not go with the data.
+        """
+        own = {item.name for item in fields(cls)} & vars(config).keys()
+        return cls(**data, **{name: getattr(config, name) for name in own})
 
     @property
     def shared_floats(self) -> int:

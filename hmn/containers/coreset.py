@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hmn.config.containers import CoresetConfig
-from hmn.containers.image import RawShape
 
 
 def fill(config: CoresetConfig, **_data: int) -> CoresetConfig:
@@ -14,7 +13,3 @@ def fill(config: CoresetConfig, **_data: int) -> CoresetConfig:
     if config.method == "ccs":
         defaults |= {"hard_cut": 0.3, "bins": 50}
     return replace(config, **{name: value for name, value in defaults.items() if getattr(config, name) is None})
-
-
-def shape_of(_config: CoresetConfig, *, classes: int, channels: int, image_size: int) -> RawShape:
-    return RawShape(classes=classes, channels=channels, image_size=image_size, pixel_space="unit")

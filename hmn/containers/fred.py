@@ -121,15 +121,3 @@ def fill(config: FredConfig, *, image_size: int, **_data: int) -> FredConfig:
         count = min(COEFFICIENTS[nearest_side], pixels)
     require("container.coefficients", count <= pixels, count, f"at most the {pixels} of a channel")
     return replace(config, coefficients=count)
-
-
-def shape_of(config: FredConfig, *, classes: int, channels: int, image_size: int) -> FredShape:
-    return FredShape(
-        classes=classes,
-        channels=channels,
-        image_size=image_size,
-        pixel_space=config.pixel_space,
-        coefficients=config.coefficients,
-        count_mask=config.count_mask,
-        orthonormal=config.orthonormal,
-    )

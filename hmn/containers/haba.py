@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,12 @@ KERNEL = 3
 class HabaShape(PixelShape):
     base_channels: int  # 1: grey
     styles: int  # S
+
+    @classmethod
+    def of(cls, config: HabaConfig, *, channels: int, **data: int) -> Self:
+        known = config.base_channels in (1, channels)
+        require("container.base_channels", known, config.base_channels, f"1 or the image's channels, {channels}")
+        return super().of(config, channels=channels, **data)
 
     @property
     def instance_floats(self) -> int:
@@ -149,7 +156,7 @@ def fill(config: HabaConfig, *, classes: int, channels: int, image_size: int, im
     budget = budget_floats(images_per_class, **data)
 
     def images(filled: HabaConfig) -> int:
-        shape = shape_of(filled, **data)
+        shape = HabaShape.of(filled, **data)
         return max(0, budget - shape.shared_floats) // (classes * shape.instance_floats) * shape.styles
 
     all_styles = range(1, MOST_STYLES + 1) if config.styles is None else (config.styles,)
@@ -159,17 +166,3 @@ def fill(config: HabaConfig, *, classes: int, channels: int, image_size: int, im
         if images(best):
             break
     return best
-
-
-def shape_of(config: HabaConfig, *, classes: int, channels: int, image_size: int) -> HabaShape:
-    """Raises ``ConfigError`` for bases that are neither grey nor have the image's channels."""
-    known = config.base_channels in (1, channels)
-    require("container.base_channels", known, config.base_channels, f"1 or the image's channels, {channels}")
-    return HabaShape(
-        classes=classes,
-        channels=channels,
-        image_size=image_size,
-        pixel_space=config.pixel_space,
-        base_channels=config.base_channels,
-        styles=config.styles,
-    )

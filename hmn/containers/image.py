@@ -59,7 +59,3 @@ class RawImages(Container):
 def fill(config: ImageConfig, **_data: int) -> ImageConfig:
     """Nothing is left open."""
     return config
-
-
-def shape_of(config: ImageConfig, *, classes: int, channels: int, image_size: int) -> RawShape:
-    return RawShape(classes=classes, channels=channels, image_size=image_size, pixel_space=config.pixel_space)

@@ -108,19 +108,8 @@ def fill(config: LinbaConfig, *, classes: int, channels: int, image_size: int, i
 
     def pays(row: Row) -> bool:
         filled = replace(config, bases=row.bases)
-        shape = shape_of(filled, classes=classes, channels=channels, image_size=image_size)
+        shape = LinbaShape.of(filled, classes=classes, channels=channels, image_size=image_size)
         return fits(shape, images_per_class)
 
     ranked = sorted(ROWS, key=lambda row: distance(row, image_size, classes, images_per_class))
     return replace(config, bases=next(filter(pays, ranked), ranked[0]).bases)
-
-
-def shape_of(config: LinbaConfig, *, classes: int, channels: int, image_size: int) -> LinbaShape:
-    return LinbaShape(
-        classes=classes,
-        channels=channels,
-        image_size=image_size,
-        pixel_space=config.pixel_space,
-        bases=config.bases,
-        downsample=config.downsample,
-    )

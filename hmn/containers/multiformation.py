@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,17 @@ class MultiformationShape(PixelShape):
     decode: str = "single"
     bound: int | None = None
     tiles: bool = False
+
+    @classmethod
+    def of(cls, config: MultiformationConfig, *, image_size: int, **data: int) -> Self:
+        """Refuses a factor whose last tiles would be nothing but padding."""
+        shape = super().of(config, image_size=image_size, **data)
+        used = range(1, config.factor + 1) if config.decode == "bound" else shape.factors
+        holds = all((factor - 1) * tile_side(image_size, factor) < image_size for factor in used)
+        rule = f"such that every tile has pixels of the image, with container.decode={config.decode} at every factor "
+        rule += f"used: dataset.image_size={image_size}"
+        require("container.factor", holds, config.factor, rule)
+        return shape
 
     @property
     def instance_floats(self) -> int:
@@ -207,22 +218,3 @@ def fill(config: MultiformationConfig, **_data: int) -> MultiformationConfig:
     if config.decode == "bound" and config.bound is None:
         return dataclasses.replace(config, bound=BOUND)
     return config
-
-
-def shape_of(config: MultiformationConfig, *, classes: int, channels: int, image_size: int) -> MultiformationShape:
-    """Raises ``ConfigError`` for a factor whose last tiles would be nothing but padding."""
-    shape = MultiformationShape(
-        classes=classes,
-        channels=channels,
-        image_size=image_size,
-        pixel_space=config.pixel_space,
-        factor=config.factor,
-        decode=config.decode,
-        bound=config.bound,
-    )
-    used = range(1, config.factor + 1) if config.decode == "bound" else shape.factors
-    holds = all((factor - 1) * tile_side(image_size, factor) < image_size for factor in used)
-    rule = f"such that every tile has pixels of the image, with container.decode={config.decode} at every factor used: "
-    rule += f"dataset.image_size={image_size}"
-    require("container.factor", holds, config.factor, rule)
-    return shape

@@ -6,7 +6,7 @@ With them come the rules for data of another size: the nearest row, its latent s
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 from hmn.config import HmnConfig, require
 from hmn.containers.hierarchical import HmnShape
@@ -81,7 +81,7 @@ def with_preset(
 
     def pays(name: str) -> bool:
         filled = _filled(config, name, image_size)
-        shape = hmn_shape(filled, classes=classes, channels=channels, image_size=image_size)
+        shape = HmnShape.of(filled, classes=classes, channels=channels, image_size=image_size)
         return fits(shape, images_per_class)
 
     if config.preset != "auto":
@@ -103,9 +103,3 @@ def _filled(config: HmnConfig, name: str, image_size: int) -> HmnConfig:
     rule += f"dataset.image_size={image_size} is not {config.latent_side} doubled"
     require("container.latent_side", doubles, config.latent_side, rule)
     return config
-
-
-def hmn_shape(config: HmnConfig, *, classes: int, channels: int, image_size: int) -> HmnShape:
-    names = {field.name for field in fields(HmnShape)} - {"classes", "channels", "image_size"}
-    values = {name: getattr(config, name) for name in names}
-    return HmnShape(classes=classes, channels=channels, image_size=image_size, **values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -233,7 +233,7 @@ def fill(config: SpeedConfig, *, classes: int, channels: int, image_size: int, i
 
     def pays(name: str) -> bool:
         filled = _filled(config, name, image_size)
-        shape = shape_of(filled, classes=classes, channels=channels, image_size=image_size)
+        shape = SpeedShape.of(filled, classes=classes, channels=channels, image_size=image_size)
         return fits(shape, images_per_class)
 
     name = config.preset
@@ -274,9 +274,3 @@ def patch_side(preset: Preset, image_size: int, tokens: int) -> int:
     divisors = [side for side in range(1, image_size + 1) if image_size % side == 0]
     allowed = [side for side in divisors if (image_size // side) ** 2 * tokens <= packed.LIMIT]
     return min(allowed or divisors, key=excess)
-
-
-def shape_of(config: SpeedConfig, *, classes: int, channels: int, image_size: int) -> SpeedShape:
-    own = {field.name for field in fields(SpeedConfig)} & {field.name for field in fields(SpeedShape)}
-    values = {name: getattr(config, name) for name in own}
-    return SpeedShape(classes=classes, channels=channels, image_size=image_size, **values)

@@ -22,20 +22,20 @@ DAMAGE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)  # what
 
 
 def from_pixels(
-    parts: Mapping[str, tuple[np.ndarray, Tensor]], class_names: tuple[str, ...], config: DatasetConfig, progress: bool
+    parts: Mapping[str, tuple[np.ndarray, Tensor]], class_names: tuple[str, ...], config: DatasetConfig
 ) -> Source:
     """``parts`` maps train and test, or only train, to pixels uint8 (N, H, W, 1 or 3) and labels int64 (N,)."""
     splits, modes = {}, []
     for name, (pixels, labels) in parts.items():
         side = config.image_size or pixels.shape[1]
-        images, part_modes = stack_array(pixels, side, config.channels, name, progress)
+        images, part_modes = stack_array(pixels, side, config.channels, name)
         splits[name] = by_class(images, labels)
         modes += part_modes
     notes = conversions(modes, config.channels)
     return Source(class_names=class_names, train=splits["train"], test=splits.get("test"), notes=notes)
 
 
-def npz(config: DatasetConfig, path: Path, progress: bool) -> Source:
+def npz(config: DatasetConfig, path: Path) -> Source:
     """``x_train y_train x_test y_test``: uint8 (N, H, W) or (N, H, W, 1 or 3) and integers (N,).
 
     Classes are 0 up to ``dataset.classes`` or the largest label. Raises :class:`DataError` naming the array that is
@@ -55,7 +55,7 @@ def npz(config: DatasetConfig, path: Path, progress: bool) -> Source:
             parts[name] = (pixels if pixels.ndim == 4 else pixels[..., None], split_labels)
     if config.image_size is None and parts["train"][0].shape[1:3] != parts["test"][0].shape[1:3]:
         raise DataError(f"{path}: x_train and x_test differ in size, set dataset.image_size to have both resized")
-    return from_pixels(parts, _digits(classes), config, progress)
+    return from_pixels(parts, _digits(classes), config)
 
 
 def peek_npz(config: DatasetConfig, path: Path) -> tuple[int, int]:
@@ -72,14 +72,14 @@ def peek_npz(config: DatasetConfig, path: Path) -> tuple[int, int]:
     return classes, shape[1]
 
 
-def digits(config: DatasetConfig, _root: Path, progress: bool) -> Source:
+def digits(config: DatasetConfig, _root: Path) -> Source:
     """The 1,797 8x8 images of the UCI test digits, their 17 grey levels spread over 0 to 255."""
     from sklearn.datasets import load_digits  # takes a second to import, and only this data set needs it
 
     bunch = load_digits()
     pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
     parts = {"train": (pixels, torch.from_numpy(bunch.target.astype(np.int64)))}
-    return from_pixels(parts, _digits(10), config, progress)
+    return from_pixels(parts, _digits(10), config)
 
 
 @contextmanager

@@ -37,7 +37,6 @@ class Draw:
     ``chosen`` (n,) is the position in ``alternatives`` of the one of those operators that each image gets.
     """
 
-    size: int
     alternatives: tuple[str, ...]
     flip: Tensor | None = None  # bool
     brightness: Tensor | None = None  # u of [0, 1), as are the other two colours
@@ -71,9 +70,9 @@ def operators(strategy: str) -> tuple[str, ...]:
     return () if strategy == "none" else tuple(strategy.split("_"))
 
 
-def without_flip(strategy: str) -> str:
-    """The strategy for data whose classes a mirror changes, as digits."""
-    return "_".join(name for name in operators(strategy) if name != "flip") or "none"
+def usable(strategy: str, flip: bool) -> str:
+    """``strategy``, but for ``flip`` where that is not allowed: on data whose classes a mirror changes, as digits."""
+    return strategy if flip else "_".join(name for name in operators(strategy) if name != "flip") or "none"
 
 
 def draw(
@@ -119,12 +118,12 @@ def draw(
         values["rotate"] = (uniform(n) * 2 - 1) * (MAX_DEGREES * torch.pi / 180)
     if "cutout" in names:
         values["cutout"] = integer(0, size - _cutout_side(size) % 2)
-    return drawn(strategy, size, values, rule)
+    return drawn(strategy, values, rule)
 
 
-def drawn(strategy: str, size: int, tensors: dict[str, Tensor], rule: str = "idc") -> Draw:
-    """The draw for images of side ``size`` whose :meth:`Draw.tensors` are ``tensors``."""
-    return Draw(size=size, alternatives=alternatives_of(strategy, rule), **tensors)
+def drawn(strategy: str, tensors: dict[str, Tensor], rule: str = "idc") -> Draw:
+    """The draw whose :meth:`Draw.tensors` are ``tensors``."""
+    return Draw(alternatives=alternatives_of(strategy, rule), **tensors)
 
 
 def alternatives_of(strategy: str, rule: str) -> tuple[str, ...]:

@@ -95,7 +95,7 @@ def _whole_name(config: DatasetConfig) -> str:
     return _path(config.root).stem if config.kind == "arrays" else config.kind
 
 
-def load(config: DatasetConfig, data_dir: Path, generator: torch.Generator, progress: bool = True) -> RealData:
+def load(config: DatasetConfig, data_dir: Path, generator: torch.Generator) -> RealData:
     """Read, download if need be and allowed, and check a data set. ``generator`` (CPU) draws the held-out images.
 
     Splits and statistics are those of the whole data set, whichever of its classes are wanted.
@@ -103,7 +103,7 @@ def load(config: DatasetConfig, data_dir: Path, generator: torch.Generator, prog
     Raises :class:`DataError` naming the class, file or array that cannot be used.
     """
     _check(config)
-    source = _LOADERS[config.kind](config, _root(config, data_dir), progress)
+    source = _LOADERS[config.kind](config, _root(config, data_dir))
     _check_count(config, len(source.class_names))
     train, test = _with_test(source, config)
     train, held_out = split_off(train, config.held_out_fraction, generator)
@@ -142,15 +142,13 @@ def measure(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
-_LOADERS: dict[str, Callable[[DatasetConfig, Path, bool], Source]] = {
+_LOADERS: dict[str, Callable[[DatasetConfig, Path], Source]] = {
     "svhn": official.svhn,
     "cifar10": official.cifar10,
     "cifar100": official.cifar100,
     "tiny_imagenet": official.tiny_imagenet,
     "imagenet10": official.imagenet10,
-    "folder": lambda config, root, progress: folder.read(
-        folder.find(root, config.test_fraction), config.image_size, config.channels, progress
-    ),
+    "folder": folder.read,
     "arrays": arrays.npz,
     "digits": arrays.digits,
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from hmn.config import DatasetConfig
 from hmn.data.images import conversions, stack_files
 from hmn.data.splits import Source, Split, listing
 from hmn.errors import DataError
@@ -71,20 +72,16 @@ def find(root: Path, test_fraction: float | None) -> Tree:
     return tree
 
 
-def read(tree: Tree, side: int, channels: int, progress: bool) -> Source:
-    """The tree's images. Raises :class:`DataError` for an empty class or an unreadable image, naming it."""
+def read(config: DatasetConfig, root: Path) -> Source:
+    """The images of the tree in ``root``. Raises :class:`DataError` for an empty class or an unreadable image."""
+    tree = find(root, config.test_fraction)
     train = class_files(tree.train, tree.class_names)
     test = None if tree.test is None else class_files(tree.test, tree.class_names)
-    return read_files(train, test, tree.class_names, (side, channels), tree.notes, progress)
+    return read_files(train, test, tree.class_names, (config.image_size, config.channels), tree.notes)
 
 
 def read_files(
-    train: Files,
-    test: Files | None,
-    class_names: Sequence[str],
-    size: tuple[int, int],
-    notes: tuple[str, ...],
-    progress: bool,
+    train: Files, test: Files | None, class_names: Sequence[str], size: tuple[int, int], notes: tuple[str, ...]
 ) -> Source:
     """Images of listed files; ``size`` is (side, channels). The notes say what was converted or skipped."""
     paths, modes, splits = [], [], []
@@ -93,7 +90,7 @@ def read_files(
             splits.append(None)
             continue
         split_paths = [path for paths in files.per_class for path in paths]
-        images, split_modes = stack_files(split_paths, *size, name, progress)
+        images, split_modes = stack_files(split_paths, *size, name)
         counts = torch.tensor([len(paths) for paths in files.per_class])
         splits.append(Split(images, torch.arange(len(counts)).repeat_interleave(counts)))
         paths += split_paths

@@ -27,11 +27,7 @@ MODE_NAMES = {"1": "black-and-white", "L": "grey", "LA": "grey with alpha", "P":
 
 
 def stack(
-    decode: Callable[[Item], tuple[np.ndarray, str]],
-    items: Sequence[Item],
-    shape: tuple[int, int, int],
-    label: str,
-    progress: bool,
+    decode: Callable[[Item], tuple[np.ndarray, str]], items: Sequence[Item], shape: tuple[int, int, int], label: str
 ) -> tuple[Tensor, list[str]]:
     """``decode`` of every item, in threads: images uint8 (N, *shape) and the N modes they had.
 
@@ -55,30 +51,28 @@ def stack(
 
     Image.init()  # registers every file format now: two threads that both find one missing would race
     workers = min(8, os.cpu_count() or 1)
-    bar = tqdm(total=len(items), desc=f"reading {label}", unit="img", disable=None if progress else True)
+    bar = tqdm(total=len(items), desc=f"reading {label}", unit="img", disable=None)
     with bar, ThreadPoolExecutor(workers) as pool:
         for done in pool.map(fill, range(0, len(items), CHUNK)):
             bar.update(done)
     return torch.from_numpy(images), modes
 
 
-def stack_files(
-    paths: Sequence[Path], side: int, channels: int, label: str, progress: bool
-) -> tuple[Tensor, list[str]]:
+def stack_files(paths: Sequence[Path], side: int, channels: int, label: str) -> tuple[Tensor, list[str]]:
     """The image files ``paths`` as uint8 (N, channels, side, side), and their modes.
 
     Raises :class:`DataError` naming the file that is not an image, is truncated or is corrupt.
     """
     decode = partial(_decode_file, side=side, channels=channels)
-    return stack(decode, paths, (channels, side, side), label, progress)
+    return stack(decode, paths, (channels, side, side), label)
 
 
-def stack_array(array: np.ndarray, side: int, channels: int, label: str, progress: bool) -> tuple[Tensor, list[str]]:
+def stack_array(array: np.ndarray, side: int, channels: int, label: str) -> tuple[Tensor, list[str]]:
     """Pixels uint8 (N, H, W, 1 or 3) as uint8 (N, channels, side, side), and the modes they had."""
     if array.shape[1:] == (side, side, channels):
         return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2))), [TARGETS[channels]] * len(array)
     decode = partial(_decode_pixels, side=side, channels=channels)
-    return stack(decode, array, (channels, side, side), label, progress)
+    return stack(decode, array, (channels, side, side), label)
 
 
 def fit(image: Image.Image, side: int, channels: int) -> np.ndarray:

@@ -9,25 +9,23 @@ from torch import Tensor
 ITERATIONS = 50  # at most; a few hundred points in feature space settle in 10 to 20
 
 
-def nearest_to_centres(features: Tensor, k: int, generator: torch.Generator, *, iterations: int = ITERATIONS) -> Tensor:
+def nearest_to_centres(features: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """Indices (k,) of the samples nearest to the centres of k clusters of ``features`` (n, f), all distinct.
 
     Every centre has the nearest of its own cluster: a sample that is still nearer to another centre belongs to that
     one. Raises ``ValueError`` for k > n.
     """
-    centres, assigned = k_means(features, k, generator, iterations=iterations)
+    centres, assigned = k_means(features, k, generator)
     others = assigned[:, None] != torch.arange(k, device=features.device)
     return torch.cdist(features, centres).masked_fill(others, torch.inf).argmin(0)
 
 
-def k_means(
-    features: Tensor, k: int, generator: torch.Generator, *, iterations: int = ITERATIONS
-) -> tuple[Tensor, Tensor]:
+def k_means(features: Tensor, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Centres (k, f) of the clusters of ``features`` (n, f), and every sample's cluster (n,); no cluster is empty.
 
     Raises ``ValueError`` for k > n.
     """
-    return lloyd(features, features[seeds(features, k, generator)], iterations=iterations)
+    return lloyd(features, features[seeds(features, k, generator)])
 
 
 def seeds(features: Tensor, k: int, generator: torch.Generator) -> Tensor:

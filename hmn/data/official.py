@@ -42,7 +42,7 @@ IMAGENET10 = {  # the first ten of IDC's class list, in its label order; these a
 }
 
 
-def svhn(config: DatasetConfig, root: Path, progress: bool) -> Source:
+def svhn(config: DatasetConfig, root: Path) -> Source:
     """The splits train (without ``extra``) and test; digit 0, stored as 10, is class 0."""
     dataset = vision.torchvision().datasets.SVHN
     parts = {}
@@ -51,19 +51,19 @@ def svhn(config: DatasetConfig, root: Path, progress: bool) -> Source:
         fetch(root, filename, url, md5, config.download)
         part = dataset(root, split=name)
         parts[name] = (part.data.transpose(0, 2, 3, 1), torch.from_numpy(part.labels))
-    return from_pixels(parts, tuple(str(digit) for digit in range(10)), config, progress)
+    return from_pixels(parts, tuple(str(digit) for digit in range(10)), config)
 
 
-def cifar10(config: DatasetConfig, root: Path, progress: bool) -> Source:
-    return _cifar(vision.torchvision().datasets.CIFAR10, config, root, progress)
+def cifar10(config: DatasetConfig, root: Path) -> Source:
+    return _cifar(vision.torchvision().datasets.CIFAR10, config, root)
 
 
-def cifar100(config: DatasetConfig, root: Path, progress: bool) -> Source:
+def cifar100(config: DatasetConfig, root: Path) -> Source:
     """With the 100 fine labels."""
-    return _cifar(vision.torchvision().datasets.CIFAR100, config, root, progress)
+    return _cifar(vision.torchvision().datasets.CIFAR100, config, root)
 
 
-def tiny_imagenet(config: DatasetConfig, root: Path, progress: bool) -> Source:
+def tiny_imagenet(config: DatasetConfig, root: Path) -> Source:
     """Classes are the wnids in the order of ``wnids.txt``; the official validation images are the test split."""
     tree = _tiny_tree(root)
     if not tree.is_dir():
@@ -73,7 +73,7 @@ def tiny_imagenet(config: DatasetConfig, root: Path, progress: bool) -> Source:
     train = folder.class_files(tree / "train", wnids, below="images")
     test = _tiny_validation(tree / "val", wnids)
     size = (config.image_size, config.channels)
-    return folder.read_files(train, test, wnids, size, (), progress)
+    return folder.read_files(train, test, wnids, size, ())
 
 
 def count_tiny_classes(root: Path) -> int:
@@ -81,12 +81,12 @@ def count_tiny_classes(root: Path) -> int:
     return len(_lines(tree / "wnids.txt")) if tree.is_dir() else CLASSES["tiny_imagenet"]
 
 
-def imagenet10(config: DatasetConfig, root: Path, progress: bool) -> Source:
+def imagenet10(config: DatasetConfig, root: Path) -> Source:
     """Ten classes out of an ImageNet tree with ``train/<wnid>/`` and ``val/<wnid>/``."""
     check_imagenet10(root)
     train, test = (folder.class_files(root / name, tuple(IMAGENET10)) for name in ("train", "val"))
     size = (config.image_size, config.channels)
-    return folder.read_files(train, test, tuple(IMAGENET10.values()), size, (), progress)
+    return folder.read_files(train, test, tuple(IMAGENET10.values()), size, ())
 
 
 def check_imagenet10(root: Path) -> None:
@@ -151,7 +151,7 @@ def unpack(archive: Path, target: Path) -> None:
                 raise
 
 
-def _cifar(dataset: type, config: DatasetConfig, root: Path, progress: bool) -> Source:
+def _cifar(dataset: type, config: DatasetConfig, root: Path) -> Source:
     batches = root / dataset.base_folder
     if not batches.is_dir():
         unpack(fetch(root, dataset.filename, dataset.url, dataset.tgz_md5, config.download), batches)
@@ -160,7 +160,7 @@ def _cifar(dataset: type, config: DatasetConfig, root: Path, progress: bool) -> 
     for name in ("train", "test"):
         part = dataset(root, train=name == "train")
         parts[name] = (part.data, torch.tensor(part.targets))
-    return from_pixels(parts, tuple(part.classes), config, progress)
+    return from_pixels(parts, tuple(part.classes), config)
 
 
 def _check_batches(dataset: type, batches: Path) -> None:

@@ -13,7 +13,10 @@ from hmn.errors import DataError
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images uint8 (N, channels, H, W) and labels int64 (N,), ordered by class: per-class sampling relies on it."""
+    """Images (N, channels, H, W), uint8 or decoded in [0, 1], and labels int64 (N,), all of one class together.
+
+    Those to condense from are ordered by class: per-class sampling relies on it.
+    """
 
     images: Tensor
     labels: Tensor
@@ -25,7 +28,7 @@ class Split:
         return Split(self.images.to(device), self.labels.to(device))
 
     def select(self, index: Tensor) -> Split:
-        """The images ``index`` (n,), which must be ascending to keep the order by class."""
+        """The images ``index`` (n,); ascending, it keeps the order by class."""
         return Split(self.images[index], self.labels[index])
 
     def of_classes(self, labels: Sequence[int]) -> Split:

@@ -127,9 +127,7 @@ def r_operator(
         return {names.weight: gradients[names.weight] for names in layers}, kept[::-1]
 
     def gradients(parameters: Parameters, images: Tensor, labels: Tensor) -> Parameters:
-        features, blocks = forward(parameters, images)
-        _, d_logits = softmax_minus_target(parameters, features, labels)
-        return backward(parameters, blocks, linear(d_logits, parameters["classifier.weight"]))[0]
+        return first_pass(parameters, images, labels)[0]
 
     def first_pass(parameters: Parameters, images: Tensor, labels: Tensor) -> tuple[Parameters, _Pass]:
         """Gradients of the convolution weights, and what :func:`second_pass` needs."""

@@ -29,6 +29,7 @@ from hmn.config import CONF, LauncherConfig, SweepConfig, require, sections
 from hmn.config.identity import digest
 from hmn.config.sweeps import LocalConfig
 from hmn.errors import Busy, ConfigError, Interrupted
+from hmn.report import percent
 from hmn.sweeps import launchers, state
 from hmn.sweeps.attempt import Outcome, Task
 from hmn.sweeps.cells import Cell, grid
@@ -223,9 +224,7 @@ def _line(name: str, outcome: Outcome, folder: Path) -> str:
 
 def accuracy(result: dict[str, Any]) -> str:
     """Of the test split in percent, ± over networks."""
-    measured = result["accuracy"]
-    spread = "" if measured["std"] is None else f" ± {100 * measured['std']:.2f}"
-    return f"{100 * measured['mean']:.2f}{spread} %"
+    return f"{percent(result['accuracy'])} %"
 
 
 def _set_aside_others(sweep: Sweep, planned: Sequence[Planned]) -> bool:

@@ -38,7 +38,7 @@ def maker(name: str, *, channels: int = 3, finish: bool = False, **values: objec
 
     def make() -> Container:
         config = kind.fill(CONFIGS[name](name=name, **values), images_per_class=10, **data)
-        shape = kind.shape_of(config, **data)
+        shape = kind.shape.of(config, **data)
         if isinstance(shape, PixelShape) and shape.pixel_space == "normalised":
             shape = kind.shape(**{**vars(shape), "mean": MEAN[:channels], "std": STD[:channels]})
         container = kind.container(shape, IMAGES // shape.images_per_instance)
@@ -319,7 +319,7 @@ def test_the_budget_is_never_exceeded_and_one_more_instance_would(
     budget = budget_floats(images_per_class, **data)
     config = CONFIGS[name](name=name)
     try:
-        shape = kind.shape_of(kind.fill(config, images_per_class=images_per_class, **data), **data)
+        shape = kind.shape.of(kind.fill(config, images_per_class=images_per_class, **data), **data)
         stored = storage(shape, images_per_class, over_budget)
     except ConfigError as error:
         assert "container" in str(error)

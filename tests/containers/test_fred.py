@@ -44,7 +44,7 @@ def started(shape: FredShape = SMALL, instances: int = IMAGES, real: RandomImage
 
 def planned(data: dict[str, int], **changes: object) -> FredShape:
     kind = KINDS["fred"]
-    return kind.shape_of(kind.fill(configured(**changes), **data, images_per_class=1), **data)
+    return kind.shape.of(kind.fill(configured(**changes), **data, images_per_class=1), **data)
 
 
 def pixels(images: Tensor) -> np.ndarray:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hmn.budget import budget_floats
 from hmn.config.containers import HabaConfig
 from hmn.containers import Storage, rebuild, storage
-from hmn.containers.haba import Haba, HabaShape, fill, shape_of
+from hmn.containers.haba import Haba, HabaShape, fill
 from hmn.errors import ConfigError
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -133,7 +133,7 @@ def test_bases_are_memories_and_styles_are_weights():
 
 def planned(data: str, images_per_class: int, **changes: object) -> tuple[HabaConfig, Storage]:
     config = fill(configured(**changes), images_per_class=images_per_class, **DATA[data])
-    return config, storage(shape_of(config, **DATA[data]), images_per_class, 0.0)
+    return config, storage(HabaShape.of(config, **DATA[data]), images_per_class, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_what_is_stored_never_exceeds_the_budget_and_one_more_base_would(data, i
     budget = budget_floats(images_per_class, **DATA[data])
     assert found.stored_floats(classes) <= budget < found.stored_floats(classes) + classes * found.instance_floats
     with torch.device("meta"):
-        container = Haba(shape_of(config, **DATA[data]), found.instances)
+        container = Haba(HabaShape.of(config, **DATA[data]), found.instances)
     assert container.storage_floats() == found.stored_floats(classes)
 
 
@@ -184,7 +184,7 @@ def test_no_other_number_of_styles_has_more_images(classes, channels, image_size
     def images(styles: int) -> int:
         given = dataclasses.replace(config, styles=styles)
         try:
-            return storage(shape_of(given, **data), ipc, 0.0).images_per_class
+            return storage(HabaShape.of(given, **data), ipc, 0.0).images_per_class
         except ConfigError:
             return 0
 
@@ -201,7 +201,7 @@ def test_where_nothing_fits_the_smallest_container_is_refused():
     config = fill(configured(), images_per_class=1, **data)
     assert (config.styles, config.base_channels) == (1, 1)
     with pytest.raises(ConfigError, match="the smallest budget that fits is 732"):  # 640 of ten bases and 92
-        storage(shape_of(config, **data), 1, 0.0)
+        storage(HabaShape.of(config, **data), 1, 0.0)
 
 
 def test_bases_of_two_channels_are_refused():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hmn.config.containers import ImageConfig
-from hmn.containers.image import RawImages, RawShape, fill, shape_of
+from hmn.containers.image import RawImages, RawShape, fill
 from tests.real_images import RandomImages
 
 DATA = {"classes": 2, "channels": 3, "image_size": 8}
@@ -17,7 +17,7 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 def made(init: str = "real", pixel_space: str = "unit", instances: int = 3, seed: int = 0):
     config = ImageConfig(name="image", init=init, pixel_space=pixel_space)
-    shape = shape_of(fill(config, images_per_class=instances, **DATA), **DATA)
+    shape = RawShape.of(fill(config, images_per_class=instances, **DATA), **DATA)
     if pixel_space == "normalised":
         shape = dataclasses.replace(shape, mean=MEAN, std=STD)
     container, real = RawImages(shape, instances), RandomImages(2, 3, 8)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hmn.budget import budget_floats
 from hmn.config.containers import LinbaConfig
 from hmn.containers import KINDS, storage
-from hmn.containers.linba import LinbaShape, LinearBases, fill, shape_of
+from hmn.containers.linba import LinbaShape, LinearBases, fill
 from hmn.errors import ConfigError
 
 SMALL = LinbaShape(classes=2, channels=3, image_size=8, bases=5)
@@ -35,7 +35,7 @@ def started(shape: LinbaShape = SMALL, instances: int = 3, seed: int = 0) -> Lin
 
 
 def planned(data: dict[str, int], images_per_class: int, **changes: object) -> LinbaShape:
-    return shape_of(fill(configured(**changes), **data, images_per_class=images_per_class), **data)
+    return LinbaShape.of(fill(configured(**changes), **data, images_per_class=images_per_class), **data)
 
 
 @torch.no_grad()

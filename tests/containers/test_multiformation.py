@@ -15,7 +15,7 @@ from torch import Tensor
 from hmn.budget import budget_floats
 from hmn.config.containers import MultiformationConfig
 from hmn.containers import rebuild, storage
-from hmn.containers.multiformation import BOUND, Multiformation, MultiformationShape, bound_forms, fill, shape_of
+from hmn.containers.multiformation import BOUND, Multiformation, MultiformationShape, bound_forms, fill
 from hmn.errors import ConfigError
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -28,7 +28,7 @@ def configured(**changes: object) -> MultiformationConfig:
 def made(instances: int = 2, side: int = 8, classes: int = 2, **changes: object) -> Multiformation:
     """With noise in it; ``changes`` are of the configuration."""
     config = fill(configured(init="noise", **changes))
-    shape = shape_of(config, classes=classes, channels=3, image_size=side)
+    shape = MultiformationShape.of(config, classes=classes, channels=3, image_size=side)
     if config.pixel_space == "normalised":
         shape = dataclasses.replace(shape, mean=MEAN, std=STD)
     container = Multiformation(shape, instances)
@@ -316,7 +316,7 @@ def test_other_images_are_not_tied(changes):
 def test_any_factor_stores_exactly_the_budget(data, images_per_class, factor):
     (classes, side), decode = data, "multi" if factor == 3 else "single"
     config = fill(configured(factor=factor, decode=decode))
-    shape = shape_of(config, classes=classes, channels=3, image_size=side)
+    shape = MultiformationShape.of(config, classes=classes, channels=3, image_size=side)
     found = storage(shape, images_per_class, 0.0)
     assert found.stored_floats(classes) == budget_floats(images_per_class, classes, 3, side)
     assert found.instances == images_per_class
@@ -327,7 +327,7 @@ def test_any_factor_stores_exactly_the_budget(data, images_per_class, factor):
 def test_a_factor_that_makes_tiles_of_padding_alone_is_refused(factor, decode):
     # 8 by 6: six tiles of two pixels, the last two of them outside; by 8 single pixels, but by 5 and 6 not.
     with pytest.raises(ConfigError, match=rf"container\.factor={factor}: .*decode={decode}.*dataset\.image_size=8"):
-        shape_of(fill(configured(factor=factor, decode=decode)), classes=2, channels=3, image_size=8)
+        MultiformationShape.of(fill(configured(factor=factor, decode=decode)), classes=2, channels=3, image_size=8)
 
 
 def test_the_specification_of_a_whole_container_rebuilds_it():

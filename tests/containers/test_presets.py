@@ -12,7 +12,7 @@ from hmn.budget import budget_floats
 from hmn.config import HmnConfig
 from hmn.containers import Storage, presets, storage
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape, make_decoder
-from hmn.containers.presets import PRESETS, by_distance, hmn_shape, latent_side, with_preset
+from hmn.containers.presets import PRESETS, by_distance, latent_side, with_preset
 from hmn.errors import ConfigError
 
 
@@ -30,7 +30,7 @@ def shape_of(preset: str, **changes: object) -> HmnShape:
         images_per_class=row.images_per_class,
     )
     channels = 1 if preset.startswith("digits") else 3
-    return hmn_shape(filled, classes=row.classes, channels=channels, image_size=row.image_size)
+    return HmnShape.of(filled, classes=row.classes, channels=channels, image_size=row.image_size)
 
 
 def on_meta(shape: HmnShape, images_per_class: int) -> HierarchicalMemory:
@@ -250,9 +250,9 @@ def test_auto_passes_over_rows_that_the_budget_does_not_pay_for(size, classes):
     data = dict(classes=classes, channels=3, image_size=size)
     with pytest.raises(ConfigError, match="over the budget"):
         named = with_preset(configured(preset=first), images_per_class=1, **data)
-        storage(hmn_shape(named, **data), 1, 0.1)
+        storage(HmnShape.of(named, **data), 1, 0.1)
     filled = with_preset(configured(), images_per_class=1, **data)
-    assert storage(hmn_shape(filled, **data), 1, 0.1).images_per_class >= 1
+    assert storage(HmnShape.of(filled, **data), 1, 0.1).images_per_class >= 1
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_the_latent_side_keeps_as_many_doublings_as_divide_the_image(preset, siz
     assert latent_side(PRESETS[preset], size) == side
     filled = with_preset(configured(preset=preset), classes=10, image_size=size, images_per_class=1)
     assert filled.latent_side == side
-    shape = hmn_shape(filled, classes=10, channels=3, image_size=size)
+    shape = HmnShape.of(filled, classes=10, channels=3, image_size=size)
     assert on_meta(shape, 1).decode(torch.tensor([0], device="meta")).shape == (1, 3, size, size)
 
 
@@ -301,7 +301,7 @@ def test_each_field_can_be_given_and_the_preset_fills_the_others(key, value):
         for given in ({}, {key: value})
     )
     assert getattr(plain, key) != value
-    shapes = [vars(hmn_shape(config, classes=10, channels=3, image_size=32)) for config in (plain, changed)]
+    shapes = [vars(HmnShape.of(config, classes=10, channels=3, image_size=32)) for config in (plain, changed)]
     assert shapes[1] == shapes[0] | {key: value}
 
 

@@ -44,7 +44,7 @@ def started(shape: SpeedShape = SMALL, instances: int = 3, seed: int = 0) -> Spa
 
 def planned(data: dict[str, int], images_per_class: int = 1, **changes: object) -> SpeedShape:
     kind = KINDS["speed"]
-    return kind.shape_of(kind.fill(configured(**changes), **data, images_per_class=images_per_class), **data)
+    return kind.shape.of(kind.fill(configured(**changes), **data, images_per_class=images_per_class), **data)
 
 
 def everything(container: SparseCodes) -> Tensor:

@@ -118,7 +118,7 @@ SHARES = [0.0, 0.1, 0.25, 0.5, 0.75, 0.999]
 @pytest.mark.parametrize("name", COLOURS)
 def test_a_colour_operator_follows_its_formula(name, channels):
     images = noise(len(SHARES), 5, channels)
-    drawn = Draw(size=5, alternatives=(), **{name: torch.tensor(SHARES, dtype=torch.float64)})
+    drawn = Draw(alternatives=(), **{name: torch.tensor(SHARES, dtype=torch.float64)})
     rule = {"brightness": naive_brightness, "saturation": naive_saturation, "contrast": naive_contrast}[name]
     expected = torch.stack([rule(image, u) for image, u in zip(images, SHARES, strict=True)])
     torch.testing.assert_close(augment.apply(images, drawn), expected, rtol=0, atol=1e-12)
@@ -126,13 +126,13 @@ def test_a_colour_operator_follows_its_formula(name, channels):
 
 def test_colours_at_their_neutral_share_change_nothing():
     images, half = noise(3, 6), torch.full((3,), 0.5, dtype=torch.float64)
-    drawn = Draw(size=6, alternatives=(), brightness=half, saturation=half, contrast=half)
+    drawn = Draw(alternatives=(), brightness=half, saturation=half, contrast=half)
     torch.testing.assert_close(augment.apply(images, drawn), images, rtol=0, atol=1e-12)
 
 
 def test_flip_mirrors_columns_of_the_drawn_images_only():
     images = noise(3, 5)
-    found = augment.apply(images, Draw(size=5, alternatives=(), flip=torch.tensor([True, False, True])))
+    found = augment.apply(images, Draw(alternatives=(), flip=torch.tensor([True, False, True])))
     assert torch.equal(found, torch.stack([images[0].flip(2), images[1], images[2].flip(2)]))
 
 
@@ -146,7 +146,7 @@ def test_shift_is_exact_for_every_offset_and_fills_with_zero(size, reach):
 
 def test_crop_moves_only_the_images_it_is_chosen_for():
     images, crop = noise(2, 8), torch.tensor([[1, -2], [1, -2]])
-    drawn = Draw(size=8, alternatives=("crop", "rotate"), chosen=torch.tensor([0, 1]), crop=crop, rotate=torch.zeros(2))
+    drawn = Draw(alternatives=("crop", "rotate"), chosen=torch.tensor([0, 1]), crop=crop, rotate=torch.zeros(2))
     found = augment.apply(images, drawn)
     assert torch.equal(found[0], naive_crop(images[0], 1, -2))
     close(found[1], images[1])
@@ -172,14 +172,14 @@ def test_cutout_hides_at_most_16_by_16_of_32_pixels_and_a_quarter_of_that_in_a_c
 @pytest.mark.parametrize("factors", [(1.0, 1.0), (0.9, 1.15), (1 / 1.2, 1.2)])
 def test_scale_resamples_by_its_own_factors_in_x_and_y(factors):
     images = noise(1, 9)
-    drawn = Draw(size=9, alternatives=("scale",), chosen=torch.zeros(1), scale=torch.tensor([factors]))
+    drawn = Draw(alternatives=("scale",), chosen=torch.zeros(1), scale=torch.tensor([factors]))
     close(augment.apply(images, drawn), naive_scale(images[0], *factors)[None])
 
 
 def test_a_factor_below_one_zooms_in():
     images = torch.zeros(1, 1, 12, 12)
     images[..., 3:9, 3:9] = 1
-    drawn = Draw(size=12, alternatives=("scale",), chosen=torch.zeros(1), scale=torch.tensor([[1 / 1.2, 1.0]]))
+    drawn = Draw(alternatives=("scale",), chosen=torch.zeros(1), scale=torch.tensor([[1 / 1.2, 1.0]]))
     found = augment.apply(images, drawn)[0, 0]
     assert found[6].sum() > 6.5  # wider along x
     assert found[:, 6].sum() == pytest.approx(6, abs=1e-4)  # as high as before
@@ -189,7 +189,7 @@ def test_a_factor_below_one_zooms_in():
 def test_rotate_resamples_by_its_own_angle(degrees):
     images = noise(1, 9)
     angle = math.radians(degrees)
-    drawn = Draw(size=9, alternatives=("rotate",), chosen=torch.zeros(1), rotate=torch.tensor([angle]))
+    drawn = Draw(alternatives=("rotate",), chosen=torch.zeros(1), rotate=torch.tensor([angle]))
     close(augment.apply(images, drawn), naive_rotate(images[0], angle)[None])
 
 
@@ -315,8 +315,9 @@ def test_strategy_none_leaves_images_and_generator_as_they_were():
         ("none", "none"),
     ],
 )
-def test_without_flip_drops_flip_alone(strategy, expected):
-    assert augment.without_flip(strategy) == expected
+def test_where_a_mirror_is_not_allowed_flip_alone_goes(strategy, expected):
+    assert augment.usable(strategy, False) == expected
+    assert augment.usable(strategy, True) == strategy
 
 
 # The composition (one operator of all, as DSA)
@@ -327,7 +328,7 @@ def naive_one_of_all(image: Tensor, drawn: Draw, i: int) -> Tensor:
     name = drawn.alternatives[int(drawn.chosen[i])]
     if name == "color":
         colours = {colour: getattr(drawn, colour)[i : i + 1] for colour in COLOURS}
-        return naive(image, Draw(size=drawn.size, alternatives=(), **colours), 0)
+        return naive(image, Draw(alternatives=(), **colours), 0)
     if name == "flip":
         return image.flip(-1) if drawn.flip[i] else image
     if name == "crop":
@@ -365,7 +366,7 @@ def test_a_batch_that_a_network_trains_on_shares_the_operator_but_not_its_parame
 
 def test_one_operator_of_all_is_siamese_by_repetition_and_comes_back_from_its_tensors():
     drawn = augment.draw(EVERYTHING, 5, 8, generator(), rule="vico", one_choice=False)
-    again = augment.drawn(EVERYTHING, 8, drawn.tensors(), "vico")
+    again = augment.drawn(EVERYTHING, drawn.tensors(), "vico")
     images = noise(5, 8)
     expected = torch.stack([naive_one_of_all(image, drawn, i) for i, image in enumerate(images)])
     close(augment.apply(images.repeat_interleave(3, 0), again.repeat(3)), expected.repeat_interleave(3, 0))
@@ -400,7 +401,7 @@ def test_a_siamese_draw_gives_real_and_synthetic_images_of_a_group_the_same_para
 def test_groups_of_different_sizes_repeat_their_own_parameters():
     drawn = augment.draw("color_crop_cutout_flip", 3, 8, generator(), one_choice=False)
     grown = drawn.repeat(torch.tensor([2, 0, 3]))
-    assert (grown.size, grown.alternatives) == (8, ("crop",))
+    assert grown.alternatives == ("crop",)
     for name in ("flip", *COLOURS, "chosen", "crop", "cutout"):
         values = getattr(drawn, name).tolist()
         assert getattr(grown, name).tolist() == [values[i] for i in (0, 0, 2, 2, 2)]
@@ -460,7 +461,7 @@ def test_a_whole_strategy_has_the_right_gradient(seed):
 def test_rotating_is_torchvisions(degrees):
     images = noise(3, 32)
     turned = {"chosen": torch.zeros(3, dtype=torch.int64), "rotate": torch.full((3,), math.radians(degrees))}
-    found = augment.apply(images, augment.drawn("rotate", 32, turned))
+    found = augment.apply(images, augment.drawn("rotate", turned))
     torch.testing.assert_close(found, torchvision_affine(images, angle=-degrees, scale=1.0), rtol=0, atol=1e-4)
 
 
@@ -468,7 +469,7 @@ def test_rotating_is_torchvisions(degrees):
 def test_scaling_both_axes_alike_is_torchvisions(factor):
     images = noise(3, 32)
     scaled = {"chosen": torch.zeros(3, dtype=torch.int64), "scale": torch.full((3, 2), factor)}
-    found = augment.apply(images, augment.drawn("scale", 32, scaled))
+    found = augment.apply(images, augment.drawn("scale", scaled))
     torch.testing.assert_close(found, torchvision_affine(images, angle=0.0, scale=1 / factor), rtol=0, atol=1e-4)
 
 

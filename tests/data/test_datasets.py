@@ -31,7 +31,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def load(config: DatasetConfig, seed: int = 0) -> datasets.RealData:
-    return datasets.load(config, Path("absent"), generator(seed), progress=False)
+    return datasets.load(config, Path("absent"), generator(seed))
 
 
 def digits(**changes: object) -> DatasetConfig:

@@ -37,7 +37,7 @@ def config(root: Path, **changes: object) -> DatasetConfig:
 
 def load(root: Path, **changes: object) -> datasets.RealData:
     generator = torch.Generator().manual_seed(0)
-    return datasets.load(config(root, **changes), Path("absent"), generator, progress=False)
+    return datasets.load(config(root, **changes), Path("absent"), generator)
 
 
 def peek(root: Path, **changes: object) -> Shape:
@@ -159,7 +159,7 @@ def test_images_that_memory_cannot_hold_are_counted(monkeypatch):
 
     monkeypatch.setattr(images.np, "empty", full)
     with pytest.raises(DataError, match="^train: 1024 images of side 1024 take 3 GiB of memory: lower dataset.image_s"):
-        images.stack_files([Path("a.png")] * 1024, 1024, 3, "train", progress=False)
+        images.stack_files([Path("a.png")] * 1024, 1024, 3, "train")
 
 
 def test_many_files_stay_in_the_order_of_their_names(tmp_path):
@@ -167,7 +167,7 @@ def test_many_files_stay_in_the_order_of_their_names(tmp_path):
     for i in range(count):
         save(tmp_path / "ant" / f"{i:04}.png", np.full((4, 4, 3), [i % 256, i // 256, 7], np.uint8))
     paths = folder.class_files(tmp_path, ["ant"]).per_class[0]
-    stacked, modes = images.stack_files(paths, 4, 3, "train", progress=False)
+    stacked, modes = images.stack_files(paths, 4, 3, "train")
     pixels = stacked[:, :, 2, 1].long()
     assert (pixels[:, 0] + 256 * pixels[:, 1]).tolist() == list(range(count))
     assert modes == ["RGB"] * count

@@ -30,7 +30,7 @@ from hmn.explain import explain
 def load(kind: str, data_dir: Path, **changes: object) -> datasets.RealData:
     settings = {"kind": kind, "image_size": 32, "held_out_fraction": 0.0, "download": False, "std": [1.0, 1.0, 1.0]}
     generator = torch.Generator().manual_seed(0)
-    return datasets.load(DatasetConfig(**settings | changes), data_dir, generator, progress=False)
+    return datasets.load(DatasetConfig(**settings | changes), data_dir, generator)
 
 
 def md5(content: bytes) -> str:
