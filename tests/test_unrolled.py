@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from hmn import experts
@@ -473,6 +473,18 @@ def test_haba_has_its_adversary_and_trajectory_matching_its_experts(tmp_path: Pa
     assert work.adversary.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert len(work.run_step()[0]) == 2
     assert len(list(tmp_path.glob("experts/*/expert-0000.safetensors"))) == 1
+
+
+@pytest.mark.parametrize(("side", "depth"), [(4, 2), (7, 2), (8, 3), (32, 3)])
+def test_the_network_that_tells_styles_apart_has_haba_s_depth_or_what_leaves_a_pixel(
+    tmp_path, monkeypatch, side, depth
+):
+    monkeypatch.setattr("hmn.build.student.experts", lambda _: [])
+    shape = HabaShape(classes=CLASSES, channels=3, image_size=side, base_channels=3, styles=2)
+    container = Haba(shape, 2)
+    container.initialise(generator(0), HabaConfig(name="haba", init="noise"), None)
+    work = condensation(shop(tmp_path, "container=haba"), container)
+    assert sum(isinstance(module, nn.Conv2d) for module in work.adversary.network.modules()) == depth
 
 
 def test_a_student_is_trained_by_all_settings_of_its_objective(tmp_path: Path):
