@@ -89,7 +89,7 @@ def of_real(folder: Path, count: int, side: int, channels: int) -> dict[str, Any
         if len(files) < count:
             raise DataError(f"{folder / name}: {len(files)} images, {count} are compared")
         chosen += [files[position * len(files) // count] for position in range(count)]
-    images, _ = stack_files(chosen, side, channels, "real images", progress=False)
+    images, _ = stack_files(chosen, side, channels, "real images")
     row = {"set": f"real, {folder}", "images_per_class": count}
     return row | measures(images / 255, torch.arange(len(names)).repeat_interleave(count))
 

@@ -8,14 +8,17 @@ import torch
 # By the minutes they take. Files that start late leave the other processes idle at the end.
 LONG = (
     "test_smoke.py",
-    "test_bad_luck.py",
     "test_table_files.py",
     "test_launchers.py",
+    "test_bad_luck.py",
     "test_condensations.py",
-    "test_resume.py",
     "test_distributed.py",
-    "test_refusals.py",
     "test_cli.py",
+    "test_search.py",
+    "test_unroll.py",
+    "test_planning.py",
+    "test_plan.py",
+    "test_resume.py",
 )
 
 
