@@ -49,11 +49,10 @@ def train_judges(
 ) -> dict[str, Tensor]:
     """Train ``count`` fresh networks on ``images``; returns ``memo``, as :func:`hmn.training.train_networks` says.
 
-    ``stream`` names their random numbers, ``slot``, where it is not the same, their checkpoint.
+    ``stream`` names their random numbers, ``slot``, where it is not the same, their checkpoint, bar and complaints.
     """
-    slot = slot or stream
     make = functools.partial(judge.training, images, recipe, stream)
-    return train_networks(count, make, observe, memo, judge.checkpoints, slot, slot, judge.together)
+    return train_networks(count, make, observe, memo, judge.checkpoints, slot or stream, judge.together)
 
 
 @dataclass(frozen=True, kw_only=True)

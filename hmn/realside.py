@@ -9,8 +9,9 @@ and DSA), nothing (DM).
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,21 +34,26 @@ Choice = dict[str, Tensor]
 Synthetic = Callable[[], tuple[Tensor, Tensor]]  # all decoded images (N, channels, H, W) and labels (N,), detached
 
 
-class RealSide(Protocol):
+class RealSide(ABC):
     """What a condensation needs of the real images; by default nothing is drawn on the device and no network trains."""
 
+    @abstractmethod
     def begin(self, step: int) -> None:
         """Make the network of matching step ``step``, which is at least the one before."""
 
+    @abstractmethod
     def choose(self, classes: Tensor) -> Choice:
         """What the coming match of ``classes`` (k,), on the host, uses."""
 
+    @abstractmethod
     def parameters(self, choice: Choice) -> Parameters:
         """The matched network's."""
 
+    @abstractmethod
     def draw(self, choice: Choice, count: int) -> augment.Draw:
         """One siamese augmentation for each of the chosen classes, (k,)."""
 
+    @abstractmethod
     def real(self, choice: Choice, drawn: augment.Draw, part: slice) -> Tensor | Parameters:
         """For the classes ``part`` of the choice: augmented images (k, B, ...), or tensors by name, (k, ...) each."""
 
@@ -57,6 +63,7 @@ class RealSide(Protocol):
 
     def update(self, choice: Choice, synthetic: Synthetic | None = None) -> None:
         """Move the network on before the next step; ``synthetic`` is called where it trains on the synthetic set."""
+        return
 
     def generators(self) -> list[torch.Generator]:
         """Those that the device draws from after a choice."""
@@ -66,8 +73,10 @@ class RealSide(Protocol):
         """What an update changes in place."""
         return []
 
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]: ...
 
+    @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 

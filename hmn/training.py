@@ -295,15 +295,15 @@ def train_networks(
     memo: dict[str, Tensor],
     checkpoints: Checkpoints,
     slot: str,
-    label: str,
     together: int = 1,
 ) -> dict[str, Tensor]:
     """Train networks 0 .. count - 1, at most ``together`` at once, calling ``observe`` after every epoch.
 
     ``make`` and ``observe`` get the consecutive networks that are trained at once. ``observe`` writes what it measures
     into the tensors of ``memo``, which start from zero and are checkpointed with the training in ``slot``: an
-    interrupted call that is made again goes on where it was. Several processes deal the groups out among themselves and
-    sum their memos. Returns ``memo``. Raises ``Diverged`` if a network's loss is not finite.
+    interrupted call that is made again goes on where it was. Bar and complaints say ``slot``, too. Several processes
+    deal the groups out among themselves and sum their memos. Returns ``memo``. Raises ``Diverged`` if a network's loss
+    is not finite.
     """
     world = distributed.world()
     together = min(together, math.ceil(count / world))
@@ -331,14 +331,14 @@ def train_networks(
             return {**group, "training": training.state_dict(), "memo": memo}
 
         numbers = f"{first + 1}-{networks.stop}" if len(networks) > 1 else f"{first + 1}"
-        title, epochs, hidden = f"{label} {numbers}/{count}", training.recipe.epochs, not distributed.first()
+        title, epochs, hidden = f"{slot} {numbers}/{count}", training.recipe.epochs, not distributed.first()
         with tqdm(total=epochs, initial=training.epoch, desc=title, unit="epoch", leave=False, disable=hidden) as bar:
             while not training.finished:
                 losses = training.run_epoch()
                 for index, loss in zip(networks, losses, strict=True):
                     if not math.isfinite(loss):
                         raise Diverged(
-                            f"{label} {index + 1}/{count}: the training loss of this network is {loss} after epoch "
+                            f"{slot} {index + 1}/{count}: the training loss of this network is {loss} after epoch "
                             f"{training.epoch}: lower its learning rate"
                         )
                 observe(networks, training, memo)

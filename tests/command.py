@@ -99,10 +99,16 @@ class Outcome:
         return line
 
 
-def _serve() -> None:
-    """Have the server run. It is started from the project's folder, or it would not find ``tests.warm``."""
-    with _starting, contextlib.chdir(ROOT):
+@functools.cache
+def _start_server() -> None:
+    with contextlib.chdir(ROOT):
         forkserver.ensure_running()
+
+
+def serve() -> None:
+    """Before a process is started: have the server run, from the project's folder, where it finds ``tests.warm``."""
+    with _starting:
+        _start_server()
 
 
 class Command:
@@ -122,7 +128,7 @@ class Command:
             args=(str(program), str(folder), list(arguments), str(self._outputs), dict(environment)),
             daemon=True,
         )
-        _serve()
+        serve()
         self.process.start()
 
     def finish(self) -> Outcome:

@@ -36,7 +36,19 @@ from hmn.objectives.gradient import matching_step, real_gradients, stored_step
 from hmn.prune import area_under_margin
 from hmn.realside import LiveSide, SyntheticSide
 from hmn.training import Recipe, train_networks, training_step
-from tests.command import ROOT, TINY, WAIT_SECONDS, Command, meeting, processes, run, run_several, start, start_several
+from tests.command import (
+    ROOT,
+    TINY,
+    WAIT_SECONDS,
+    Command,
+    meeting,
+    processes,
+    run,
+    run_several,
+    serve,
+    start,
+    start_several,
+)
 
 CPU = Compute(torch.device("cpu"))
 LOST = "another process of this run was lost; the same command goes on from the last checkpoint"
@@ -194,7 +206,7 @@ def dealt_out(folder: Path) -> list[float]:
     def observe(networks: range, training: OneEpoch, memo: dict[str, Tensor]) -> None:
         memo["times"][list(networks)] += 1
 
-    return train_networks(5, OneEpoch, observe, trained, checkpoints, "dealt", "train")["times"].tolist()
+    return train_networks(5, OneEpoch, observe, trained, checkpoints, "dealt")["times"].tolist()
 
 
 def exchanged(here: Path, alone: Path) -> dict[str, Any]:
@@ -274,6 +286,7 @@ def several(tmp_path_factory) -> Callable[[int], list[dict[str, Any]]]:
         with meeting(count) as environments:
             arguments = [(environment, folder, alone) for environment in environments]
             workers = [processes.Process(target=_one_of_several, args=each, daemon=True) for each in arguments]
+            serve()
             for worker in workers:
                 worker.start()
             for worker in workers:

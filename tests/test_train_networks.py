@@ -38,7 +38,7 @@ def train_three(checkpoints: Checkpoints, observe=observe, together: int = 1) ->
         return training(seeds=networks)
 
     memo = {"sum": torch.zeros(3, dtype=torch.float64), "epochs": torch.zeros(3, dtype=torch.int64)}
-    return train_networks(3, make, observe, memo, checkpoints, "networks", "networks", together), made
+    return train_networks(3, make, observe, memo, checkpoints, "networks", together), made
 
 
 GROUPS = {1: [range(1), range(1, 2), range(2, 3)], 2: [range(2), range(2, 3)], 3: [range(3)], 7: [range(3)]}
@@ -66,7 +66,7 @@ def test_a_bar_says_which_networks_are_trained(tmp_path: Path, monkeypatch, toge
     monkeypatch.setattr(trainer, "tqdm", lambda *args, **options: titles.append(options["desc"]) or bar(**options))
     count = groups[-1].stop
     arguments = (count, lambda networks: training(seeds=networks), lambda *_: None, {}, Checkpoints(tmp_path, 1e9))
-    train_networks(*arguments, "slot", "score", together)
+    train_networks(*arguments, "score", together)
     assert titles == (
         ["score 1/3", "score 2/3", "score 3/3"] if together == 1 else ["score 1-2/5", "score 3-4/5", "score 5/5"]
     )
@@ -93,7 +93,7 @@ def test_a_loss_that_is_not_finite_in_any_batch_stops_training_and_names_the_net
 
     message = r"^judge 2/3: the training loss of this network is inf after epoch 2: lower its learning rate$"
     with pytest.raises(Diverged, match=message):
-        train_networks(3, make, lambda *_: None, {}, Checkpoints(tmp_path, 1e9), "slot", "judge", together)
+        train_networks(3, make, lambda *_: None, {}, Checkpoints(tmp_path, 1e9), "judge", together)
 
 
 def test_a_network_that_diverges_leaves_the_others_as_they_are():

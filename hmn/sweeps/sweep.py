@@ -238,8 +238,9 @@ def _set_aside_others(sweep: Sweep, planned: Sequence[Planned]) -> bool:
         return False
     if sweep.settings.other_code == "repeat":
         for code, folder in others.values():
-            clear(folder / "checkpoints")  # of a run that was killed after its result: they would give it again
-            (folder / results.FILE).rename(folder / f"result-{code}.json")
+            with exclusive(folder):  # a run that has just written its result clears them, too
+                clear(folder / "checkpoints")  # of one that was killed after its result: they would give it again
+                (folder / results.FILE).rename(folder / f"result-{code}.json")
         return True
     codes = ", ".join(sorted({code for code, _ in others.values()}))
     raise ConfigError(

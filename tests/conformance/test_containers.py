@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 
@@ -430,3 +431,14 @@ def test_a_clipped_gradient_has_the_norm_that_it_is_clipped_to_and_the_report_it
     free = MAKERS["linba"]()
     _, same = condensation(free, **sgd, gradient_clip=1e9).run_step()
     assert same == norms
+
+
+NOT_CONFIGURED = {"multiformation": {"tiles"}, "speed": {"sparse"}, "coreset": {"pixel_space"}}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_shape_takes_all_but_the_data_s_own_from_the_configuration(name):
+    """By name: a field that is called otherwise there would be left at its default."""
+    shape = {item.name for item in dataclasses.fields(KINDS[name].shape)}
+    left = shape - vars(CONFIGS[name](name=name)).keys() - {"classes", "channels", "image_size", "mean", "std"}
+    assert left == NOT_CONFIGURED.get(name, set())

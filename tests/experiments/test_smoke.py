@@ -43,9 +43,9 @@ def folder(tmp_path_factory):
 def test_the_smoke_variant_of_every_table_runs_and_is_rendered(name, folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(tempfile, "tempdir", str(folder))  # whose slots are nobody else's
-    # The launcher's alone: matplotlib asks fc-list for fonts when it is first imported on a machine.
     for counted in ("expected_flops", "making_flops"):  # which each run counts itself
         monkeypatch.setattr(Plan, counted, 0.0)
+    # The launcher's alone: matplotlib asks fc-list for fonts when it is first imported on a machine.
     monkeypatch.setattr(attempt, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": Forked}))
     settings = [*SETTINGS, *PARTS.get(name, [])]
     sweep = of_arguments([f"experiment={name}", *settings], "")

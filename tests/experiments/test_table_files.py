@@ -1,4 +1,4 @@
-"""Every file of experiments/tables/: all its cells compose, and what it says of itself is so."""
+"""Every file of experiments/tables/: all that its cells are made of composes, and what it says of itself is so."""
 
 from __future__ import annotations
 
@@ -46,10 +46,11 @@ def first_of_each(table: Table) -> list[Cell]:
 
 
 def in_pairs(table: Table) -> list[Cell]:
-    """So many of :func:`first_of_each` that any two labels that meet in a cell meet in one of these; what they read."""
+    """So many of :func:`first_of_each` that labels and settings that meet in a cell do so in these; what they read."""
     cells, met, names = first_of_each(table), set(), set()
     for cell in cells:
-        if new := {*itertools.combinations(sorted(cell.labels.items()), 2), *cell.labels.items()} - met:
+        labels = sorted(cell.labels.items())
+        if new := {*itertools.combinations(labels, 2), *itertools.product(labels, cell.overrides)} - met:
             met |= new
             names |= {cell.name, *cell.reads}
     return [cell for cell in cells if cell.name in names]

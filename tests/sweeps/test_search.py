@@ -29,7 +29,7 @@ from hmn.sweeps import search as searching
 from hmn.sweeps.attempt import FAILURE, Outcome, Task
 from hmn.sweeps.search import JOURNAL, search
 from hmn.tracking import read_metrics
-from tests.command import ROOT, TINY, WAIT_SECONDS, processes
+from tests.command import ROOT, TINY, WAIT_SECONDS, processes, serve
 
 FIXED = (*TINY, "evaluation.curve_points=2", "evaluation.curve_epochs=1")
 SPACE = ("objective.memory_lr=tag(log,interval(1e-3,1e-1))", "pruning.beta=choice(0.0,0.5,1.0)")
@@ -432,6 +432,7 @@ def test_a_search_killed_for_real_continues_its_run_and_loses_no_trial(tmp_path)
 
 def start(folder: Path, arguments: Sequence[str]) -> Any:
     process = processes.Process(target=_sweep, args=(str(folder), ["search", *arguments]), daemon=True)
+    serve()
     process.start()
     return process
 
