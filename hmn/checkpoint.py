@@ -18,9 +18,8 @@ import torch
 
 from hmn import distributed
 from hmn.config import require
-from hmn.errors import ArtifactError, Busy, DataError, Interrupted
+from hmn.errors import STOP_SIGNALS, ArtifactError, Busy, DataError, Interrupted
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LOCK = ".lock"
 LOOK_SECONDS = 0.1  # a look at who holds a folder holds it for an instant itself
 

@@ -1,5 +1,9 @@
 """The errors a person can mend: one line each, that tells what to do."""
 
+import signal
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
 
 class HmnError(Exception):
     """Printed as one line, without a traceback; ``exit_code`` is the process's."""

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from hmn import checkpoint
-from hmn.checkpoint import STOP_SIGNALS, Checkpoints, Stop, atomic_write, clear, exclusive, write_text
-from hmn.errors import ArtifactError, ConfigError, DataError, HmnError, Interrupted
+from hmn.checkpoint import Checkpoints, Stop, atomic_write, clear, exclusive, write_text
+from hmn.errors import STOP_SIGNALS, ArtifactError, ConfigError, DataError, HmnError, Interrupted
 
 ROOT = Path(__file__).parents[1]
 

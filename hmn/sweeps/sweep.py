@@ -24,11 +24,11 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from tqdm import tqdm
 
 from hmn import results
-from hmn.checkpoint import STOP_SIGNALS, clear, exclusive, write_text
+from hmn.checkpoint import clear, exclusive, write_text
 from hmn.config import CONF, LauncherConfig, SweepConfig, require, sections
 from hmn.config.identity import digest
 from hmn.config.sweeps import LocalConfig
-from hmn.errors import Busy, ConfigError, Interrupted
+from hmn.errors import STOP_SIGNALS, Busy, ConfigError, Interrupted
 from hmn.report import percent
 from hmn.sweeps import launchers, state
 from hmn.sweeps.attempt import Outcome, Task

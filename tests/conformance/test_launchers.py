@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -116,12 +117,12 @@ def interrupted_when(seen: Callable[[], Any]) -> Iterator[None]:
     def interrupt(*_: object) -> None:
         raise Interruption
 
-    previous = signal.signal(signal.SIGUSR2, interrupt)
+    previous = signal.signal(signal.SIGUSR1, interrupt)
     try:
-        with meanwhile(seen, lambda: os.kill(os.getpid(), signal.SIGUSR2)), pytest.raises(Interruption):
+        with meanwhile(seen, lambda: os.kill(os.getpid(), signal.SIGUSR1)), pytest.raises(Interruption):
             yield
     finally:
-        signal.signal(signal.SIGUSR2, previous)
+        signal.signal(signal.SIGUSR1, previous)
 
 
 def descendants(node: Any) -> set[int]:
@@ -324,9 +325,27 @@ def test_ray_goes_on_elsewhere_with_the_run_of_a_node_that_is_lost(
 def test_closing_ray_does_not_wait_for_runs_that_no_node_has_room_for(
     cluster: cluster_utils.Cluster, tmp_path: Path
 ) -> None:
-    with interrupted_when(ray.is_initialized):
+    with interrupted_when(ray.is_initialized):  # while Ray begins, where it would swallow what the handler raises
         do([stub(tmp_path, name, "pass") for name in "ab"], RayConfig(address=cluster.address, cpus=100))
     assert events(tmp_path) == []
+
+
+def test_a_signal_while_ray_takes_runs_has_these_save(
+    cluster: cluster_utils.Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = importlib.import_module("hmn.sweeps.launchers.ray")
+
+    def begin(*given: Any) -> Any:
+        begun = original(*given)
+        wait_until(lambda: events(tmp_path, "start"))
+        time.sleep(0.5)  # until the signal has come
+        return begun
+
+    original = engine._begin
+    monkeypatch.setattr(engine, "_begin", begin)
+    with interrupted_when(lambda: events(tmp_path, "start")):
+        do([stub(tmp_path, "a", "wait", "go")], RayConfig(address=cluster.address))
+    assert [line["event"] for line in events(tmp_path)] == ["start", "saved"]
 
 
 def test_ray_names_the_gpus_of_a_run(cluster: cluster_utils.Cluster, tmp_path: Path) -> None:
@@ -346,8 +365,6 @@ def test_ray_that_is_not_there_is_said_in_one_line(tmp_path: Path) -> None:
 
 
 def test_a_signal_to_another_thread_comes_after_what_must_not_be_cut_in_two() -> None:
-    from hmn.sweeps.launchers.submitit import _after_it
-
     seen: list[str] = []
     before = signal.signal(signal.SIGUSR1, lambda *_: seen.append("signal"))
     ready, end = threading.Event(), threading.Event()
@@ -359,12 +376,12 @@ def test_a_signal_to_another_thread_comes_after_what_must_not_be_cut_in_two() ->
     arrived.settimeout(WAIT_SECONDS)
     wakeup = signal.set_wakeup_fd(told.fileno())
     try:
-        with _after_it([signal.SIGUSR1]):
+        with launchers.uninterrupted():
             signal.pthread_kill(other.ident, signal.SIGUSR1)
             assert arrived.recv(1) == bytes([signal.SIGUSR1])
             seen.append("block")
         assert seen == ["block", "signal"]
-        with pytest.raises(RuntimeError), _after_it([signal.SIGUSR1]):
+        with pytest.raises(RuntimeError), launchers.uninterrupted():
             raise RuntimeError
         signal.raise_signal(signal.SIGUSR1)
         assert seen == ["block", "signal", "signal"]

@@ -17,7 +17,7 @@ from hmn import checkpoint, results
 from hmn.checkpoint import exclusive, write_text
 from hmn.config import sections
 from hmn.config.sweeps import LocalConfig
-from hmn.errors import ConfigError
+from hmn.errors import STOP_SIGNALS, ConfigError
 from hmn.sweeps import cli, planning
 from hmn.sweeps import sweep as sweep_module
 from hmn.sweeps.launchers import local
@@ -336,12 +336,12 @@ def test_planning_can_be_stopped_too(sweep, here, monkeypatch, signum):
     (sweep.folder / "plan.json").unlink()
     planning._plan.cache_clear()
     monkeypatch.setattr(planning, "compose", lambda overrides: os.kill(os.getpid(), signum))
-    before = [signal.getsignal(one) for one in checkpoint.STOP_SIGNALS]
+    before = [signal.getsignal(one) for one in STOP_SIGNALS]
     ended = here(sweep)
     assert (ended.code, ended.out) == (128 + signum, "")
     again = "python sweep.py " + " ".join((*SETTINGS, THREE))
     assert ended.err == f"stopped by {signum.name}; the same command goes on: {again}\n"
-    assert [signal.getsignal(one) for one in checkpoint.STOP_SIGNALS] == before
+    assert [signal.getsignal(one) for one in STOP_SIGNALS] == before
 
 
 # Slots

@@ -9,7 +9,7 @@ import queue
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future
 
@@ -17,7 +17,7 @@ from hmn.config.checks import require
 from hmn.config.sweeps import RayConfig
 from hmn.errors import ConfigError
 from hmn.sweeps.attempt import GRACE_SECONDS, Outcome, Task, attempt, lost
-from hmn.sweeps.launchers import Launched
+from hmn.sweeps.launchers import Launched, uninterrupted
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reads it while it is imported, and reports to its makers
 try:
@@ -72,26 +72,36 @@ def _run(task: Task, environment: dict[str, str], gate: ray.actor.ActorHandle) -
 
 
 def launch(tasks: Sequence[Task], settings: RayConfig) -> Launched:
-    with _connected(settings):
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        gate = _Gate.options(scheduling_strategy=here).remote()
-        run = _run.options(num_cpus=settings.cpus, num_gpus=settings.gpus)
-        environment = _environment(settings)
-        # While Ray itself waits it swallows what a signal's handler raises.
+    with contextlib.ExitStack() as stack:
+        # While Ray itself works or waits it swallows what a signal's handler raises.
+        with uninterrupted():
+            stack.enter_context(_connected(settings))
+            gate, running = _begin(tasks, settings)
+            stack.callback(_end, gate, running)
         ended: queue.SimpleQueue[Future[Outcome]] = queue.SimpleQueue()
-        running = {run.remote(task, environment, gate).future(): task for task in tasks}
         for future in running:
             future.add_done_callback(ended.put)
-        try:
-            while running:
-                future = ended.get()
-                yield _outcome(future, running.pop(future))
-        finally:
-            begun: set[str] = set()  # the others need not ever fit on a node
-            with contextlib.suppress(ray.exceptions.RayError):  # without its gate none is told to save
-                begun = gate.close.remote().future().result()
-            saving = [future for future, task in running.items() if task.run_id in begun]
-            futures.wait(saving, GRACE_SECONDS + ANSWER_SECONDS)  # one whose node was lost may never begin again
+        while running:
+            future = ended.get()
+            yield _outcome(future, running.pop(future))
+
+
+def _begin(tasks: Sequence[Task], settings: RayConfig) -> tuple[ray.actor.ActorHandle, dict[Future[Outcome], Task]]:
+    """The gate, on this node, of all ``tasks``, and what becomes of each."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    gate = _Gate.options(scheduling_strategy=here).remote()
+    run = _run.options(num_cpus=settings.cpus, num_gpus=settings.gpus)
+    environment = _environment(settings)
+    return gate, {run.remote(task, environment, gate).future(): task for task in tasks}
+
+
+def _end(gate: ray.actor.ActorHandle, running: Mapping[Future[Outcome], Task]) -> None:
+    """Have what runs save, and wait for it."""
+    begun: set[str] = set()  # the others need not ever fit on a node
+    with contextlib.suppress(ray.exceptions.RayError):  # without its gate none is told to save
+        begun = gate.close.remote().future().result()
+    saving = [future for future, task in running.items() if task.run_id in begun]
+    futures.wait(saving, GRACE_SECONDS + ANSWER_SECONDS)  # one whose node was lost may never begin again
 
 
 def _outcome(future: Future[Outcome], task: Task) -> Outcome:

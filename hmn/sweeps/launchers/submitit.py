@@ -17,13 +17,13 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hmn.config.sweeps import FINISH_TIMEOUT, SubmititConfig
-from hmn.errors import ConfigError
+from hmn.errors import STOP_SIGNALS, ConfigError
 from hmn.sweeps.attempt import Outcome, Task, attempt, lost
-from hmn.sweeps.launchers import Launched
+from hmn.sweeps.launchers import Launched, uninterrupted
 
 # By which SLURM tells all processes of a job of a time limit or of another's job, runs too: one that they know.
 os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # for the jobs
@@ -37,7 +37,6 @@ except ImportError:
 POLL_SECONDS = 0.5  # of the files that jobs leave
 QUEUE_SECONDS = 15.0  # between two questions to SLURM, which all its users share
 TIME_LIMITS = 100  # that a run may come to, one after another, before it counts as failed
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 CLOSED = "closed"  # the file that tells jobs to stop
 
 
@@ -149,7 +148,7 @@ class _Jobs:
         # Ctrl-C is the launcher's, but the terminal sends it to the local executor's processes too, unless blocked; and
         # sbatch is to end what it began.
         blocked = set(STOP_SIGNALS) if self._slurm else {signal.SIGINT}
-        with _after_it(STOP_SIGNALS):
+        with uninterrupted():
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
             try:
                 jobs = self._executor.map_array(Run(), tasks, [self._environment] * count, [self._closed] * count)
@@ -180,24 +179,6 @@ class _Jobs:
         )
         known = set(answer.stdout.split())
         return [job for job in self._running if answer.returncode or job.job_id in known]
-
-
-@contextlib.contextmanager
-def _after_it(signals: Collection[signal.Signals]) -> Iterator[None]:
-    """What stops the launcher must not come between submitting jobs and knowing of them: it comes after the block,
-    unless that fails.
-
-    Blocking is not enough, as another thread may be given the signal, and its handler runs in this one.
-    """
-    came: list[int] = []
-    handlers = {one: signal.signal(one, lambda signum, _frame: came.append(signum)) for one in signals}
-    try:
-        yield
-    finally:
-        for one, handler in handlers.items():
-            signal.signal(one, handler)
-    for signum in came[:1]:
-        signal.raise_signal(signum)
 
 
 def _array(job: submitit.Job) -> str:
