@@ -59,6 +59,8 @@ def _work(plan: Plan, folder: Path, stop: Stop) -> dict[str, Any]:
     print(f"{plan.run_id} on {results.device_name(chosen.device)}, {chosen.precision}, ", end="")
     print("compiled" if chosen.compiled else "not compiled", end="")
     print(f", {distributed.world()} processes" if distributed.world() > 1 else "")
+    if chosen.precision != config.compute.precision:
+        print(f"compute.precision={config.compute.precision}: this machine has no such arithmetic, so fp32 it is")
     plain = _plain(config)
     provenance = results.provenance()  # of the code that runs, not of what it is edited to meanwhile
     with _tracker(plan, folder) as tracker:
@@ -91,6 +93,7 @@ def _work(plan: Plan, folder: Path, stop: Stop) -> dict[str, Any]:
             "network": networks.full_name(config.network, plan.data.image_size),
             "profile": "experts" if config.mode == "experts" else config.evaluation.profile,
             "device": results.device_name(chosen.device),
+            "precision": chosen.precision,
             "compiled": chosen.compiled,
             "compile_seconds": list(compute.compile_seconds),
             "processes": distributed.world(),

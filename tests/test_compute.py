@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,10 +30,12 @@ def gpus(monkeypatch: pytest.MonkeyPatch):
     """Make torch see so many GPUs; gives those that were made the current one."""
     current: list[torch.device] = []
 
-    def see(count: int) -> list[torch.device]:
+    def see(count: int, generation: int = 9) -> list[torch.device]:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "set_device", current.append)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=generation))
         return current
 
     return see
@@ -215,12 +218,26 @@ def test_fp32_is_not_tf32_whatever_cudnn_would_do(gpus, precision):
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_precision_is_that_of_convolutions_and_nothing_stored(precision: str, dtype: torch.dtype):
+def test_precision_is_that_of_convolutions_and_nothing_stored(monkeypatch, precision: str, dtype: torch.dtype):
+    monkeypatch.setattr(compute, "has_bf16", lambda device: True)
     chosen = choose(ComputeConfig(device="cpu", precision=precision), 0, 10)
     convolution = torch.nn.Conv2d(1, 1, 3)
     with chosen.autocast():
         assert convolution(torch.ones(1, 1, 4, 4)).dtype == dtype
     assert convolution(torch.ones(1, 1, 4, 4)).dtype == convolution.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("generation", "precision"), [(7, "fp32"), (8, "bf16")])
+def test_bf16_is_fp32_on_a_gpu_that_only_imitates_it(gpus, generation, precision):
+    gpus(1, generation)
+    assert choose(ComputeConfig(device="cuda", precision="bf16"), 0, 10).precision == precision
+
+
+@pytest.mark.parametrize("asked", ["fp32", "bf16"])
+@pytest.mark.parametrize("has", [False, True])
+def test_bf16_is_fp32_on_a_processor_that_only_imitates_it(monkeypatch, asked, has):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has)
+    assert choose(ComputeConfig(device="cpu", precision=asked), 0, 10).precision == (asked if has else "fp32")
 
 
 def test_the_number_of_threads_is_the_configured_one():
