@@ -79,15 +79,18 @@ class Notes:
         return self._letter(f"{gap.status}{f': {gap.told}' if gap.told else ''}: `{gap.command}`")
 
     def _letter(self, text: str) -> str:
-        if text not in self.missing:
-            number, letters = len(self.missing), string.ascii_lowercase
-            self.missing[text] = letters[number] if number < 26 else letters[number // 26 - 1] + letters[number % 26]
-        return self.missing[text]
+        return self.missing.setdefault(text, letters(len(self.missing)))
 
     def number(self, reported: Reported) -> str:
         parts = [part for part in (reported.protocol, reported.note) if part]
         text = f"{reported.source} ({'; '.join(parts)})" if parts else reported.source
         return self.sources.setdefault(text, str(len(self.sources) + 1))
+
+
+def letters(number: int) -> str:
+    """a to z, aa to zz, and on."""
+    before, last = divmod(number, 26)
+    return (letters(before - 1) if before else "") + string.ascii_lowercase[last]
 
 
 def number(value: Value, measured: Measured) -> str:
@@ -104,7 +107,7 @@ def _cells(block: Block, entry: Entry | None, notes: Notes, style: Style) -> lis
         return [""] * (3 if block.compared else 1)
     measured = style.text(number(VALUES[entry.value], entry.measured)) if entry.measured else ""
     measured = style.bold(measured) if entry.best else measured
-    marks = dict.fromkeys(notes.letter(gap) for gap in entry.gaps)
+    marks = sorted({notes.letter(gap) for gap in entry.gaps}, key=lambda mark: (len(mark), mark))
     if not entry.measured and not marks:
         measured = style.text(NO_VALUE)  # finished, and has no such value
     cells = [" ".join([*([measured] if measured else []), *map(style.mark, marks)])]

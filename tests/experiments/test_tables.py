@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments import filling, tables
-from experiments.filling import VALUES, Filled, Gap, fill, measure
+from experiments.filling import VALUES, Entry, Filled, Gap, fill, measure
 from experiments.tables import csv_text, escaped, latex, markdown
 from hmn import results
 from hmn.checkpoint import write_text
@@ -299,11 +299,20 @@ def test_a_line_of_csv_has_its_numbers_in_full_and_what_is_missing(tmp_path, rep
     }
 
 
-def test_after_the_alphabet_notes_have_two_letters():
+def test_after_the_alphabet_notes_have_more_letters():
     notes = tables.Notes(COMMAND)
-    letters = [notes.letter(Gap("failed", f"reason {number}", "command")) for number in range(54)]
-    assert (letters[0], letters[25:28], letters[51:]) == ("a", ["z", "aa", "ab"], ["az", "ba", "bb"])
+    letters = [notes.letter(Gap("failed", f"reason {number}", "command")) for number in range(704)]
+    assert (letters[0], letters[25:28], letters[51:54]) == ("a", ["z", "aa", "ab"], ["az", "ba", "bb"])
+    assert letters[701:] == ["zz", "aaa", "aab"]
     assert notes.letter(Gap("failed", "reason 30", "command")) == letters[30]
+
+
+def test_notes_of_one_cell_stand_in_their_order():
+    notes = tables.Notes("")
+    gaps = [Gap("failed", f"reason {number}", "command") for number in range(28)]
+    assert [notes.letter(gap) for gap in gaps][25:] == ["z", "aa", "ab"]
+    entry = Entry("accuracy", (), (), None, (), (), gaps=(gaps[26], gaps[1], gaps[25], gaps[1]))
+    assert tables._cells(SimpleNamespace(compared=False), entry, notes, tables.MARKDOWN) == ["[b] [z] [aa]"]
 
 
 def test_a_single_competitor_is_not_called_best(tmp_path, reported):
