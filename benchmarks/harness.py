@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hmn.checkpoint import write_text
-from hmn.compute import keep_heap_pages
+from hmn.compute import has_bf16, keep_heap_pages
 from hmn.results import cpu_name, provenance
 
 SCHEMA_VERSION = 1
@@ -94,9 +94,12 @@ def kind_of(options: argparse.Namespace) -> str:
 
 
 def chosen(planned: Sequence[Any], options: argparse.Namespace) -> list[Any]:
-    """Those of the ``planned`` forms that ``--forms`` names, and always the reference."""
+    """Those of the ``planned`` forms that ``--forms`` names, and always the reference; else all this machine is for."""
     if not options.forms:
-        return list(planned)
+        left = [form for form in planned if form.precision != "bf16" or has_bf16(device_of(options))]
+        if len(left) < len(planned):
+            print("bf16 is left out, which this machine only imitates: name it in --forms to wait", file=sys.stderr)
+        return left
     unknown = set(options.forms) - {form.name for form in planned}
     if unknown:
         raise SystemExit(f"--forms: no {', '.join(sorted(unknown))}; there are {', '.join(f.name for f in planned)}")

@@ -244,6 +244,16 @@ def test_forms_are_chosen_by_name_and_the_reference_stays():
         harness.chosen(planned, options("--forms", "compiled fp16"))
 
 
+@pytest.mark.parametrize("has", [False, True])
+def test_bf16_is_left_out_where_it_is_only_imitated_unless_it_is_named(monkeypatch, capsys, has):
+    monkeypatch.setattr(harness, "has_bf16", lambda device: has)
+    planned = forms.outer_step("cpu", 10)
+    names = [form.name for form in harness.chosen(planned, options())]
+    assert names == ([form.name for form in planned] if has else ["reference", "compiled fp32"])
+    assert ("--forms" in capsys.readouterr().err) == (not has)
+    assert [form.name for form in harness.chosen(planned, options("--forms", "compiled bf16"))][1:] == ["compiled bf16"]
+
+
 def test_compiling_pays_once_its_seconds_are_saved():
     plain = {"preparation_seconds": 0.0, "first_step_seconds": 2.0, "steady_seconds": 2.0}
     ours = {"preparation_seconds": 10.0, "first_step_seconds": 42.0, "steady_seconds": 1.0}
