@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hmn import results
+from hmn.checkpoint import write_text
 from hmn.explain import in_one_line
 from hmn.tracking import read_metrics
 
@@ -121,7 +122,7 @@ def main() -> None:
     rows = [row(*map(list, zip(*members, strict=True))) for members in groups.values()]
     print(table(rows))
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        write_text(arguments.json, json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

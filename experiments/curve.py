@@ -40,6 +40,7 @@ def draw(folder: Path, output: Path) -> None:
     below.set_xlabel("matching step")
     for axes in (above, below):
         axes.grid(alpha=0.3)
+    output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=120)
     print(json.dumps({"steps": steps, "held_out_percent": percents}))
 

@@ -295,8 +295,9 @@ def figure_of(
             f"{table.name}: a table: python -m experiments.tables {table.name}, or --against condense_hours here"
         )
     elif table.shows[0] == "gallery":
-        if kept is not None:
-            raise ConfigError("--results: keeps numbers, and a gallery is drawn from the sets in run folders")
+        if kept is not None or mix:
+            option = "--mix" if kept is None else "--results"
+            raise ConfigError(f"{option}: of numbers, and a gallery is drawn from the sets in run folders")
         return galleries(sweep), sweep.command
     filled = fill(sweep, mix=mix, kept=kept)
     if not any(entry.measured for entry in filled.entries):
@@ -363,7 +364,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ConfigError("--against and --bars: draw one after the other")
     compared = given.bars.split(",") if given.bars is not None else ()
     overrides = [name for name in given.names if "=" in name]
-    for name in (name for name in given.names if "=" not in name):
+    names = [name for name in given.names if "=" not in name]
+    if not names:
+        raise ConfigError(f"{' '.join(overrides)}: of which table? Name a file of experiments/tables, without .yaml")
+    for name in names:
         figure, description = figure_of(
             sweep_of(name, overrides), against=given.against, compared=compared, mix=given.mix, kept=given.results
         )

@@ -228,11 +228,14 @@ def measure(value: Value, results: Sequence[Mapping[str, Any]]) -> Measured | No
     return Measured(statistics.fmean(means), std, n)
 
 
-def fill(sweep: Sweep, *, mix: bool = False, kept: Path | None = None) -> Filled:
+def fill(
+    sweep: Sweep, *, mix: bool = False, kept: Path | None = None, check: Callable[[Filled], None] = lambda filled: None
+) -> Filled:
     """Read every run of the sweep's table once.
 
     Finished runs leave their results in ``kept``, as ``<run id>/result.json``, with the card of a set that other cells
-    read. What a run has left there stands in for it where its folder is gone or on another machine.
+    read, unless ``check`` refuses the table. What a run has left there stands in for it where its folder is gone or on
+    another machine.
 
     Raises ``ConfigError`` for runs of several code versions, or a key of ``shows`` that is none of ``VALUES``.
     """
@@ -248,11 +251,6 @@ def fill(sweep: Sweep, *, mix: bool = False, kept: Path | None = None) -> Filled
     results = {run_id: found.result for run_id, found in states.items() if found.result is not None}
     if not mix:
         _refuse_mixture(table.name, results)
-    if kept is not None:  # only now: a refusal leaves what was published as it was
-        for name in {name for cell in table.cells for name in cell.reads}:
-            _keep_card(planned[name], kept)
-        for run_id, result in here.items():
-            _keep(kept / run_id, result)
     command = sweep.command
     smoke = any(override.startswith("debug=") for cell in table.cells for override in cell.overrides)
     reported = [] if smoke else read_reported()  # of digits nothing is, whatever the columns are called
@@ -272,12 +270,19 @@ def fill(sweep: Sweep, *, mix: bool = False, kept: Path | None = None) -> Filled
         )
 
     entries = [entry(key, *place, cells) for key in table.shows for place, cells in _places(table).items()]
-    return Filled(
+    filled = Filled(
         table,
         command,
         tuple(_with_best(entries, machines=len({result["device"] for result in results.values()}))),
         tuple([*([SMOKE] if smoke else []), *_footer([*results.values()], command)]),
     )
+    check(filled)
+    if kept is not None:  # only now: a refusal leaves what was published as it was
+        for name in {name for cell in table.cells for name in cell.reads}:
+            _keep_card(planned[name], kept)
+        for run_id, result in here.items():
+            _keep(kept / run_id, result)
+    return filled
 
 
 def _keep_card(one: Planned, kept: Path) -> None:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hmn import artifacts, results
+from hmn.checkpoint import write_text
 from hmn.data.folder import class_files, class_folders
 from hmn.data.images import stack_files
 from hmn.errors import ArtifactError, DataError
@@ -119,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows.append(of_real(given.real, rows[0]["images_per_class"], data["image_size"], data["channels"]))
     print(text(rows))
     if given.json is not None:
-        given.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        write_text(given.json, json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

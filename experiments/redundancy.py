@@ -50,6 +50,7 @@ def draw(measured: Sequence[dict[str, Any]], output: Path) -> None:
     axes.set_title(f"{measured[0]['data']['name']}, {measured[0]['network']}: mean ± std over networks", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend()
+    output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=120)
     pyplot.close(figure)
 

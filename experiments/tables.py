@@ -254,11 +254,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--mix", action="store_true", help="show results of several code versions in one table")
     given = parser.parse_intermixed_args(arguments)
-    filled = fill(sweep_of(given.name, given.overrides), mix=given.mix, kept=given.results)
+
+    def check(filled: Filled) -> None:
+        if given.output is not None:
+            _refuse_loss(given.output / f"{given.name}.csv", filled)
+
+    filled = fill(sweep_of(given.name, given.overrides), mix=given.mix, kept=given.results, check=check)
     if given.output is None:
         print(markdown(filled), end="")
         return
-    _refuse_loss(given.output / f"{given.name}.csv", filled)
     given.output.mkdir(parents=True, exist_ok=True)
     for suffix, render in RENDERED.items():
         write_text(given.output / f"{given.name}.{suffix}", render(filled))

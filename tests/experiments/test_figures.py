@@ -342,6 +342,9 @@ def test_of_what_nothing_is_measured_nothing_is_drawn(table_files, name):
         ),
         (["lines", "--against", "beauty"], "--against=beauty: must be one of"),
         (["unheard_of"], "galleries, lines, numbers"),
+        (["only.seed=0"], "only.seed=0: of which table?"),
+        (["galleries", "--results", "kept"], "--results: of numbers"),
+        (["galleries", "--mix"], "--mix: of numbers"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_in_one_line(table_files, arguments, told):

@@ -71,8 +71,8 @@ def test_finished_runs_beside_real_images(tmp_path, capsys):
             Image.linear_gradient("L").resize((9, 9 + number)).convert("RGB").save(
                 tmp_path / "real" / name / f"{number}.png"
             )
-    main([str(folder), "--real", str(tmp_path / "real"), "--json", str(tmp_path / "rows.json")])
-    kept, real = json.loads((tmp_path / "rows.json").read_text())
+    main([str(folder), "--real", str(tmp_path / "real"), "--json", str(tmp_path / "made" / "rows.json")])
+    kept, real = json.loads((tmp_path / "made" / "rows.json").read_text())
     assert kept["set"] == folder.name and kept["images_per_class"] == real["images_per_class"] == 7
     assert {"loss", "gradient_norm/decoder"} < kept["logged"].keys()
     assert real["contrast"] > 0

@@ -580,6 +580,9 @@ def test_a_table_with_less_than_is_there_is_not_written_over_it(tmp_path, monkey
     written = (tmp_path / "made" / "tiny.md").read_text(encoding="utf-8")
     results.write(hmn.folder, result([0.7, 0.8]))
     shutil.rmtree(random.folder)
+    with pytest.raises(ConfigError, match="shows 1 measured values"):
+        tables.main(["tiny", "debug=smoke", "--output", "made", "--results", "kept"])
+    assert not (tmp_path / "kept").exists()
     with pytest.raises(ConfigError, match="tiny.csv: shows 1 measured values, Random, digits, 1, accuracy the first"):
         tables.main(["tiny", "debug=smoke", "--output", "made"])
     assert (tmp_path / "made" / "tiny.md").read_text(encoding="utf-8") == written
