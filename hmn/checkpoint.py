@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import io
 import os
@@ -18,7 +19,7 @@ import torch
 
 from hmn import distributed
 from hmn.config import require
-from hmn.errors import STOP_SIGNALS, ArtifactError, Busy, DataError, Interrupted
+from hmn.errors import STOP_SIGNALS, ArtifactError, Busy, DataError, HmnError, Interrupted
 
 LOCK = ".lock"
 LOOK_SECONDS = 0.1  # a look at who holds a folder holds it for an instant itself
@@ -92,6 +93,10 @@ def _taken(lock: IO[str], kind: int) -> bool:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        raise HmnError(f"{lock.name}: its file system has no locks: name another place with paths.runs_dir") from None
     return True
 
 
@@ -204,6 +209,8 @@ class Checkpoints:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
+            if isinstance(error, OSError | MemoryError) or "allocate memory" in str(error):  # not the file's fault
+                raise
             raise ArtifactError(
                 f"{path}: not a checkpoint of this program ({type(error).__name__}): remove it"
             ) from error

@@ -15,7 +15,7 @@ from hmn import config, distributed, experiment
 from hmn.errors import ConfigError
 from hmn.explain import ended_by_the_person, explain
 from hmn.plan import make_plan
-from hmn.sweeps.attempt import end_with_parent
+from hmn.sweeps.attempt import FAILURE, end_with_parent
 from hmn.sweeps.cli import as_multirun
 from hmn.sweeps.sweep import OWN, section_of
 
@@ -41,6 +41,7 @@ def _run(raw: DictConfig) -> float | None:
     if raw.mode == "plan":
         print(plan.text(raw.plan.format))
         return None
+    (plan.folder / FAILURE).unlink(missing_ok=True)  # of a sweep: what failed there is tried again here
     result = experiment.run(plan, command=experiment.typed_command())
     return result["accuracy"]["mean"]
 

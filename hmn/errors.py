@@ -23,6 +23,12 @@ class DataError(HmnError, ValueError):
     exit_code = 2
 
 
+class Unreachable(DataError):
+    """What may be there at the next try, by this command or by the sweep that repeats it."""
+
+    exit_code = 1
+
+
 class ArtifactError(HmnError, ValueError):
     """A kept artifact or checkpoint that must not be loaded."""
 

@@ -38,7 +38,11 @@ def in_one_line(program: Callable[[], object]) -> None:
 def ended_by_the_person() -> Iterator[None]:
     """Ctrl-C, and a reader of the output that has seen enough, as ``head``, end the process without a word."""
     try:
-        yield
+        try:
+            yield
+        except SystemExit:
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import pickle
@@ -112,6 +114,22 @@ class Payload:
 
     def __reduce__(self):
         return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "Input/output error"), MemoryError(), RuntimeError("you tried, can't allocate memory")]
+)
+def test_what_the_machine_lacks_is_not_blamed_on_the_checkpoint(tmp_path: Path, monkeypatch, error: Exception):
+    """It would be removed, and what it holds done again."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    Checkpoints(tmp_path, 0.0).save("condense", {"step": 1})
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(type(error)) as raised:
+        Checkpoints(tmp_path, 0.0).load("condense")
+    assert raised.value is error
 
 
 @pytest.mark.parametrize("plain", [False, True])
@@ -320,6 +338,17 @@ def test_a_folder_belongs_to_one_process_until_it_ends_however_it_ends(tmp_path:
     with exclusive(folder):
         pass
     with exclusive(folder):  # and leaving it gives it back
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_said_in_one_line(tmp_path: Path, monkeypatch, number: int):
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    told = r"its file system has no locks: name another place with paths\.runs_dir"
+    with pytest.raises(HmnError, match=told), exclusive(tmp_path):
         pass
 
 

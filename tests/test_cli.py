@@ -95,12 +95,14 @@ def test_a_run_keeps_its_files_in_a_folder_of_its_id_and_nothing_else(finished):
     assert set(finished.outcome.files) == {"toy.npz", "runs", f"runs/{plan.run_id}"} | kept
 
 
-def test_a_reader_that_has_seen_enough_ends_a_plan_without_a_word():
-    command = [sys.executable, str(ROOT / "run.py"), *TINY, "mode=plan"]
+@pytest.mark.parametrize("arguments", [("run.py", *TINY, "mode=plan"), ("sweep.py", "status", *TINY)])
+def test_a_reader_that_has_seen_enough_ends_a_plan_without_a_word(arguments):
+    command = [sys.executable, *arguments]
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write) as nobody:
-        ended = subprocess.run(command, stdout=nobody, stderr=subprocess.PIPE, cwd=ROOT)
+        buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        ended = subprocess.run(command, stdout=nobody, stderr=subprocess.PIPE, cwd=ROOT, env=buffered)
     assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, b"")
 
 

@@ -1,11 +1,14 @@
-"""A run as a whole, where what a machine lacks changes it."""
+"""A run as a whole: what a machine lacks, and what an earlier try has left."""
 
 from __future__ import annotations
 
 import pytest
 
 from hmn import compute, experiment, results
-from tests.command import TINY, planned
+from hmn.checkpoint import write_text
+from hmn.sweeps import state
+from hmn.sweeps.attempt import FAILURE
+from tests.command import TINY, planned, run
 
 
 @pytest.mark.parametrize(("has", "precision"), [(False, "fp32"), (True, "bf16")])
@@ -19,3 +22,11 @@ def test_a_machine_without_bf16_says_so_and_keeps_what_it_computed_in(tmp_path, 
     assert (found["precision"], found["config"]["compute"]["precision"]) == (precision, "bf16")
     line = "compute.precision=bf16: this machine has no such arithmetic, so fp32 it is"
     assert out.splitlines().count(line) == (not has) and f", {precision}, " in out.splitlines()[0]
+
+
+def test_a_failed_run_that_is_repeated_by_hand_has_not_failed_any_more(tmp_path):
+    plan = planned(*TINY, "mode=random_subset")
+    write_text(tmp_path / plan.folder / FAILURE, '{"error": "killed by SIGKILL", "command": "python run.py"}')
+    assert state.read(tmp_path / plan.folder).status == "failed"
+    assert run(tmp_path, *TINY, "mode=random_subset").code == 0
+    assert not (tmp_path / plan.folder / FAILURE).exists()

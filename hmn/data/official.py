@@ -18,7 +18,7 @@ from hmn.config import DatasetConfig
 from hmn.data import folder, vision
 from hmn.data.arrays import from_pixels
 from hmn.data.splits import Source
-from hmn.errors import DataError
+from hmn.errors import DataError, Unreachable
 
 log = logging.getLogger(__name__)
 
@@ -118,9 +118,9 @@ def fetch(root: Path, filename: str, url: str, md5: str, download: bool) -> Path
         except (OSError, http.client.HTTPException, RecursionError) as error:  # the last: too many redirects
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise DataError(f"{url} cannot be downloaded ({error}): put the file at {path}") from None
+            raise Unreachable(f"{url} cannot be downloaded ({error}): put the file at {path}") from None
         except RuntimeError:  # torchvision's word for a checksum that does not fit
-            raise DataError(
+            raise Unreachable(
                 f"{url}: what was downloaded has a wrong checksum (its MD5 must be {md5}): try again, or put the file "
                 f"at {path}"
             ) from None

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hmn.errors import Busy, ConfigError
+from hmn.errors import STOP_SIGNALS, Busy, ConfigError
 
 # An engine starts a process for every run, which only waits for it: what needs torch, with its seconds and its memory,
 # is imported where it is used.
@@ -73,7 +73,8 @@ def attempt(
             code = _run(task, folder, environment or {}, stop, keep_open)
             if code == 0:
                 return Outcome(task.run_id, "done", attempts)
-            if code - 128 in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # somebody else asked it to stop
+            # Somebody else asked it to stop: before it could listen, or it would have saved first.
+            if (-code if code < 0 else code - 128) in STOP_SIGNALS:
                 break
             if code == Busy.exit_code:  # that one's result is as good as ours
                 attempts -= 1

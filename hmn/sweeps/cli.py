@@ -29,6 +29,7 @@ from hmn.sweeps.search import search
 from hmn.sweeps.sweep import Sweep, accuracy, counts, launch, of_arguments, status_command
 
 COMMANDS = ("launch", "plan", "status", "results", "search", "tables")
+DAY_SECONDS = 86400
 ORDER = ("failed", "running", "interrupted", "damaged", "waiting", "done")
 
 
@@ -42,6 +43,7 @@ def run(arguments: Sequence[str]) -> int:
     given = _parser().parse_intermixed_args(_with_command(arguments))
     require("--json", not given.json or given.command == "results", "given", "left out but for results")
     require("--every", given.every is None or given.command == "status", given.every, "left out but for status")
+    require("--every", given.every is None or 0 < given.every <= DAY_SECONDS, given.every, "0 to 86400 seconds, not 0")
     if given.command == "search":
         return search(given.settings)
     if given.command == "tables":

@@ -21,7 +21,7 @@ from hmn.checkpoint import write_text
 from hmn.config import CONF, Config, DatasetConfig, require
 from hmn.config.identity import digest, experts_identity
 from hmn.data import datasets
-from hmn.errors import ArtifactError, ConfigError, Damaged, HmnError, Interrupted
+from hmn.errors import ArtifactError, ConfigError, Damaged, HmnError
 from hmn.explain import explain
 from hmn.plan import Plan, make_plan
 from hmn.sweeps.cells import Cell
@@ -90,8 +90,6 @@ def plan_cells(cells: Sequence[Cell], cache: Path | None = None, kept: Path | No
             fresh[key] = found = found or _figures(overrides, cards)
             figures = found["figures"]
             planned[cell.name] = Planned(cell, overrides, **figures | {"folder": Path(figures["folder"])})
-        except Interrupted:  # no fault of the cell
-            raise
         except Exception as error:
             line, _ = explain(error, cell.overrides)
             if line is None:

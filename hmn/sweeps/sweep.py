@@ -175,7 +175,7 @@ def _run(sweep: Sweep, left: Sequence[Planned], so_far: Counter[str]) -> bool:
     """Make the runs ``left``; false if the sweep ends with a failure of one."""
     names = {one.run_id: one.cell.name for one in left}
     folders = {one.run_id: one.folder for one in left}
-    launched = contextlib.closing(launchers.launch([_task(sweep, one) for one in left], sweep.launcher))
+    launched = _closing(launchers.launch([_task(sweep, one) for one in left], sweep.launcher))
     progress = tqdm(desc=sweep.name, unit="run", total=so_far.total(), initial=so_far["done"], disable=None)
     with launched as outcomes, progress as bar:
         for outcome in outcomes:
@@ -185,6 +185,16 @@ def _run(sweep: Sweep, left: Sequence[Planned], so_far: Counter[str]) -> bool:
             if outcome.status == "failed" and sweep.settings.on_failure == "stop":
                 return False
     return True
+
+
+@contextlib.contextmanager
+def _closing(launched: launchers.Launched) -> Iterator[launchers.Launched]:
+    """Within the block it launches; a signal waits until what ran has saved its state."""
+    try:
+        yield launched
+    finally:
+        with launchers.uninterrupted():
+            launched.close()
 
 
 def _task(sweep: Sweep, one: Planned) -> Task:
@@ -249,9 +259,13 @@ def _set_aside_others(sweep: Sweep, planned: Sequence[Planned]) -> bool:
     )
 
 
+class _Asked(BaseException):
+    """A signal to stop, by its number; an ``Exception`` would be taken for an error of what it happens to interrupt."""
+
+
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
-    """Within the block the first signal to stop is raised as ``Interrupted``, which closes the launcher.
+    """The first signal to stop ends the block, which closes the launcher, and is ``Interrupted`` after it.
 
     Further ones change nothing: what runs has been asked to save its state, and is waited for.
     """
@@ -261,11 +275,14 @@ def _stoppable() -> Iterator[None]:
         nonlocal asked
         if not asked:
             asked = True
-            raise Interrupted(f"stopped by {signal.Signals(signum).name}", signum)
+            raise _Asked(signum)
 
     previous = {signum: signal.signal(signum, interrupt) for signum in STOP_SIGNALS}
     try:
         yield
+    except _Asked as stop:
+        (signum,) = stop.args
+        raise Interrupted(f"stopped by {signal.Signals(signum).name}", signum) from None
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)

@@ -101,11 +101,17 @@ def most_at_once(folder: Path) -> int:
 
 @contextlib.contextmanager
 def meanwhile(seen: Callable[[], Any], act: Callable[[], Any]) -> Iterator[None]:
-    """Within the block, ``act`` once something is ``seen``."""
-    actor = threading.Thread(target=lambda: wait_until(seen) and act())
+    """Within the block, ``act`` once something is ``seen``; not any more if the block has failed."""
+    failed = threading.Event()
+    actor = threading.Thread(target=lambda: wait_until(lambda: failed.is_set() or seen()) and failed.is_set() or act())
     actor.start()
-    yield
-    actor.join()
+    try:
+        yield
+    except BaseException:
+        failed.set()
+        raise
+    finally:
+        actor.join()
 
 
 class Interruption(Exception):
@@ -511,3 +517,4 @@ def test_slurm_that_is_not_there_is_said_in_one_line(tmp_path: Path, monkeypatch
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match=r"^launcher.cluster=slurm: Could not detect .srun"):
         do([stub(tmp_path, "a", "pass")], SubmititConfig())
+    assert list((tmp_path / "runs").iterdir()) == []

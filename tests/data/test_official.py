@@ -41,10 +41,11 @@ def noise(seed: int, count: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
 
 
-def refused(message: str, kind: str, data_dir: Path, **changes: object) -> None:
+def refused(message: str, kind: str, data_dir: Path, code: int = 2, **changes: object) -> None:
     with pytest.raises(DataError, match=message) as caught:
         load(kind, data_dir, **changes)
     assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == code
 
 
 @pytest.fixture
@@ -147,7 +148,7 @@ def test_a_server_that_says_nothing_is_not_waited_for_without_end(tmp_path, monk
     write_cifar(tmp_path / "a.tar.gz", monkeypatch, "cifar10", f"http://127.0.0.1:{silent.getsockname()[1]}")
     monkeypatch.setattr(official, "SILENT_SECONDS", 0.2)
     with silent:
-        refused(r"cannot be downloaded \(.*timed out.*\): put the file at", "cifar10", tmp_path, download=True)
+        refused(r"cannot be downloaded \(.*timed out.*\): put the file at", "cifar10", tmp_path, 1, download=True)
     assert socket.getdefaulttimeout() is None
 
 
@@ -165,12 +166,14 @@ def test_a_wrong_download_leaves_nothing_behind(tmp_path, monkeypatch, server):
     archive = tmp_path / "server" / "cifar-10-python.tar.gz"
     write_cifar(archive, monkeypatch, "cifar10", server)
     archive.write_bytes(b"a login page")
-    refused(rf"{server}/{archive.name}: what was downloaded has a wrong checksum", "cifar10", tmp_path, download=True)
+    refused(
+        rf"{server}/{archive.name}: what was downloaded has a wrong checksum", "cifar10", tmp_path, 1, download=True
+    )
     archive.unlink()
     message = (
         rf"{server}/{archive.name} cannot be downloaded \(.*404.*\): put the file at {tmp_path}/cifar10/{archive.name}"
     )
-    refused(message, "cifar10", tmp_path, download=True)
+    refused(message, "cifar10", tmp_path, 1, download=True)
     assert list((tmp_path / "cifar10").iterdir()) == []
 
 
@@ -300,7 +303,7 @@ def test_tiny_imagenet_is_downloaded_verified_and_unpacked(tmp_path, monkeypatch
         for path in sorted((tmp_path / "made").rglob("*")):
             packed.write(path, path.relative_to(tmp_path / "made"))
     monkeypatch.setattr(official, "TINY_URL", f"{server}/{archive.name}")
-    refused("what was downloaded has a wrong checksum", "tiny_imagenet", tmp_path, image_size=64, download=True)
+    refused("what was downloaded has a wrong checksum", "tiny_imagenet", tmp_path, 1, image_size=64, download=True)
     monkeypatch.setattr(official, "TINY_MD5", md5(archive.read_bytes()))
     refused("tiny-imagenet-200.zip is not there", "tiny_imagenet", tmp_path, image_size=64)
     check_tiny(load("tiny_imagenet", tmp_path, image_size=64, download=True))

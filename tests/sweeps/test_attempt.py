@@ -211,6 +211,13 @@ def test_a_run_that_somebody_else_stopped_is_not_started_again(task, signum):
     assert not (folder(made) / FAILURE).exists()
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_run_that_is_stopped_before_it_listens_has_not_failed(task, signum):
+    made = task(f"signal.signal({signum}, signal.SIG_DFL); os.kill(os.getpid(), {signum})")
+    assert attempt(made) == Outcome("run-1", "stopped", 1)
+    assert not (folder(made) / FAILURE).exists()
+
+
 def test_a_run_that_is_done_when_it_is_asked_to_stop_is_done(task):
     made = task(STOPPABLE.replace("128 + signum", "0"))
     assert stopped(made)[0] == Outcome("run-1", "done", 1)

@@ -13,7 +13,7 @@ import pytest
 
 from hmn import results
 from hmn.artifacts import save
-from hmn.errors import ConfigError, Interrupted
+from hmn.errors import ConfigError
 from hmn.sweeps import planning
 from hmn.sweeps.cells import Cell
 from hmn.sweeps.planning import Planned, by_run, plan_cells, work
@@ -167,16 +167,6 @@ def test_an_error_of_the_program_is_no_complaint(monkeypatch):
     monkeypatch.setattr(planning, "compose", lambda overrides: {}["key"])
     planning._plan.cache_clear()
     with pytest.raises(KeyError):
-        plan_cells([cell("a")])
-
-
-def test_a_signal_to_stop_is_no_complaint(monkeypatch):
-    def stopped(overrides):
-        raise Interrupted("stopped by SIGINT", 2)
-
-    monkeypatch.setattr(planning, "compose", stopped)
-    planning._plan.cache_clear()
-    with pytest.raises(Interrupted):
         plan_cells([cell("a")])
 
 

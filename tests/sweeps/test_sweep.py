@@ -12,12 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from hmn import checkpoint, results
 from hmn.checkpoint import exclusive, write_text
 from hmn.config import sections
 from hmn.config.sweeps import LocalConfig
-from hmn.errors import STOP_SIGNALS, ConfigError
+from hmn.data import datasets
+from hmn.errors import STOP_SIGNALS, ConfigError, Interrupted
 from hmn.sweeps import cli, planning
 from hmn.sweeps import sweep as sweep_module
 from hmn.sweeps.launchers import local
@@ -330,12 +332,27 @@ def test_a_sweep_that_another_process_has_is_refused(sweep, here, monkeypatch):
     assert sweep.ledger() == []
 
 
+def stop_while_omegaconf_composes(stop):
+    OmegaConf.register_new_resolver("stop", lambda: stop(), replace=True)
+    OmegaConf.to_container(OmegaConf.create({"key": "${stop:}"}), resolve=True)
+
+
+# Each of the last two takes whatever error comes up in it for one of what it does.
+WHERE = {
+    "compose": lambda stop: (planning, "compose", lambda overrides: stop()),
+    "OmegaConf": lambda stop: (planning, "compose", lambda overrides: stop_while_omegaconf_composes(stop)),
+    "data": lambda stop: (datasets, "peek", lambda *_: stop()),
+}
+
+
+@pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_planning_can_be_stopped_too(sweep, here, monkeypatch, signum):
+def test_planning_can_be_stopped_too(sweep, here, monkeypatch, signum, where):
     """Which may take minutes: it is no cell's fault, and the line is the one of any stop."""
-    (sweep.folder / "plan.json").unlink()
+    if where != "data":  # which a plan from earlier is compared with
+        (sweep.folder / "plan.json").unlink()
     planning._plan.cache_clear()
-    monkeypatch.setattr(planning, "compose", lambda overrides: os.kill(os.getpid(), signum))
+    monkeypatch.setattr(*WHERE[where](lambda: os.kill(os.getpid(), signum)))
     before = [signal.getsignal(one) for one in STOP_SIGNALS]
     ended = here(sweep)
     assert (ended.code, ended.out) == (128 + signum, "")
@@ -344,7 +361,30 @@ def test_planning_can_be_stopped_too(sweep, here, monkeypatch, signum):
     assert [signal.getsignal(one) for one in STOP_SIGNALS] == before
 
 
+def test_a_signal_while_runs_save_comes_after_them():
+    saved = []
+
+    def launched():
+        try:
+            yield "an outcome"
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+            saved.append("all")
+
+    stopped = pytest.raises(Interrupted, match="stopped by SIGINT")
+    with stopped, sweep_module._stoppable(), sweep_module._closing(launched()) as outcomes:
+        next(outcomes)
+    assert saved == ["all"]
+
+
 # Slots
+
+
+def test_more_gpus_than_there_are_are_refused(monkeypatch):
+    """It would go on with those there are: on the CPU, if a driver is broken."""
+    monkeypatch.setattr(local, "_gpus", lambda: ["0"])
+    with pytest.raises(ConfigError, match=r"^launcher.gpus=2: must be at most 1, what this machine has$"):
+        list(local.launch([], LocalConfig(gpus=2)))
 
 
 def test_slots_without_a_gpu_share_the_machines_threads(monkeypatch):

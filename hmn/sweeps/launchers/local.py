@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from hmn.config.checks import require
 from hmn.config.sweeps import LocalConfig
 from hmn.sweeps.attempt import POLL_SECONDS, Task, attempt
 from hmn.sweeps.launchers import Launched
@@ -72,6 +73,8 @@ def _gpus() -> list[str]:
 
 
 def launch(tasks: Sequence[Task], settings: LocalConfig) -> Launched:
+    has = len(_gpus())
+    require("launcher.gpus", (settings.gpus or 0) <= has, settings.gpus, f"at most {has}, what this machine has")
     stop, outcomes, waiting = threading.Event(), queue.SimpleQueue(), deque(tasks)
 
     def work(slot: Slot) -> None:

@@ -84,7 +84,11 @@ def launch(tasks: Sequence[Task], settings: SubmititConfig) -> Launched:
     # What submitit hands over goes through files. A folder for each launch: the local executor's job ids come again.
     folder = Path(tempfile.mkdtemp(prefix="submitit-", dir=runs_dir))
     lost_any = False
-    jobs = _Jobs(folder, settings, tasks)
+    try:
+        jobs = _Jobs(folder, settings, tasks)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     try:
         while jobs.left():
             for job, task in jobs.ended():
