@@ -133,7 +133,7 @@ class PruningConfig:
     # share of the cut taken from the hardest end; null: searched on held-out real images
     beta: float | None = field(default=None, metadata={"modes": ("run",)})
     score_networks: int = 3  # margins are averaged over this many networks
-    score_epochs: int = 200
+    score_epochs: int = 200  # a fifth of the evaluation's, whose schedule is made as short
     # each candidate of the beta search trains one network this long
     search_epochs: int = field(default=100, metadata={"modes": ("run",)})
 
