@@ -142,7 +142,7 @@ def device_of(config: ComputeConfig) -> torch.device:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether it computes with bf16 numbers. All others can, ten to a hundred times as slowly as with fp32."""
+    """Whether it computes with bf16 numbers. Others imitate that, ten times as slowly as fp32 and worse."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
