@@ -88,9 +88,9 @@ class HmnConfig(ContainerConfig):
 class PixelConfig(ContainerConfig):
     """A container that is not bounded by a sigmoid."""
 
-    # unit: of pixels in [0, 1], to which those that are stored as such (image, multiformation, HaBa's bases) are clamped
-    # before every fresh network, as IDC; normalised: of mean/std-normalised ones, never clamped, as DC, DM, MTT and
-    # what builds on them
+    # unit: of pixels in [0, 1], to which those that are stored as such (image, multiformation, HaBa's bases) are
+    # clamped before every fresh network, as IDC; normalised: of mean/std-normalised ones, never clamped, as DC, DM, MTT
+    # and what builds on them
     pixel_space: str = "normalised"
 
     def __post_init__(self) -> None:
