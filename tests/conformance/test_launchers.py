@@ -103,7 +103,13 @@ def most_at_once(folder: Path) -> int:
 def meanwhile(seen: Callable[[], Any], act: Callable[[], Any]) -> Iterator[None]:
     """Within the block, ``act`` once something is ``seen``; not any more if the block has failed."""
     failed = threading.Event()
-    actor = threading.Thread(target=lambda: wait_until(lambda: failed.is_set() or seen()) and failed.is_set() or act())
+
+    def watch() -> None:
+        wait_until(lambda: failed.is_set() or seen())
+        if not failed.is_set():
+            act()
+
+    actor = threading.Thread(target=watch)
     actor.start()
     try:
         yield
