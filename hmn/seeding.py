@@ -23,5 +23,6 @@ def set_deterministic(enabled: bool) -> None:
     """Pick algorithms whose result does not depend on thread timing, and warn of operators that have none (CUDA)."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, CUDA's matrix products are not fixed
     torch.use_deterministic_algorithms(enabled, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # which nothing reads: with NaN, at every allocation
     torch.backends.cudnn.deterministic = enabled
     torch.backends.cudnn.benchmark = not enabled

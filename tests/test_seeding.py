@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hmn.seeding import derived_seed, generator, set_deterministic
@@ -32,7 +32,6 @@ def test_streams_are_the_ones_that_kept_results_were_made_with():
     assert torch.rand(2, generator=stream).tolist() == [0.5908617377281189, 0.068661630153656]
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**31), st.lists(st.one_of(st.text("abc_", min_size=1), st.integers(0, 99)), max_size=3))
 def test_a_seed_fits_63_bits_and_depends_on_nothing_but_its_name(seed: int, names: list):
     value = derived_seed(seed, *names)
@@ -63,13 +62,15 @@ def test_a_stream_does_not_move_when_another_draws_first():
 
 def test_the_deterministic_mode_is_switched_on_and_off():
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
-    before_benchmark = torch.backends.cudnn.benchmark
+    before_benchmark, filling = torch.backends.cudnn.benchmark, torch.utils.deterministic.fill_uninitialized_memory
     try:
         for enabled in (True, False):
             set_deterministic(enabled)
             assert torch.are_deterministic_algorithms_enabled() is enabled
             assert torch.backends.cudnn.deterministic is enabled
             assert torch.backends.cudnn.benchmark is not enabled
+            assert torch.utils.deterministic.fill_uninitialized_memory is False
     finally:
-        torch.use_deterministic_algorithms(before[0])
+        torch.use_deterministic_algorithms(before[0], warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = filling
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before[1], before_benchmark
