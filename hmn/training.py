@@ -174,7 +174,7 @@ class NetworkUpdate:
 
         m networks together take images (m, n, channels, H, W) and labels (m, n), and give losses (m,).
         """
-        *networks, n = labels.shape
+        n = labels.shape[-1]
         missing = self.batch - n if self.padding else 0
         weights = torch.ones(n + missing, device=images.device)
         if missing:
@@ -183,14 +183,49 @@ class NetworkUpdate:
             images = torch.cat([images, images.index_select(-4, fill)], -4)
             labels = torch.cat([labels, labels.index_select(-1, fill)], -1)
             weights[n:] = 0
-        shape = images.shape
-        batches = labels.numel() // len(weights)
-        drawn = augment.draw(self.strategy, labels.numel(), shape[-1], self.generator, rule=self.rule, batches=batches)
-        inputs = augment.apply(self.normalise(images).flatten(0, -4), drawn).reshape(shape)
-        partners, share = labels, torch.ones(networks, device=images.device)
+        inputs, partners, share = self._seen(images, labels, *self._draw(labels.shape, images.shape[-1], real=n))
+        return self._step(inputs, labels, partners, share, weights)
+
+    def on_batches(self, images: Tensor, labels: Tensor, index: Tensor) -> None:
+        """A step on each of the full batches ``index`` (b, n) of ``images`` (N, channels, H, W) and ``labels`` (N,).
+
+        On a GPU, which waits for launches, all are augmented and mixed at once, by what each would have drawn.
+        """
+        if not self.fused:
+            for batch in index:
+                self(images[batch], labels[batch])
+            return
+        drawn, mixing = zip(*(self._draw(batch.shape, images.shape[-1]) for batch in index), strict=True)
+        mix = None
         if self.cutmix:
-            inputs, partners, share = augment.cutmix(inputs, labels, self.cutmix, self.generator, real=n)
-        layout = torch.contiguous_format if networks else torch.channels_last  # see Together
+            mix = augment.MixDraw(*(torch.stack(parts, -1) for parts in zip(*mixing, strict=True)))
+            mix = mix._replace(partners=mix.partners.mT)
+        images, labels = images[index], labels[index]
+        weights = torch.ones(index.shape[1], device=images.device)
+        seen = self._seen(images, labels, augment.joined(drawn), mix)
+        for batch in zip(seen[0], labels, *seen[1:], strict=True):
+            self._step(*batch, weights)
+
+    def _draw(
+        self, shape: torch.Size, size: int, real: int | None = None
+    ) -> tuple[augment.Draw, augment.MixDraw | None]:
+        """For labels of ``shape`` and images of side ``size``; ``real`` of a batch may be mixed."""
+        batches, n = math.prod(shape[:-1]), math.prod(shape)
+        drawn = augment.draw(self.strategy, n, size, self.generator, rule=self.rule, batches=batches)
+        return drawn, augment.draw_mix(shape, size, self.generator, real=real) if self.cutmix else None
+
+    def _seen(
+        self, images: Tensor, labels: Tensor, drawn: augment.Draw, mix: augment.MixDraw | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What networks are shown of ``images`` (..., n, channels, H, W), the partners' labels and each own share."""
+        inputs = augment.apply(self.normalise(images).flatten(0, -4), drawn).reshape(images.shape)
+        if mix is None:
+            return inputs, labels, torch.ones(labels.shape[:-1], device=images.device)
+        return augment.cutmix(inputs, labels, self.cutmix, mix)
+
+    def _step(self, inputs: Tensor, labels: Tensor, partners: Tensor, share: Tensor, weights: Tensor) -> Tensor:
+        """One step on a batch as it is shown, (n, channels, H, W), or (m, n, ...) for m networks; returns the loss."""
+        layout = torch.contiguous_format if inputs.ndim > 4 else torch.channels_last  # see Together
         inputs = inputs.contiguous(memory_format=layout)
         parameters = {name: value.detach() for name, value in self.network.named_parameters()}
         buffers = dict(self.network.named_buffers())

@@ -131,7 +131,8 @@ def test_an_update_augments_with_parameters_per_image_and_mixes_by_the_cutmix_lo
 
     stream = generator(5)
     drawn = augment.draw("color_crop", 8, 8, stream)
-    inputs, partners, share = augment.cutmix(augment.apply(normalised(images), drawn), labels, 1.0, stream)
+    mix = augment.draw_mix((8,), 8, stream)
+    inputs, partners, share = augment.cutmix(augment.apply(normalised(images), drawn), labels, 1.0, mix)
     assert 0 < share < 1 and (partners != labels).any()
     logits = reference(inputs)
     # IDC: r CE(y) + (1 - r) CE(y of the partner)
@@ -141,6 +142,28 @@ def test_an_update_augments_with_parameters_per_image_and_mixes_by_the_cutmix_lo
     optimizer.step()
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=0)
     assert_close_networks(network, reference)
+
+
+@pytest.mark.parametrize("cutmix", [0.0, 0.7])
+def test_batches_that_are_augmented_at_once_are_those_one_after_the_other(cutmix, double, monkeypatch):
+    """As on a GPU and as on a CPU: the same draws, and updates in the same order."""
+    strategy = "color_crop_cutout_flip_scale_rotate"
+    images, labels = images_and_labels(40)
+    index = torch.rand(5, 40, generator=generator()).argsort(-1)[:, :8]
+    networks, updates, calls = pair(), [], []
+    apply = augment.apply
+    monkeypatch.setattr(augment, "apply", lambda seen, drawn: calls.append(len(seen)) or apply(seen, drawn))
+    for network, at_once in zip(networks, (False, True), strict=True):
+        update = update_of(network, 8, strategy=strategy, cutmix=cutmix)
+        update.normalise = Normalise(MEAN, STD)  # in float64
+        update.fused = at_once
+        update.on_batches(images, labels, index)
+        updates.append(update)
+    assert calls == [8] * 5 + [40]
+    assert torch.equal(*(update.generator.get_state() for update in updates))
+    assert_close_networks(*networks, tolerance=1e-12)
+    moved = zip(networks[0].parameters(), pair()[0].parameters(), strict=True)
+    assert all((now - before).abs().max() > 1e-3 for now, before in moved)
 
 
 def test_an_update_augments_by_its_own_rule():
@@ -166,7 +189,8 @@ def test_updates_with_cutmix_are_those_of_plain_autograd_in_float64(double):
         images, labels = torch.rand(8, 3, 8, 8, generator=generator(step)), torch.arange(8) % 3
         loss = update(images, labels)
         drawn = augment.draw("color_crop", 8, 8, stream)
-        inputs, partners, share = augment.cutmix(augment.apply(normalise(images), drawn), labels, 0.7, stream)
+        mix = augment.draw_mix((8,), 8, stream)
+        inputs, partners, share = augment.cutmix(augment.apply(normalise(images), drawn), labels, 0.7, mix)
         logits = reference(inputs)
         expected = share * F.cross_entropy(logits, labels) + (1 - share) * F.cross_entropy(logits, partners)
         optimizer.zero_grad()

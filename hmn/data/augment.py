@@ -11,7 +11,9 @@ exactly one of all, where the colours count as one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -126,6 +128,12 @@ def drawn(strategy: str, tensors: dict[str, Tensor], rule: str = "idc") -> Draw:
     return Draw(alternatives=alternatives_of(strategy, rule), **tensors)
 
 
+def joined(draws: Sequence[Draw]) -> Draw:
+    """The draw of all their images, by one strategy and rule, one after the other."""
+    names = draws[0].tensors()
+    return replace(draws[0], **{name: torch.cat([one.tensors()[name] for one in draws]) for name in names})
+
+
 def alternatives_of(strategy: str, rule: str) -> tuple[str, ...]:
     return tuple(name for name in ALTERNATIVES[rule] if name in operators(strategy))
 
@@ -216,30 +224,43 @@ def _cutout_side(size: int) -> int:
     return int(CUTOUT_RATIO * size + 0.5)
 
 
-def cutmix(
-    images: Tensor, labels: Tensor, probability: float, generator: torch.Generator, *, real: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+class MixDraw(NamedTuple):
+    """Parameters of CutMix: of one batch of n images, or of batches (m, n), each its own."""
+
+    uniform: Tensor  # (2,) or (2, m) of [0, 1): whether the batch is mixed, and lambda
+    centre: Tensor  # (2,) or (2, m) int64, of the box (y, x)
+    partners: Tensor  # (n,) or (m, n) int64, positions in the batch
+
+
+def draw_mix(shape: Sequence[int], size: int, generator: torch.Generator, *, real: int | None = None) -> MixDraw:
+    """For labels of ``shape`` and images of side ``size``. Only the first ``real`` images of a batch are partners: the
+    rest of a padded one stays out."""
+    *batches, total = shape
+    n, device = total if real is None else real, generator.device
+    uniform = torch.rand(2, *batches, generator=generator, device=device)
+    centre = torch.randint(size, (2, *batches), generator=generator, device=device)
+    partners = permutations(batches, n, generator)
+    rest = torch.arange(n, total, device=device).expand(*batches, -1)
+    return MixDraw(uniform, centre, torch.cat([partners, rest], -1))
+
+
+def cutmix(images: Tensor, labels: Tensor, probability: float, drawn: MixDraw) -> tuple[Tensor, Tensor, Tensor]:
     """CutMix of one batch (Yun et al., ICCV 2019) as IDC applies it: images, partners' labels and the own share r.
 
     With ``probability``, a box of side H * sqrt(1 - lambda), lambda ~ U(0, 1), is taken from a random partner; the
-    loss is r * CE(labels) + (1 - r) * CE(partners'), r from the box after clipping. Only the first ``real`` images are
-    partners: the rest of a padded batch stays out. Batches (m, n, channels, H, W) with labels (m, n) are mixed each by
-    its own draw; r is then (m,).
+    loss is r * CE(labels) + (1 - r) * CE(partners'), r from the box after clipping. Batches (m, n, channels, H, W) with
+    labels (m, n) are mixed each by its own draw; r is then (m,).
     """
     *batches, total = labels.shape
-    n, size = total if real is None else real, images.shape[-1]
-    device = generator.device
-    mixes, keep = torch.rand(2, *batches, generator=generator, device=device)
-    centre = torch.randint(size, (2, *batches), generator=generator, device=device)
-    partners = permutations(batches, n, generator)
-    partners = torch.cat([partners, torch.arange(n, total, device=device).expand(*batches, -1)], -1)
+    size, device = images.shape[-1], images.device
+    mixes, keep = drawn.uniform
     half = (size * (1 - keep).sqrt()).long() // 2
-    low, high = (centre - half).clamp(0, size), (centre + half).clamp(0, size)
+    low, high = (drawn.centre - half).clamp(0, size), (drawn.centre + half).clamp(0, size)
     positions = torch.arange(size, device=device)
     inside = (positions >= low[..., None]) & (positions < high[..., None])
     box = inside[0][..., None] & inside[1][..., None, :] & (mixes < probability)[..., None, None]
     own_share = 1 - box.float().mean((-2, -1))
     starts = torch.arange(labels.numel() // total, device=device).view(*batches, 1) * total
-    others = images.flatten(0, -4)[partners + starts]
+    others = images.flatten(0, -4)[drawn.partners + starts]
     mixed = torch.where(box[..., None, None, :, :], others, images)
-    return mixed, labels.gather(-1, partners), own_share
+    return mixed, labels.gather(-1, drawn.partners), own_share

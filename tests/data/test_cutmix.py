@@ -31,6 +31,14 @@ def coded(n: int) -> Tensor:
     return torch.arange(n).view(-1, 1, 1, 1) * 100 + places.expand(n, 3, SIDE, SIDE)
 
 
+def cutmix(
+    images: Tensor, labels: Tensor, probability: float, stream: torch.Generator, *, real: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By what a training draws."""
+    drawn = augment.draw_mix(labels.shape, images.shape[-1], stream, real=real)
+    return augment.cutmix(images, labels, probability, drawn)
+
+
 def mixed(n: int, stream: torch.Generator, probability: float = 1.0) -> tuple[list[int], Tensor | None, float]:
     """Each image's partner, the box (H, W) as booleans, and the own share of one call.
 
@@ -38,7 +46,7 @@ def mixed(n: int, stream: torch.Generator, probability: float = 1.0) -> tuple[li
     same box.
     """
     images = coded(n)
-    found, partners, share = augment.cutmix(images, torch.arange(n), probability, stream)
+    found, partners, share = cutmix(images, torch.arange(n), probability, stream)
     source = (found // 100).long()
     assert torch.equal(found % 100, images % 100)
     boxes = []
@@ -113,7 +121,7 @@ def test_cutmix_partners_are_a_uniform_permutation():
 def test_cutmix_labels_are_the_partners_own():
     images, labels = coded(6), torch.tensor([4, 4, 7, 1, 0, 7])
     for seed in range(10):
-        found, partner_labels, _ = augment.cutmix(images, labels, 1.0, generator(seed))
+        found, partner_labels, _ = cutmix(images, labels, 1.0, generator(seed))
         source = (found // 100).long()
         for i in range(6):
             others = [s for s in source[i].unique().tolist() if s != i]
@@ -123,11 +131,11 @@ def test_cutmix_labels_are_the_partners_own():
 def test_cutmix_mixes_never_always_or_with_its_probability():
     images, labels = coded(4), torch.arange(4)
     for seed in range(50):
-        found, _, share = augment.cutmix(images, labels, 0.0, generator(seed))
+        found, _, share = cutmix(images, labels, 0.0, generator(seed))
         assert torch.equal(found, images) and share == 1
     stream = generator()
     for probability in (0.3, 1.0):
-        happened = [augment.cutmix(images, labels, probability, stream)[2] < 1 for _ in range(1000)]
+        happened = [cutmix(images, labels, probability, stream)[2] < 1 for _ in range(1000)]
         assert sum(happened) / 1000 == pytest.approx(probability * 15 / 16, abs=0.05)  # 1 in 16 boxes is empty
 
 
@@ -135,7 +143,7 @@ def test_padding_rows_of_a_batch_are_neither_mixed_nor_partners():
     images, labels = coded(7), torch.arange(7)
     stream, moved = generator(), 0
     for _ in range(60):
-        found, partners, _ = augment.cutmix(images, labels, 1.0, stream, real=3)
+        found, partners, _ = cutmix(images, labels, 1.0, stream, real=3)
         assert sorted(partners[:3].tolist()) == [0, 1, 2]
         assert torch.equal(found[3:], images[3:]) and torch.equal(partners[3:], labels[3:])
         assert (found[:3] // 100).max() <= 2
@@ -159,7 +167,7 @@ def test_several_batches_are_mixed_each_as_it_would_be_alone(monkeypatch, probab
         for name in ("rand", "randint"):
             patch.setattr(torch, name, noting(getattr(torch, name)))
         patch.setattr(augment, "permutations", lambda *_: orders)
-        mixed, partners, shares = augment.cutmix(images, labels, probability, generator(), real=real)
+        mixed, partners, shares = cutmix(images, labels, probability, generator(), real=real)
     mixes_and_keeps, centres = noted
     assert mixes_and_keeps.shape == centres.shape == (2, batches)
     assert len(set(shares.tolist())) > 2
@@ -168,7 +176,7 @@ def test_several_batches_are_mixed_each_as_it_would_be_alone(monkeypatch, probab
             patch.setattr(torch, "rand", lambda *_, i=i, **__: mixes_and_keeps[:, i])
             patch.setattr(torch, "randint", lambda *_, i=i, **__: centres[:, i])
             patch.setattr(augment, "permutations", lambda *_, i=i: orders[i])
-            alone = augment.cutmix(images[i], labels[i], probability, generator(), real=real)
+            alone = cutmix(images[i], labels[i], probability, generator(), real=real)
         for found, expected in zip((mixed[i], partners[i], shares[i]), alone, strict=True):
             assert torch.equal(found, expected)
 
@@ -177,7 +185,7 @@ def test_several_batches_are_mixed_each_as_it_would_be_alone(monkeypatch, probab
 def test_cutmix_is_torchvisions_for_the_same_box(seed):
     """Of two images, in the draws of these seeds, each is the other's partner."""
     marks = torch.stack([torch.zeros(1, 32, 32), torch.ones(1, 32, 32)]).double()
-    mixed, partners, share = augment.cutmix(marks, torch.tensor([0, 1]), 1.0, generator(seed))
+    mixed, partners, share = cutmix(marks, torch.tensor([0, 1]), 1.0, generator(seed))
     assert partners.tolist() == [1, 0] and 0 < share < 1
     rows, columns = (mixed[0, 0].amax(axis).nonzero().flatten() for axis in (1, 0))
     box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
@@ -185,7 +193,7 @@ def test_cutmix_is_torchvisions_for_the_same_box(seed):
     vision.torchvision()
     theirs = importlib.import_module("torchvision.transforms.v2").CutMix(num_classes=2)
     params = {"labels": labels, "batch_size": 2, "box": box, "lam_adjusted": float(share)}
-    found, _, _ = augment.cutmix(images, labels, 1.0, generator(seed))
+    found, _, _ = cutmix(images, labels, 1.0, generator(seed))
     assert torch.equal(found, theirs.transform(images, params))
     area = (box[2] - box[0]) * (box[3] - box[1]) / 32**2
     assert float(share) == pytest.approx(1 - area, abs=1e-6)
