@@ -22,7 +22,7 @@ from hmn.config import BankConfig, GradientMatchingConfig
 from hmn.data import augment
 from hmn.errors import ArtifactError
 from hmn.objectives.distance import Parameters
-from hmn.realside import Choice, LiveSide, RealSide
+from hmn.realside import Choice, LiveSide, RealSide, update_of
 from hmn.seeding import generator
 
 # (parameters, images (k, B, channels, H, W), labels (k,)) -> gradients {name: (k, ...)}
@@ -74,6 +74,7 @@ def _record(
     every_class = torch.arange(classes)
     due = snapshot_steps(config.bank.snapshots, config.inner_steps)
     tensors: dict[str, Tensor] = {}
+    update = update_of(side, record=side.labels.is_cuda)
     side.begin(0)
     for step in range(due[-1] + 1):
         stop.check("the snapshot bank keeps its finished networks; the same command goes on from there")
@@ -90,7 +91,8 @@ def _record(
             for name in parts[0]:
                 tensors[f"{head}/gradients/{name}"] = torch.cat([part[name] for part in parts])
             tensors |= {f"{head}/draw/{name}": value for name, value in drawn.tensors().items()}
-        side.update(side.choose_update())
+        if choice := side.choose_update():
+            update(choice)
     return {name: value.contiguous().cpu() for name, value in tensors.items()}
 
 

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
+# Before it, a failed recording leaves a generator that believes itself recorded still, and deterministic indexing reads
+# from the device.
+OLDEST = "2.13"
 WARM_UP = 3  # calls before recording: they compile, choose algorithms and make optimiser state
 
 
@@ -39,6 +42,8 @@ class Replay:
         self.plain = False
 
     def __call__(self, inputs: Tensors) -> Tensors:
+        if torch.__version__ < OLDEST and not self.plain:
+            self._give_up(f"PyTorch {torch.__version__} cannot go on after a recording that fails, {OLDEST} can")
         shapes = tuple((name, value.shape) for name, value in inputs.items())
         if shapes not in self.recorded and not self.plain:
             gc.collect()  # what was recorded before is held in cycles, and its memory with it
@@ -49,9 +54,7 @@ class Replay:
                 error = _first(error)  # ending a recording that has failed fails, too
                 if isinstance(error, torch.cuda.OutOfMemoryError):
                     raise error from None
-                self.plain = True
-                reason = str(error).partition("\n")[0]
-                print(f"a step cannot be recorded as a CUDA graph, so it is launched anew: {reason}", file=sys.stderr)
+                self._give_up(str(error).partition("\n")[0])
         if self.plain:
             return self.function(inputs)
         recorded = self.recorded[shapes]
@@ -59,6 +62,10 @@ class Replay:
             recorded.inputs[name].copy_(value, non_blocking=True)
         recorded.graph.replay()
         return {name: value.clone() for name, value in recorded.outputs.items()}
+
+    def _give_up(self, reason: str) -> None:
+        self.plain = True
+        print(f"a step cannot be recorded as a CUDA graph, so it is launched anew: {reason}", file=sys.stderr)
 
     def _warm_up(self, inputs: Tensors) -> None:
         side = torch.cuda.Stream()

@@ -19,7 +19,7 @@ from hmn.data.preprocess import Normalise
 from hmn.objectives.distance import convolution_weights
 from hmn.objectives.gradient import MatchingStep
 from hmn.optimizer import ContainerOptimizer
-from hmn.realside import Choice, RealSide
+from hmn.realside import Choice, RealSide, update_of
 from hmn.seeding import generator
 
 
@@ -70,10 +70,13 @@ class ClassMatching(Condensation):
             "classes": generator(seed, SLOT, "classes"),  # on the host: it steers which calls are made
         }
         # What the host decides within a step, as which rows are stepped or what processes sum, is not recorded.
+        recordable = compute.device.type == "cuda" and distributed.world() == 1
         self.replay = None
-        if compute.device.type == "cuda" and not by_class and distributed.world() == 1:
+        if recordable and not by_class:
             generators = [self.generators["rows"], *side.generators()]
             self.replay = Replay(self._whole_step, self._state_tensors, generators)
+        # By itself the networks' update, which most launches of a step are for, always can be.
+        self.update = update_of(side, self.decoded, record=recordable)
 
     def take_step(self) -> tuple[Tensor, dict[str, Tensor]]:
         """One matching step of every class, or of a random group, then the real side's update.
@@ -92,7 +95,8 @@ class ClassMatching(Condensation):
         else:
             parts = [classes] if self.config.step_policy == "accumulate" else classes.split(1)
             found = [self._match_and_apply(part, self._chosen(part)) for part in parts]
-            self.side.update(self.side.choose_update(), self.decoded)
+            if update := self.side.choose_update():
+                self.update(update)
             measured = {**found[-1], "losses": torch.stack([one["losses"] for one in found]).sum(0)}
         self.step += 1
         losses = measured.pop("losses")

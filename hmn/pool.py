@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hmn.capture import optimizer_tensors
 from hmn.compute import Compute
 from hmn.config.objectives import DistributionMatchingConfig
 from hmn.data import augment
@@ -149,7 +148,7 @@ class PoolSide(FeatureSide):
         return [*super().generators(), self.networks]
 
     def state_tensors(self) -> list[Tensor]:
-        return [*optimizer_tensors(self.updates.optimizer), *self.pool.values(), self.percent]
+        return [*self.updates.tensors(), *self.pool.values(), self.percent]
 
     def state_dict(self) -> dict[str, Any]:
         own = {

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hmn.capture import optimizer_tensors
+from hmn.capture import Replay
 from hmn.compute import Compute
 from hmn.config import GradientMatchingConfig
 from hmn.config.objectives import ClassMatchingConfig, SyntheticGradientConfig
@@ -78,6 +78,17 @@ class RealSide(ABC):
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def update_of(side: RealSide, synthetic: Synthetic | None = None, *, record: bool) -> Callable[[Choice], Choice]:
+    """``side.update`` as a function of what it chose. With ``record``, a GPU replays it; ``synthetic`` must then be
+    device work alone, too."""
+
+    def update(choice: Choice) -> Choice:
+        side.update(choice, synthetic)
+        return {}
+
+    return Replay(update, side.state_tensors, side.generators()) if record else update
 
 
 class FeatureSide(RealSide):
@@ -163,7 +174,7 @@ class TrainedSide(FeatureSide):
         return [*super().generators(), self.networks]
 
     def state_tensors(self) -> list[Tensor]:
-        return optimizer_tensors(self.updates.optimizer)
+        return self.updates.tensors()
 
     def state_dict(self) -> dict[str, Any]:
         own = {"updates": self.updates.state_dict(), "networks": self.networks.get_state()}
@@ -242,8 +253,8 @@ class LiveSide(TrainedSide):
         return {"update": torch.cat(drawn)} if drawn else {}
 
     def update(self, choice: Choice, synthetic: Synthetic | None = None) -> None:
-        for index in choice.get("update", ()):
-            self.updates(self.images[index], self.labels[index])
+        if "update" in choice:
+            self.updates.on_batches(self.images, self.labels, choice["update"])
 
     def state_dict(self) -> dict[str, Any]:
         clusters = {"nearest": self.nearest, "clustering": self.clustering.get_state()}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from hmn.capture import Replay, optimizer_tensors, warm_up
+from hmn.realside import update_of
 from tests.small_matching import config, make_run
 
 
@@ -104,6 +106,29 @@ def test_a_step_whose_recording_failed_half_way_starts_from_no_gradient(monkeypa
         assert torch.equal(plain.run_step()[0], failed.run_step()[0])
     for one, other in zip(plain._state_tensors(), failed._state_tensors(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("changes", [{"step_policy": "per_class"}, {"classes_per_step": 2}])
+def test_where_a_whole_step_is_not_recorded_the_networks_update_can_be(monkeypatch, changes):
+    """Warmed up, then called as it is: all that it changes is put back in between."""
+    cannot_record(monkeypatch, RuntimeError("no"))
+    plain, tried = make_run(config(**changes)), make_run(config(**changes))
+    tried.update = update_of(tried.side, tried.decoded, record=True)
+    for _ in range(4):
+        assert torch.equal(plain.run_step()[0], tried.run_step()[0])
+    for one, other in zip(plain._state_tensors(), tried._state_tensors(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_an_older_pytorch_records_nothing_and_says_so_once(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.1+cu130"))
+    monkeypatch.setattr(Replay, "_warm_up", None)
+    walk, plain = Walk(), Walk()
+    replay = Replay(walk.step, walk.state, [walk.stream])
+    for _ in range(2):
+        assert torch.equal(replay(INPUTS)["value"], plain.step(INPUTS)["value"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("launched anew: PyTorch 2.12.1+cu130 cannot go on after a recording that fails, 2.13 can")
 
 
 class HostReads(torch.utils._python_dispatch.TorchDispatchMode):
