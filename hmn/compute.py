@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import re
 import resource
@@ -20,6 +21,9 @@ from torch import Tensor
 
 from hmn import distributed
 from hmn.config import ComputeConfig, require
+
+# Classes per call of a GPU, which they fill: 200 of 128 images of 64 pixels each are 50 GiB for every map they share.
+GPU_CLASSES = 20
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,11 @@ class Compute:
         if not self.compiled:
             return function
         return _timed_once(torch.compile(function, fullgraph=True, dynamic=False))
+
+    def wait(self) -> None:
+        """Until the device has done all that it was told to do."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def begin_peak(self) -> None:
         """From here :meth:`recent_peak_bytes` counts, where the system can begin anew (CUDA, Linux)."""
@@ -172,9 +181,12 @@ def choose(config: ComputeConfig, expected_flops: float, classes: int) -> Comput
     matching = config.matching
     if matching == "auto":
         matching = "compiled" if can_compile and eager_seconds > 600 else "loop"
-    # A GPU waits for launches, so it takes all classes at once; a CPU for memory, so it takes one.
-    width = config.classes_per_call or (classes if on_gpu and matching != "loop" else 1)
-    require("compute.classes_per_call", width == 1 or matching != "loop", width, "1 for compute.matching=loop")
+    # A GPU waits for launches, so it takes many classes at once; a CPU for memory, so it takes one.
+    width = config.classes_per_call or (_evenly(classes, GPU_CLASSES) if on_gpu and matching != "loop" else 1)
+    told = "1 for compute.matching=loop"
+    if config.matching == "auto":
+        told += ", which is what auto makes of it here: name compute.matching=compiled"
+    require("compute.classes_per_call", width == 1 or matching != "loop", width, told)
     require("compute.classes_per_call", width <= classes, width, f"at most {classes}")
     return Compute(
         device,
@@ -184,6 +196,11 @@ def choose(config: ComputeConfig, expected_flops: float, classes: int) -> Comput
         classes_per_call=width,
         networks_together=config.networks_together,
     )
+
+
+def _evenly(count: int, most: int) -> int:
+    """The size, at most ``most``, of as few parts of ``count`` as there can be."""
+    return math.ceil(count / math.ceil(count / most))
 
 
 def _compiler(on_gpu: bool) -> tuple[str, bool]:

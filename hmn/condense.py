@@ -195,6 +195,7 @@ def condense(
                 on_report(report)
                 bar.set_postfix(loss=f"{sum(report.losses):.4g}")
             checkpoints.tick(SLOT, state_of_finite_run)
+    watch.lap(finished=True)
     watch.look_at_memory()
     checkpoints.save(SLOT, run.state_dict())
 
@@ -229,14 +230,17 @@ class _Stopwatch:
         self.reported = (run.step, run.seconds)
         run.compute.begin_peak()
 
-    def lap(self) -> None:
+    def lap(self, *, finished: bool = False) -> None:
+        """``finished``: with all that the device was told to do."""
+        if finished:
+            self.run.compute.wait()
         now = time.monotonic()
         self.run.seconds += now - self.last
         self.last = now
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        self.lap()
+        self.lap(finished=True)
         self.look_at_memory()
         yield
         self.run.compute.begin_peak()

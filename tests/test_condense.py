@@ -50,6 +50,21 @@ def test_reports_tell_what_the_steps_since_the_last_one_measured(tmp_path: Path,
     assert len(reports[0].losses) == 2  # matched layers
 
 
+def test_what_the_device_has_yet_to_do_counts_where_a_watch_is_read(tmp_path, monkeypatch):
+    """At both points of the curve and at the end, and not what the points themselves take."""
+    clock = [0.0]
+
+    def passing(seconds: float) -> float:
+        clock[0] += seconds
+        return 0.0
+
+    monkeypatch.setattr(condensing.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(Compute, "wait", lambda _: passing(100))
+    run = make_run(config())
+    run_all(run, Checkpoints(tmp_path, 1e9), curve_points=2, on_curve=lambda _: passing(7))
+    assert run.seconds == 300
+
+
 def test_the_finished_state_is_kept_and_not_worked_on_again(tmp_path: Path):
     run = make_run(config())
     run_all(run, Checkpoints(tmp_path, 1e9))

@@ -33,7 +33,7 @@ class GroupSampler:
             short = torch.zeros(len(self.sizes), dtype=torch.bool)
             short[groups] = self.cursors[groups] + self.batch > self.sizes[groups]
             # A sort by (group, random key) permutes within each group, so replacing one group's range keeps the others.
-            replaced = short.to(self.order.device)[self.groups]
+            replaced = short.to(self.order.device, non_blocking=True)[self.groups]
             self.order = torch.where(replaced, self._shuffled(), self.order)
             self.cursors[short] = 0
         first = (self.starts + self.cursors)[groups].to(self.order.device, non_blocking=True)
