@@ -44,25 +44,28 @@ def planned(kind: str, options: argparse.Namespace) -> list[str]:
 
 
 def merge(parts: dict[str, dict[str, Any]], failed: Sequence[str], absent: Sequence[str]) -> dict[str, Any]:
-    """One report of the parts' reports: the first header, each part's own particulars under its name, all rows."""
-    found: dict[str, Any] = {"schema_version": harness.SCHEMA_VERSION, "header": {}, "rows": []}
+    """One report of the parts' reports: the first header, what another part has otherwise under its name, all rows."""
+    head: dict[str, Any] = {}
+    found: dict[str, Any] = {"schema_version": harness.SCHEMA_VERSION, "header": head, "rows": []}
     for name, report in parts.items():
         for key, value in report["header"].items():
-            if key in ("date", "load_average", "ceilings", "float64_differences"):
-                found["header"].setdefault(f"{name} {key}", value)
-            elif key != "command":
-                found["header"].setdefault(key, value)
+            own = key in ("date", "load_average", "ceilings", "float64_differences")
+            if own or head.setdefault(key, value) != value:
+                head[f"{name} {key}"] = value
         found["rows"] += report["rows"]
     found["not_measured"] = [f"{name}: failed, see its message" for name in failed] + list(absent)
     return found
 
 
 def main() -> int:
-    options, handed_on = harness.parser(__doc__, rounds=0).parse_known_args()
+    options = harness.parser(__doc__, rounds=0).parse_args()
     arguments = sys.argv[1:]
-    if options.forms or options.json:
-        raise SystemExit("--forms and --json belong to the single parts: python -m benchmarks.matching --forms ...")
+    if options.forms or options.forms_of or options.json:
+        raise SystemExit(
+            "--forms, --forms-of and --json belong to the single parts: python -m benchmarks.matching --forms ..."
+        )
     kind = harness.kind_of(options)
+    parts = {name: own for name, own in PARTS.items() if not options.no_memory or name not in ("memory", "chunks")}
     reports, failed = {}, []
     with tempfile.TemporaryDirectory() as folder:
         cache = {
@@ -70,14 +73,16 @@ def main() -> int:
             "TRITON_CACHE_DIR": str(Path(folder) / "triton"),
             harness.COMPILE_CACHE: "empty at the start; a later part finds what an earlier one compiled",
         }
-        for number, (name, own) in enumerate(PARTS.items(), start=1):
-            print(f"[{number}/{len(PARTS)}] {name}", file=sys.stderr, flush=True)
+        for number, (name, own) in enumerate(parts.items(), start=1):
+            print(f"[{number}/{len(parts)}] {name}", file=sys.stderr, flush=True)
             kept = Path(folder) / f"{name}.json"
             command = [sys.executable, "-m", f"benchmarks.{name}", *own, *arguments, "--json", str(kept)]
             if subprocess.run(command, stdout=subprocess.DEVNULL, check=False, env=os.environ | cache).returncode:
                 failed.append(name)
             else:
                 reports[name] = json.loads(kept.read_text(encoding="utf-8"))
+    if not reports:
+        raise SystemExit("no part has ended well: see their messages; what was measured before is kept")
     absent = (
         [] if kind == "cuda" or torch.cuda.is_available() else [f"GPU, {name}" for name in planned("cuda", options)]
     )

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -114,7 +115,10 @@ def prepare(options: argparse.Namespace) -> torch.device:
     torch.backends.cudnn.benchmark = True  # as IDC's own code; fixed algorithms would slow both sides down
     # Every form is one more version of the same functions. PyTorch 2.7 calls it recompile_limit, too.
     torch._dynamo.config.cache_size_limit = 64
-    return device_of(options)
+    device = device_of(options)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # streams and graphs are made on the current one
+    return device
 
 
 # Timing
@@ -376,7 +380,7 @@ def command() -> str:
     """This process's command, to be given in the repository."""
     main = sys.modules["__main__"]
     module = main.__spec__.name.removesuffix(".__main__") if main.__spec__ else Path(sys.argv[0]).name
-    return " ".join(["python -m", module, *sys.argv[1:]])
+    return shlex.join(["python", "-m", module, *sys.argv[1:]])
 
 
 def allocator(options: argparse.Namespace, device: torch.device) -> str:

@@ -15,6 +15,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from benchmarks.harness import Row, Times, Variant
 from benchmarks.problem import Problem, work
 from hmn import bank
 from hmn.build.classes import kept_on
+from hmn.capture import Replay
 from hmn.checkpoint import Stop
 from hmn.compute import Compute
 from hmn.config import BankConfig, GradientMatchingConfig
@@ -136,9 +138,11 @@ def decoding_variants(form: Form, at: Problem, options: argparse.Namespace) -> l
 
     with FlopCounterMode(display=False) as counter:
         decode()
+    # On a GPU recorded, as the step it is a part of is.
+    recorded = Replay(lambda _: decode() or {}, lambda: [], []) if at.device.type == "cuda" else None
     return [
         Variant(f"{form.name}, {MATCHING_PART}", run.run_step, flops, form.precision),
-        Variant(DECODING, decode, counter.get_total_flops(), form.precision),
+        Variant(DECODING, partial(recorded, {}) if recorded else decode, counter.get_total_flops(), form.precision),
     ]
 
 
@@ -193,8 +197,8 @@ def measure(options: argparse.Namespace, device: torch.device) -> tuple[dict, li
     }
     chosen = harness.chosen(planned(harness.kind_of(options), options), options)
     whole = variants(chosen, at, options)
-    fastest = [form for form in chosen if not form.stored][-1]
-    parts = decoding_variants(fastest, at, options) if fastest != REFERENCE else []
+    last = [form for form in chosen if not form.stored][-1]
+    parts = decoding_variants(last, at, options) if last != REFERENCE else []
     times = harness.interleave(
         [*whole, *parts], device, rounds=options.rounds, least_seconds=options.least_seconds, title=PART
     )
@@ -202,7 +206,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> tuple[dict, li
     memory.fill(found, options)
     if parts:  # no ratios to the reference's whole step: they are less work
         beside = harness.rows(PART, parts, times, harness.greatest(head["ceilings"]), baseline="none")
-        beside[-1].extra = decoding_share(times, fastest)
+        beside[-1].extra = decoding_share(times, last)
         found += beside
     return head, found
 

@@ -15,7 +15,11 @@ def main() -> None:
     options = parser.parse_args()
     device = harness.prepare(options)
     at = problem.make(options, device)
-    (form,) = (form for form in forms.matching(harness.kind_of(options), at.classes) if form.name == options.form)
+    known = [form for form in forms.matching(harness.kind_of(options), at.classes) if not form.stored]
+    named = {form.name: form for form in known if form != forms.REFERENCE}
+    if options.form not in named:
+        parser.error(f"--form: one of {', '.join(named)}")
+    form = named[options.form]
     network = at.network(channels_last=True)
     parameters = {name: value.detach() for name, value in network.named_parameters()}
     real, synthetic = (
