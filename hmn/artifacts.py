@@ -133,6 +133,10 @@ def load_condensed(path: str | Path) -> CondensedSet:
                 raise ValueError(f"{name}: {list(tensors[name].shape)} instead of {list(shapes[name].shape)}")
         if shapes.keys() != tensors.keys():
             raise KeyError(f"{', '.join(sorted(shapes.keys() ^ tensors.keys()))}: not in both")
+        described = empty.specification()
+        empty.finish()
+        if empty.specification() != described:
+            raise ValueError("they are not in the form that is kept, which alone stores what it is charged for")
         container = rebuild(card["container"])
         container.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:

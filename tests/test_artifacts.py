@@ -346,12 +346,25 @@ def test_positions_outside_an_image_are_refused(tmp_path):
         artifacts.load_condensed(tmp_path)
 
 
-def test_a_sparse_code_comes_back_bit_for_bit_with_its_16_bit_positions(tmp_path):
+def sparse_codes() -> SparseCodes:
     shape = SpeedShape(
         classes=2, channels=1, image_size=8, tokens=4, token_dim=4, depth=1, heads=2, top_k=3, patch=4, l1=0.0
     )
     made = SparseCodes(shape, 2)
     made.initialise(torch.Generator().manual_seed(0), None, None)
+    return made
+
+
+def test_whole_codes_are_refused_that_would_be_charged_as_cut_ones(tmp_path):
+    made = sparse_codes()
+    assert made.instances.numel() > made.tier_floats()["instances"]
+    artifacts.save(tmp_path, made, {"budget": {"floats": made.storage_floats()}, "data": {}})
+    with pytest.raises(ArtifactError, match="not in the form that is kept"):
+        artifacts.load_condensed(tmp_path)
+
+
+def test_a_sparse_code_comes_back_bit_for_bit_with_its_16_bit_positions(tmp_path):
+    made = sparse_codes()
     made.finish()
     artifacts.save(tmp_path, made, {"budget": {"floats": made.storage_floats()}, "data": {}})
     kept = artifacts.load_condensed(tmp_path).container
