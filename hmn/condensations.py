@@ -27,9 +27,10 @@ def identity_of(plan: Plan) -> dict[str, Any]:
     return condensation_identity(plan.config) | {"start": plan.artifact}
 
 
-def folder_of(plan: Plan, fingerprint: str, code: str) -> Path:
-    """Where the condensation of ``plan`` lies: of these images, and made by these sources."""
-    identity = identity_of(plan) | {"data": fingerprint, "code": code}
+def folder_of(plan: Plan, fingerprint: str, code: str, precision: str) -> Path:
+    """Where the condensation of ``plan`` lies: of these images, and made by these sources, computed in ``precision``,
+    which is fp32 where a machine has no bf16."""
+    identity = identity_of(plan) | {"data": fingerprint, "code": code, "precision": precision}
     return Path(plan.config.paths.cache_dir) / "condensed" / digest(identity)
 
 

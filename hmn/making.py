@@ -46,7 +46,7 @@ class Making:
         if not self.plan.config.compute.share_condensed:
             return self._condense(container)
         done = self._steps_kept() == self.plan.matching_steps
-        folder = condensations.folder_of(self.plan, self.shop.data.fingerprint, self.code)
+        folder = condensations.folder_of(self.plan, self.shop.data.fingerprint, self.code, self.shop.compute.precision)
         # Of several processes the first holds the folder for all, and what it finds there is every one's.
         alone = exclusive(folder, wait=checkpoints.stop) if distributed.first() else contextlib.nullcontext()
         with alone:

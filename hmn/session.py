@@ -148,7 +148,7 @@ class Session:
             "recipe": recipe | {"epochs": settings.epochs},
             "networks": settings.networks,
             "seed": self.config.seed,
-            "precision": self.config.compute.precision,
+            "precision": self.compute.precision,
         }
         return Path(self.config.paths.cache_dir) / "coresets" / digest(identity)
 

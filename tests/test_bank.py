@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hmn.bank import BankSide, build, snapshot_steps
+from hmn.build import condensation
 from hmn.checkpoint import Checkpoints, Stop
 from hmn.config import BankConfig, GradientMatchingConfig
 from hmn.config.identity import bank_identity
@@ -20,9 +21,10 @@ from hmn.errors import ArtifactError, Interrupted
 from hmn.matching import ClassMatching
 from hmn.objectives.gradient import matching_step, real_gradients, stored_step
 from hmn.realside import LiveSide
+from hmn.seeding import generator
 from hmn.training import training_step
 from tests.command import configured
-from tests.small_matching import CLASSES, CPU, REAL, SEED, assert_same, config, make_container
+from tests.small_matching import CLASSES, CPU, REAL, SEED, assert_same, config, make_container, workshop
 from tests.small_matching import build as build_network
 from tests.test_capture import HostReads
 
@@ -264,3 +266,25 @@ def test_runs_share_a_bank_unless_what_it_holds_would_differ(key: str, value: ob
 def test_a_network_is_never_asked_for_more_snapshots_than_it_has_steps():
     with pytest.raises(Exception, match="objective.bank.snapshots=9: must be at most objective.inner_steps=4"):
         dataclasses.replace(SETTINGS, bank=BankConfig(networks=1, snapshots=9))
+
+
+def test_a_machine_without_bf16_has_a_bank_of_its_own(tmp_path):
+    small = ("bank.networks=1", "bank.snapshots=1", "inner_steps=1", "network_samples=0", "real_batch=6")
+    shop = workshop(
+        tmp_path, "compute.precision=bf16", f"paths.cache_dir={tmp_path}", *(f"objective.{s}" for s in small)
+    )
+    for precision in ("fp32", "bf16", "fp32"):
+        able = dataclasses.replace(shop, compute=dataclasses.replace(shop.compute, precision=precision))
+        condensation(able, make_container())
+    assert len(list((tmp_path / "banks").iterdir())) == 2
+
+
+def test_a_run_reads_a_bank_by_all_its_settings(tmp_path):
+    given = ("augmentation_rule=vico", "strategy=flip_crop", "bank.networks=1", "bank.snapshots=2", "bank.seed=5")
+    given += ("inner_steps=2", "network_samples=16", "network_batch=8", "real_batch=6")
+    other = ("dataset.flip=false", "seed=3", f"paths.cache_dir={tmp_path}")
+    work = condensation(workshop(tmp_path, *other, *(f"objective.{one}" for one in given)), make_container())
+    assert (work.side.strategy, work.side.rule) == ("crop", "vico")
+    assert torch.equal(work.side.choosing.get_state(), generator(3, "condense", "bank").get_state())
+    assert len(work.side.paths) == 1 and work.side.snapshots == 2
+    assert work.run_step()[0].shape == (2,)

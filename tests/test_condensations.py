@@ -86,8 +86,8 @@ def test_the_recipe_of_evaluation_is_part_of_it_where_a_curve_is_measured():
 
 def test_other_images_and_other_sources_have_folders_of_their_own(tmp_path):
     plan = planned(*TINY, f"paths.cache_dir={tmp_path}")
-    folders = {condensations.folder_of(plan, data, code) for data in "ab" for code in "cd"}
-    assert len(folders) == 4
+    folders = {condensations.folder_of(plan, data, code, "fp32") for data in "ab" for code in "cd"}
+    assert len(folders | {condensations.folder_of(plan, "a", "c", "bf16")}) == 5
 
 
 def test_the_kept_set_that_a_container_starts_from_is_part_of_it(tmp_path):
@@ -95,7 +95,7 @@ def test_the_kept_set_that_a_container_starts_from_is_part_of_it(tmp_path):
     none, one, other = (dataclasses.replace(plan, artifact=checksum) for checksum in (None, "a", "b"))
     assert condensations.identity_of(one) != condensations.identity_of(other)
     assert condensations.identity_of(one) != condensations.identity_of(none)
-    assert len({condensations.folder_of(start, "data", "code") for start in (none, one, other)}) == 3
+    assert len({condensations.folder_of(start, "data", "code", "fp32") for start in (none, one, other)}) == 3
 
 
 def test_runs_that_share_a_condensation_end_as_if_each_had_made_its_own(tmp_path):

@@ -32,7 +32,7 @@ def gradient_matching(shop: Workshop, container: Container) -> ClassMatching:
     """Networks and real images as the run goes, or from a bank, which is made first if it is missing."""
     config, compute, objective = shop.config, shop.compute, shop.config.objective
     network = shop.build().to(compute.device)
-    folder = Path(config.paths.cache_dir) / "banks" / digest(bank_identity(config))
+    folder = Path(config.paths.cache_dir) / "banks" / digest(bank_identity(config) | shop.arithmetic)
     banked = objective.bank.networks and all(path.exists() for path in bank.files(folder, objective.bank))
     # Of a bank that is there only real gradients are read.
     in_step, real_batch = partial(matching_bytes, metric=objective.metric), 0 if banked else objective.real_batch

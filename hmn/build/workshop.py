@@ -36,6 +36,11 @@ class Workshop:
         return idc_rate_factor(config.memory.images_per_class, self.data.train.images.shape[-1])
 
     @property
+    def arithmetic(self) -> dict[str, str]:
+        """In which what runs share is computed: machines without bf16 have fp32 instead, and files of their own."""
+        return {"precision": self.compute.precision}
+
+    @property
     def strategy(self) -> str:
         strategy = self.config.objective.strategy
         return usable(strategy, self.config.dataset.flip)
