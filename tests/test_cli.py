@@ -15,6 +15,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import hmn
-from hmn import experiment, results
+from hmn import cli, experiment, results
 from hmn.cli import is_sweep
 from hmn.config import Config
 from hmn.results import cpu_name
-from tests.command import ROOT, TINY, Outcome, planned, run, start
+from tests.command import ROOT, TINY, Outcome, compose, planned, run, start
 from tests.wandb_reader import read_offline_run, without_login
 
 KEPT = {".lock", "card.json", "condensed.png", "condensed.safetensors", "config.yaml", "metrics.jsonl", "result.json"}
@@ -397,6 +398,15 @@ def test_a_multirun_makes_one_run_per_cell_that_a_single_command_knows(tmp_path)
         assert (result["pruning"]["cut_per_class"] > 0) == (plan.config.pruning.over_budget > 0)
     single = run(tmp_path, *arguments, "pruning=none", "memory.images_per_class=12")
     assert f"{plans[1].run_id} is finished" in single.out
+
+
+def test_a_sweeper_selects_by_held_out_images_and_never_by_the_test_set(monkeypatch):
+    given = SimpleNamespace(overrides=SimpleNamespace(task=list(TINY)))
+    monkeypatch.setattr(cli.HydraConfig, "get", lambda: given)
+    for pruning, selected in (({"held_out_accuracy": 0.25}, 0.25), ({}, None)):
+        result = {"accuracy": {"mean": 0.75}, "curve": [], "pruning": pruning}
+        monkeypatch.setattr(cli.experiment, "run", lambda *_, result=result, **__: result)
+        assert cli._run(compose(*TINY)) == selected
 
 
 @pytest.mark.parametrize(
