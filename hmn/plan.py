@@ -293,10 +293,12 @@ def _check_networks(plan: Plan) -> None:
     written = isinstance(config.objective, GradientMatchingConfig)
     rule = f"auto, loop or compiled for objective={name}: it is written out for gradient matching"
     require("compute.matching", written or matching != "r_operator", matching, rule)
-    if isinstance(config.container, HabaConfig) and not isinstance(config.objective, TrajectoryMatchingConfig):
+    if isinstance(config.container, HabaConfig):
+        there = isinstance(config.objective, TrajectoryMatchingConfig) and config.container.styles > 1
         for key in HabaConfig.ADVERSARY:
             given, unread = getattr(config.container, key), getattr(HabaConfig, key)
-            require(f"container.{key}", given == unread, given, f"{unread} but for objective=trajectory_matching")
+            rule = f"{unread} but for objective=trajectory_matching and several styles, of which an adversary sees two"
+            require(f"container.{key}", there or given == unread, given, rule)
     alone = not distributed.launched() or not isinstance(config.objective, UnrolledConfig)
     rule = "an objective that compares classes with each other, under torchrun: a student's steps cannot be shared out"
     require("objective.name", alone, config.objective.name, rule)

@@ -212,6 +212,15 @@ def test_the_unbiased_distance_is_mse_of_two_halves():
     refused(f"objective.unbiased=true: must be {rule}", objective__unbiased=True, objective__synthetic_batch=63)
 
 
+def test_settings_of_another_optimizer_are_refused():
+    """``configured()`` has Adam, whose betas are taken; a default that nothing reads may stay."""
+    rule = "must be 0.5 with objective.optimizer=adam, which has none"
+    refused(f"objective.momentum=0.9: {rule}", objective__momentum=0.9)
+    for name, default in (("beta1", 0.9), ("beta2", 0.99)):
+        rule = f"must be {default} with objective.optimizer=sgd, which has none"
+        refused(f"objective.{name}=0.5: {rule}", objective__optimizer="sgd", **{f"objective__{name}": 0.5})
+
+
 def test_a_deviation_of_zero_is_refused():
     refused("dataset.std=[0.0]: must be positive", dataset__std=[0.0])
 
@@ -331,7 +340,7 @@ SCIENCE: dict[str, dict[str, Any]] = {
         "class_reduction": "sum",
         "optimizer": "sgd",
         "lr_scaling": "idc",
-        "momentum": 0.1,
+        "momentum": ...,  # below, as it goes with sgd
         "gradient_clip": 7.0,
         "average": 0.5,
         "memory_lr": 0.1,
@@ -428,12 +437,14 @@ def test_another_experiment_has_another_id(key, value):
     assert identity(changed(config, **{key: value})) != identity(config)
 
 
-def test_so_have_another_seed_mode_and_number_of_channels():
+def test_so_have_another_seed_mode_momentum_and_number_of_channels():
     config = configured(*BASE)
+    by_sgd = changed(config, objective__optimizer="sgd")
     measured = changed(config, dataset__mean=None, dataset__std=None)
     others = [changed(config, seed=1), changed(config, mode="full_data")]
     others += [measured, changed(measured, dataset__channels=1)]
-    assert len({identity(other) for other in [config, *others]}) == 5
+    others += [by_sgd, changed(by_sgd, objective__momentum=0.1)]
+    assert len({identity(other) for other in [config, *others]}) == 7
 
 
 @pytest.mark.parametrize(("key", "value"), [(key, value) for key, value in pairs(CIRCUMSTANCE) if value is not ...])

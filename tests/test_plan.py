@@ -353,7 +353,10 @@ def test_habas_adversary_is_refused_where_nothing_reads_it():
     haba = ("mode=plan", "container=haba", "memory=ipc10", "pruning=none", "container.club_weight=0.5")
     with pytest.raises(ConfigError, match=r"^container\.club_weight=0\.5: must be 0\.1 but for objective=trajectory_"):
         planned(*haba)
-    assert planned(*haba, "objective=trajectory_matching").config.container.club_weight == 0.5
+    haba += ("objective=trajectory_matching",)
+    assert planned(*haba).config.container.club_weight == 0.5
+    with pytest.raises(ConfigError, match=r"^container\.club_weight=0\.5: must be 0\.1 but for .* and several styles"):
+        planned(*haba, "container.styles=1")
 
 
 def test_a_card_of_another_version_asks_which_data_are_meant():

@@ -375,11 +375,45 @@ def test_a_step_with_an_adversary_reports_both_losses_and_uses_both(expert_files
     assert not torch.allclose(container.instances, alone.instances)
 
 
+def test_the_extractor_learns_at_every_step(expert_files):
+    container = make_haba()
+    adversary = adversary_of(container)
+    work = trajectory_run(expert_files, config(), container, adversary=adversary)
+    for _ in range(2):
+        before = clone_of(adversary.network)
+        work.run_step()
+        after = dict(adversary.network.named_parameters())
+        assert not all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("rule", ["vico", "idc"])
+def test_the_adversary_is_shown_what_a_student_sees(expert_files, rule):
+    container, index = make_haba(), torch.tensor([4, 0, 13])
+    work = trajectory_run(expert_files, config(augmentation_rule=rule), container)
+    stream = torch.Generator().set_state(work.generators["augment"].get_state())
+    drawn = augment.draw(STRATEGY, 3, 8, stream, rule=rule)
+    expected = augment.apply(Normalise(MEAN, STD)(container.decode_matched(index)), drawn)
+    torch.testing.assert_close(work._seen(index), expected)
+
+
+def test_a_step_counts_all_images_of_its_student(expert_files):
+    """Of six bases in one style four at a time."""
+    work = trajectory_run(expert_files, config(student_steps=3, student_batch=4), make_haba())
+    assert work.images_per_step == 4 + 2 + 4
+
+
 # Over many steps
 
 
 def hmn_config(**changes: Any) -> TrajectoryMatchingConfig:
-    rates = {"optimizer": "adam", "memory_lr": 0.1, "weights_lr": 0.01, "student_batch": None, "student_lr": 0.02}
+    rates = {
+        "optimizer": "adam",
+        "momentum": 0.5,
+        "memory_lr": 0.1,
+        "weights_lr": 0.01,
+        "student_batch": None,
+        "student_lr": 0.02,
+    }
     return config(**{**rates, "outer_steps": 15, "max_start_epoch": 1, "student_steps": 4, **changes})
 
 
@@ -392,7 +426,14 @@ def test_hmn_under_trajectory_matching_learns(expert_files):
 
 
 def test_hmn_under_bptt_learns():
-    rates = {"optimizer": "adam", "memory_lr": 0.1, "weights_lr": 0.01, "student_lr": 0.3, "gradient_clip": None}
+    rates = {
+        "optimizer": "adam",
+        "momentum": 0.5,
+        "memory_lr": 0.1,
+        "weights_lr": 0.01,
+        "student_lr": 0.3,
+        "gradient_clip": None,
+    }
     settings = bptt_config(outer_steps=15, student_steps=4, real_batch=12, class_batch=5, **rates)
     work = bptt_run(settings, strategy="none")
     losses = [float(work.run_step()[0]) for _ in range(15)]
@@ -408,7 +449,7 @@ def haba_run(files: list[Path], seed: int = 0) -> ThroughStudent:
 RUNS: dict[str, Callable[[list[Path], int], ThroughStudent]] = {
     "hmn": lambda files, seed: trajectory_run(files, hmn_config(student_lr_lr=0.01), make_container(seed)),
     "haba": haba_run,
-    "bptt": lambda files, seed: bptt_run(bptt_config(optimizer="adam"), make_container(seed)),
+    "bptt": lambda files, seed: bptt_run(bptt_config(optimizer="adam", momentum=0.5), make_container(seed)),
 }
 
 
@@ -473,6 +514,15 @@ def test_haba_has_its_adversary_and_trajectory_matching_its_experts(tmp_path: Pa
     assert work.adversary.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert len(work.run_step()[0]) == 2
     assert len(list(tmp_path.glob("experts/*/expert-0000.safetensors"))) == 1
+
+
+def test_the_network_that_tells_styles_apart_starts_from_the_seed(tmp_path: Path):
+    one, same, other = (
+        clone_of(condensation(shop(tmp_path, "container=haba", f"seed={seed}"), make_haba()).adversary.network)
+        for seed in (0, 0, 1)
+    )
+    assert_same(one, same)
+    assert not any(torch.equal(value, other[name]) for name, value in one.items() if value.ndim > 1)
 
 
 @pytest.mark.parametrize(("side", "depth"), [(4, 2), (7, 2), (8, 3), (32, 3)])

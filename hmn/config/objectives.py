@@ -20,6 +20,14 @@ def fraction(config: object, *names: str, below_one: bool = False) -> None:
         require(f"{SECTION}.{name}", fits, value, "in [0, 1)" if below_one else "in [0, 1]")
 
 
+def unread(config: object, where: str, *names: str) -> None:
+    """Every field ``names`` of ``config`` must have its default ``where`` nothing reads it."""
+    defaults = {item.name: item.default for item in fields(config)}
+    for name in names:
+        value, default = getattr(config, name), defaults[name]
+        require(f"{SECTION}.{name}", value == default, value, f"{default} {where}")
+
+
 @dataclass(kw_only=True)
 class ObjectiveConfig:
     """What all objectives have: how long, and how the container is stepped."""
@@ -52,6 +60,8 @@ class ObjectiveConfig:
         fraction(self, "final_lr_fraction")
         average = self.average
         require("objective.average", average is None or 0 <= average < 1, average, "null or in [0, 1)")
+        others = {"adam": ("momentum",), "sgd": ("beta1", "beta2")}[self.optimizer]
+        unread(self, f"with objective.optimizer={self.optimizer}, which has none", *others)
 
 
 @dataclass(kw_only=True)
@@ -227,11 +237,8 @@ class DistributionMatchingConfig(ClassMatchingConfig):
         positive(SECTION, self, "pool_lr")
         fraction(self, "pool_momentum", below_one=True)
         if not self.pool_networks:
-            for item in fields(self):
-                if item.name == "ce_weight" or item.name.startswith("pool_"):
-                    value = getattr(self, item.name)
-                    rule = f"{item.default} while objective.pool_networks=0: there are no trained networks"
-                    require(f"{SECTION}.{item.name}", value == item.default, value, rule)
+            of_pool = [item.name for item in fields(self) if item.name.startswith("pool_")]
+            unread(self, "while objective.pool_networks=0: there are no trained networks", "ce_weight", *of_pool)
 
 
 @dataclass(kw_only=True)
