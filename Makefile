@@ -58,6 +58,6 @@ lock: ## rewrite requirements.lock from a fresh environment (with Python 3.11)
 	mv build/lock/requirements.lock requirements.lock
 	rm -rf build/lock
 
-clean: ## remove what the other targets made; runs/, data/, outputs/ and wandb/ stay
+clean: ## remove what the other targets made; runs/, data/, .cache/, outputs/ and wandb/ stay
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -28,7 +28,8 @@ def draw(folder: Path, output: Path) -> None:
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(7, 6), sharex=True, layout="constrained")
     steps = [point["step"] for point in result["curve"]]
     percents = [100 * point["held_out_accuracy"] for point in result["curve"]]
-    above.plot(steps, percents, "o-", label="over budget, while condensing")
+    over = "over budget, " if result["pruning"]["cut_per_class"] else ""
+    above.plot(steps, percents, "o-", label=f"{over}while condensing")
     if result["pruning"]["cut_per_class"] and (pruned := result["pruning"].get("held_out_accuracy")) is not None:
         above.plot(steps[-1], 100 * pruned, "s", label="pruned to the budget")
     above.set_ylabel("held-out accuracy, %")

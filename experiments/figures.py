@@ -184,9 +184,11 @@ def bars(filled: Filled, keys: Sequence[str], title: str) -> Figure:
         axes.grid(False, axis="y")
         unit = "points" if VALUES[keys[0]].unit == "%" else VALUES[keys[0]].unit
         axes.set_xlabel(f"difference from: {first}, {unit}")
-        counts = ", ".join(sorted({entry.measured.n for entry in filled.entries if entry.measured}))
         names = " and ".join(VALUES[key].title for key in keys)
-        _head_and_foot(figure, title, f"marks: {names}; bars: their mean; condensations x networks: {counts}")
+        note = f"marks: {names}; bars: their mean{_of_what(filled)}"
+        if missing := sum(len(values) < len(keys) for _, values in others):
+            note += f"\n{missing} of {len(others)} rows not or not wholly measured yet"
+        _head_and_foot(figure, title, note)
     return figure
 
 
@@ -313,12 +315,14 @@ def figure_of(
     return draw(panels, _title(sweep), note_of(filled, labelled_by), stacked=stacked), "\n".join(filled.footer)
 
 
+def _of_what(filled: Filled) -> str:
+    counts = sorted({entry.measured.n for entry in filled.entries if entry.measured and " x " in entry.measured.n})
+    return f", condensations x networks: {', '.join(counts)}" if counts else ""
+
+
 def note_of(filled: Filled, labelled_by: str = "") -> str:
     """How many runs a point is of, what is missing, and who reports what is reported."""
-    counts = sorted({entry.measured.n for entry in filled.entries if entry.measured and " x " in entry.measured.n})
-    parts = ["mean ± standard deviation"]
-    if counts:
-        parts[0] += f", condensations x networks: {', '.join(counts)}"
+    parts = [f"mean ± standard deviation{_of_what(filled)}"]
     first = [entry for entry in filled.entries if entry.value == filled.table.shows[0]]
     if missing := sum(entry.measured is None or bool(entry.gaps) for entry in first):
         parts.append(f"{missing} of {len(first)} points not or not wholly measured yet")

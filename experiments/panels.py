@@ -130,15 +130,18 @@ def instance_memory(filled: Filled) -> tuple[Panel, ...]:
 
 
 def continual(filled: Filled) -> tuple[Panel, ...]:
-    """Accuracy over the classes seen, and in the legend its average over all steps where all are measured."""
+    """Accuracy over the classes seen, and in the legend its average over all steps of each panel where all are
+    measured."""
+    panels = panels_of(filled, filled.table.shows[0])
+    averages: dict[str, list[str]] = {}
+    for line in (line for panel in panels for line in panel.lines):
+        if len(line.measured) == len(line.points):
+            averages.setdefault(line.name, []).append(f"{statistics.fmean(point.y for point in line.measured):.1f}")
 
     def with_average(line: Line) -> Line:
-        if len(line.measured) < len(line.points):
-            return line
-        average = statistics.fmean(point.y for point in line.measured)
-        return replace(line, name=f"{line.name} ({average:.1f} on average)")
+        own = averages.get(line.name, [])
+        return line if len(own) < len(panels) else replace(line, name=f"{line.name} ({', '.join(own)} on average)")
 
-    panels = panels_of(filled, filled.table.shows[0])
     return tuple(replace(panel, lines=tuple(map(with_average, panel.lines))) for panel in panels)
 
 

@@ -229,15 +229,19 @@ RENDERED = {"md": markdown, "tex": latex, "csv": csv_text}
 
 
 def _refuse_loss(path: Path, filled: Filled) -> None:
-    """Raises ``ConfigError`` if what is there shows measured values of runs of which nothing is left here."""
+    """Raises ``ConfigError`` if what is there shows measured values of more runs than are left here."""
     if not path.exists():
         return
-    axes = len([*filled.table.rows, *filled.table.columns]) + 1  # and the value's name
-    new, old = (
-        {tuple(line[:axes]) for line in csv.reader(io.StringIO(text)) if line[axes + 1 : axes + 2] not in ([], [""])}
-        for text in (csv_text(filled), path.read_text(encoding="utf-8"))
-    )
-    if lost := sorted(old - new):
+    named = [*filled.table.rows, *filled.table.columns, "value"]
+
+    def runs(text: str) -> dict[tuple[str, ...], int]:
+        """How many are behind each measured value."""
+        lines = csv.DictReader(io.StringIO(text))
+        return {tuple(line[name] for name in named): len(line["runs"].split()) for line in lines if line["mean"]}
+
+    here = runs(csv_text(filled))
+    there = runs(path.read_text(encoding="utf-8"))
+    if lost := sorted(place for place, count in there.items() if count > here.get(place, 0)):
         raise ConfigError(
             f"{path}: shows {len(lost)} measured values, {', '.join(lost[0])} the first, of runs that are not here: "
             "name another --output, or --results with theirs; or remove it"

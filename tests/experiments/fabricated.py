@@ -46,6 +46,7 @@ def result(run_id: str, accuracies: Sequence[float], **changes: Any) -> dict[str
         "network": "ConvNet-D2-W8",
         "profile": "hmn_cosine",
         "device": "cpu, 1 threads",
+        "precision": "fp32",
         "compiled": False,
         "wall_seconds": {"condense": 60.0, "evaluate": 30.0},
         "peak_bytes": 2**30,

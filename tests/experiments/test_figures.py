@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
@@ -194,6 +195,17 @@ def test_continual_learning_tells_its_average_only_once_all_steps_are_measured()
     (panel,) = continual(filled(*made, rows=("method",), columns=("classes",)))
     assert [line.name for line in panel.lines] == ["HMN (51.0 on average)", "DM"]
     assert math.isnan(panel.lines[1].points[2].y)
+
+
+def test_averages_over_several_panels_leave_a_method_one_name():
+    def of(method: str, head: str, steps: dict[str, float]) -> list[Entry]:
+        made = [entry(method, step, number) for step, number in steps.items()]
+        return [dataclasses.replace(one, column=(*one.column, head)) for one in made]
+
+    made = of("HMN", "5", {"50": 60.0, "100": 40.0}) + of("HMN", "10", {"50": 50.0, "100": 30.0})
+    made += of("DM", "5", {"50": 20.0, "100": 10.0}) + of("DM", "10", {"50": 20.0, "100": None})
+    panels = continual(filled(*made, rows=("method",), columns=("classes", "steps")))
+    assert [[line.name for line in panel.lines] for panel in panels] == [["HMN (50.0, 40.0 on average)", "DM"]] * 2
 
 
 # Files
