@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hypothesis
 import pytest
 import torch
+
+# A slow machine is no failure.
+hypothesis.settings.register_profile("hmn", deadline=None)
+hypothesis.settings.load_profile("hmn")
 
 # By the minutes they take. Files that start late leave the other processes idle at the end.
 LONG = (

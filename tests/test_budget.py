@@ -28,7 +28,7 @@ def test_the_budget_is_what_as_many_real_images_take(classes, channels, size, ex
     assert tuple(budget_floats(ipc, classes, channels, size) for ipc in (1, 10, 50)) == expected
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, derandomize=True)
 @given(
     budget=st.integers(1, 10**9),
     shared=st.integers(0, 10**9),

@@ -119,6 +119,10 @@ def test_random_images_and_their_accuracy_are_those_of_the_reference(at_random, 
 
 def test_a_choice_that_was_killed_while_networks_trained_goes_on(chosen, data, tmp_path):
     arguments = (*data, *SCORED, "container.method=forgetting", "compute.checkpoint_every_seconds=0")
+    arguments += ("evaluation.epochs=60",)  # enough of them are left when it is seen to have begun
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    finish(whole, *arguments)
     folder = folder_of(tmp_path, *arguments)
     for slot in ("coreset", "evaluate"):
         command = start(tmp_path, *arguments)
@@ -130,7 +134,7 @@ def test_a_choice_that_was_killed_while_networks_trained_goes_on(chosen, data, t
     for name in ("condensed.safetensors", "condensed.png"):
         assert (folder / name).read_bytes() == (chosen["forgetting"] / name).read_bytes()
     for key in ("coreset", "evaluation"):
-        assert read(folder, "card")[key] == read(chosen["forgetting"], "card")[key]
+        assert read(folder, "card")[key] == read(folder_of(whole, *arguments), "card")[key]
     assert not (folder / "checkpoints").exists()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hmn.coresets import ccs, herding, highest, k_center, stratified
 
-HUNDRED = settings(max_examples=100, deadline=None, derandomize=True)
+HUNDRED = settings(max_examples=100, derandomize=True)
 
 
 def stream(seed: int = 0) -> torch.Generator:

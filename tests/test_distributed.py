@@ -20,8 +20,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hmn import bank, compute, distributed
+from hmn.artifacts import decode_all
 from hmn.checkpoint import Checkpoints, Stop
 from hmn.compute import Compute
+from hmn.condense import condense
 from hmn.config import BankConfig, ComputeConfig, GradientMatchingConfig, HmnConfig
 from hmn.config.objectives import SyntheticGradientConfig
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
@@ -132,6 +134,19 @@ def condensed(classes: int, changes: dict[str, Any]) -> dict[str, Any]:
     work = condensation(classes, **changes)
     said = [work.run_step() for _ in range(STEPS)]
     return {"said": said, "state": work.state_dict()}
+
+
+def curve(folder: Path) -> list[Tensor]:
+    """All images at three points of a curve, between which nothing is saved."""
+    work, seen = condensation(5), []
+
+    def on_curve(_step: int) -> float:
+        seen.append(decode_all(work.container)[0])
+        return 0.0
+
+    checkpoints, points = Checkpoints(folder, 1e9), {"curve_points": 3, "on_curve": on_curve}
+    condense(work, checkpoints, log_every_steps=1, on_report=lambda _: None, **points)
+    return seen
 
 
 VARIANTS = {
@@ -256,7 +271,8 @@ def everything(folder: Path, alone: Path) -> dict[str, Any]:
     for name, (classes, changes) in VARIANTS.items():
         if classes >= distributed.world():
             found[name] = condensed(classes, changes)
-    return found | {"judged": judged(folder / "judged"), "exchanged": exchanged(folder, alone), "folder": folder}
+    found |= {"judged": judged(folder / "judged"), "curve": curve(folder / "curve")}
+    return found | {"exchanged": exchanged(folder, alone), "folder": folder}
 
 
 def _one_of_several(environment: dict[str, str], folder: Path, alone: Path) -> None:
@@ -266,13 +282,6 @@ def _one_of_several(environment: dict[str, str], folder: Path, alone: Path) -> N
     distributed.start(CPU.device)
     torch.save(everything(folder, alone), folder / f"found-{distributed.rank()}.pt")
     distributed.finish()
-
-
-@pytest.fixture
-def double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -333,6 +342,13 @@ def test_condensing_in_several_processes_is_that_of_one(alone, several, variant:
 
 
 @COUNTS
+def test_every_process_has_all_images_of_a_curves_points(alone, several, count: int):
+    assert not torch.allclose(alone["curve"][0], alone["curve"][2])
+    for found in several(count):
+        assert_close(found["curve"], alone["curve"])
+
+
+@COUNTS
 def test_a_checkpoint_goes_on_in_another_number_of_processes(alone, several, double, count: int):
     for found in several(count):
         assert_close(found["exchanged"], alone["exchanged"])
@@ -349,6 +365,21 @@ def test_networks_are_dealt_out_and_their_measurements_meet_again(alone, several
     kept = {path.stem for path in (several(count)[0]["folder"] / "judged").iterdir()}
     own = {f"{slot}-{rank}of{count}" for slot in ("dealt", "evaluate", "score") for rank in range(count)}
     assert kept == {"clock", "dealt", "evaluate", "score"} | own
+
+
+def test_processes_share_out_even_what_one_of_them_could_train_at_once(tmp_path, monkeypatch):
+    for name, found in {"world": 2, "rank": 1, "agree": [0]}.items():
+        monkeypatch.setattr(distributed, name, lambda *_, found=found: found)
+    monkeypatch.setattr(distributed, "sum_", lambda _: None)
+    monkeypatch.setattr(distributed, "from_first", lambda read: read())
+    dealt = []
+
+    def make(networks: range) -> OneEpoch:
+        dealt.append(list(networks))
+        return OneEpoch(networks)
+
+    train_networks(5, make, lambda *_: None, {}, Checkpoints(tmp_path, 60), "dealt", together=5)
+    assert dealt == [[3, 4]]  # the first has three of the five
 
 
 def test_what_processes_tell_each_other(several):

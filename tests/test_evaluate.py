@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hmn import evaluate as evaluation  # its `test_epochs`, imported by name, would be collected as a test
@@ -77,7 +77,6 @@ def test_networks_are_tested_at_evenly_spaced_epochs(epochs: int, points: int, t
     assert evaluation.test_epochs(epochs, points) == tested
 
 
-@settings(deadline=None)
 @given(st.integers(1, 2000), st.integers(1, 50))
 def test_the_last_epoch_is_always_tested_and_no_epoch_twice(epochs: int, points: int):
     tested = evaluation.test_epochs(epochs, points)

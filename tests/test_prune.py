@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -253,7 +253,6 @@ def naive_kept(scores: list[list[float]], keep: int, tenths: int) -> list[int]:
     return kept
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_kept_instances_are_sorted_class_balanced_and_those_of_a_naive_loop(data: st.DataObject):
     classes, count = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 30))

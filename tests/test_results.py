@@ -93,7 +93,9 @@ def test_the_summary_has_the_numbers_that_compare_runs():
 
 def git(folder: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
-    done = subprocess.run(["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    own = os.environ | {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}  # not the user's hooks and keys
+    command = ["git", *identity, *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, env=own)
     return done.stdout.strip()
 
 

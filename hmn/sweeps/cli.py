@@ -43,7 +43,8 @@ def run(arguments: Sequence[str]) -> int:
     given = _parser().parse_intermixed_args(_with_command(arguments))
     require("--json", not given.json or given.command == "results", "given", "left out but for results")
     require("--every", given.every is None or given.command == "status", given.every, "left out but for status")
-    require("--every", given.every is None or 0 < given.every <= DAY_SECONDS, given.every, "0 to 86400 seconds, not 0")
+    every = given.every
+    require("--every", every is None or 0 < every <= DAY_SECONDS, every, "above 0 and at most 86400 seconds")
     if given.command == "search":
         return search(given.settings)
     if given.command == "tables":

@@ -286,7 +286,10 @@ def test_images_that_are_tied_are_refused_with_the_reason_and_stay(container):
     assert torch.equal(decoded(container, *everything(container)), before)
 
 
-def test_projecting_twice_is_projecting_once_and_stays_close_to_valid_images(container):
+@torch.no_grad()
+def test_projecting_twice_is_projecting_once(container):
+    for parameter in container.parameters():
+        parameter.mul_(50)  # far outside of what is valid
     container.project()
     once = decoded(container, *everything(container))
     container.project()
@@ -304,7 +307,7 @@ def test_the_artifact_decodes_bit_for_bit(container, pruned, tmp_path):
     assert labels.tolist() == sorted(labels.tolist()) and len(labels.unique()) == CLASSES
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     name=st.sampled_from(sorted(KINDS)),
     classes=st.integers(2, 12),

@@ -82,7 +82,7 @@ def test_normalised_pixels_become_images():
 
 
 @given(index=st.lists(st.integers(0, 11), min_size=1, max_size=9), channels=st.sampled_from([(1, 1), (3, 1), (3, 3)]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_an_image_depends_neither_on_its_neighbours_nor_on_its_place(index, channels):
     container = made(channels=channels[0], base_channels=channels[1])
     images = container.decode(torch.tensor(index))

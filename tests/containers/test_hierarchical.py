@@ -365,7 +365,7 @@ def shapes(draw: st.DrawFn) -> HmnShape:
     )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(
     shape=shapes(),
     images_per_class=st.integers(1, 12),

@@ -121,7 +121,7 @@ def test_images_per_class_by_number_of_bases(data, images_per_class, counts):
     assert {bases: stored.instances for bases, stored in found.items()} == counts
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     classes=st.integers(1, 20),
     channels=st.integers(1, 3),

@@ -113,7 +113,7 @@ def test_images_beside_it_and_its_place_do_not_change_an_image():
 
 
 @given(side=st.integers(4, 14), factor=st.integers(1, 6), instances=st.integers(1, 3), data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_side_factor_and_index(side, factor, instances, data):
     decode = data.draw(st.sampled_from(["single", "multi"]))
     try:
@@ -312,7 +312,7 @@ def test_other_images_are_not_tied(changes):
 
 
 @given(st.sampled_from([(10, 32), (100, 32), (200, 64), (10, 224)]), st.sampled_from([1, 10, 50]), st.integers(1, 5))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_any_factor_stores_exactly_the_budget(data, images_per_class, factor):
     (classes, side), decode = data, "multi" if factor == 3 else "single"
     config = fill(configured(factor=factor, decode=decode))

@@ -303,7 +303,7 @@ def test_published_settings_leave_the_published_numbers_of_images(name, row):
     assert decoded.shape == (2, 3, data["image_size"], data["image_size"])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     classes=st.integers(1, 12),
     channels=st.integers(1, 3),

@@ -58,7 +58,7 @@ def test_separate_clusters_are_found_and_their_middles_picked():
     assert sorted(picked.tolist()) == nearest
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80, derandomize=True)
 @given(st.integers(1, 12), st.data(), st.integers(0, 1000))
 def test_no_cluster_is_empty_and_nobody_is_picked_twice_even_among_copies(n, data, seed):
     k = data.draw(st.integers(1, n))

@@ -39,7 +39,7 @@ def draws(draw: st.DrawFn) -> tuple[list[int], int, list[list[int]], int]:
     return sizes, batch, draw(st.lists(some, min_size=1, max_size=12)), draw(st.integers(0, 1000))
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 @given(draws())
 def test_a_group_gives_no_image_twice_before_its_pass_ends(case):
     sizes, batch, asked, seed = case

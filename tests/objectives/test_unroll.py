@@ -109,7 +109,7 @@ def test_in_float32_two_steps_agree_to_1e_5():
 
 
 @given(steps=st.integers(1, 5), segment=st.integers(1, 7), sgd=st.sampled_from(SGD))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_keeping_fewer_steps_changes_nothing(steps: int, segment: int, sgd: tuple[float, float]):
     whole, parts = by_hand(Problem(), steps, *sgd), by_hand(Problem(), steps, *sgd, segment)
     for name, value in whole[0].items():

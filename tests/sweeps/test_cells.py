@@ -41,7 +41,7 @@ def test_a_grid_knows_hydras_ways_to_list_values():
     assert grid(["+debug=smoke,smoke_bptt"]) == tuple(added)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 4), max_size=4))
 def test_a_grid_has_each_combination_once(counts):
     cells = grid([f"key{axis}=" + ",".join(map(str, range(count))) for axis, count in enumerate(counts)])
