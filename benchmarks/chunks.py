@@ -87,7 +87,7 @@ def child(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         seed=0,
         chunk=chunk,
     )
-    if device.type == "cuda":  # whose first step chooses algorithms; as many classes are rarely recorded
+    if device.type == "cuda":  # launched, not recorded; its first step chooses algorithms
         run.replay = None
         run.run_step()
         harness.wait(device)

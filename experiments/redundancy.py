@@ -33,6 +33,12 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def draw(measured: Sequence[dict[str, Any]], output: Path) -> None:
+    """Raises ``ArtifactError`` for measurements on data of another name, or other networks, than the first one's."""
+    data, network = measured[0]["data"]["name"], measured[0]["network"]
+    for one in measured:
+        found = (one["data"]["name"], one["network"])
+        if found != (data, network):
+            raise ArtifactError(f"{one['set']}: measured on {', '.join(found)}, not {data}, {network}: draw it apart")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -47,7 +53,7 @@ def draw(measured: Sequence[dict[str, Any]], output: Path) -> None:
         axes.errorbar(shares, means, stds, marker="o", capsize=3, label=label)
     axes.set_xlabel("easiest images dropped from each class, %")
     axes.set_ylabel("test accuracy, %")
-    axes.set_title(f"{measured[0]['data']['name']}, {measured[0]['network']}: mean ± std over networks", fontsize=10)
+    axes.set_title(f"{data}, {network}: mean ± std over networks", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend()
     output.parent.mkdir(parents=True, exist_ok=True)

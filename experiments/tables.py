@@ -236,7 +236,10 @@ def _refuse_loss(path: Path, filled: Filled) -> None:
 
     def runs(text: str) -> dict[tuple[str, ...], int]:
         """How many are behind each measured value."""
-        lines = csv.DictReader(io.StringIO(text))
+        lines = csv.DictReader(io.StringIO(text), restval="")
+        if missing := {*named, "mean", "runs"} - {*(lines.fieldnames or ())}:
+            told = f"has no column {', '.join(sorted(missing))}, so it is another table's"
+            raise ConfigError(f"{path}: {told}: name another --output, or remove it")
         return {tuple(line[name] for name in named): len(line["runs"].split()) for line in lines if line["mean"]}
 
     here = runs(csv_text(filled))

@@ -13,7 +13,8 @@ from torch import Tensor
 Tensors = dict[str, Tensor]
 # Before it, a failed recording leaves a generator that believes itself recorded still, and deterministic indexing reads
 # from the device.
-OLDEST = "2.13"
+OLDEST = "2.13.0a0"
+_told: set[str] = set()  # why something was not recorded, once for all networks and steps
 WARM_UP = 3  # calls before recording: they compile, choose algorithms and make optimiser state
 
 
@@ -43,7 +44,7 @@ class Replay:
 
     def __call__(self, inputs: Tensors) -> Tensors:
         if torch.__version__ < OLDEST and not self.plain:
-            self._give_up(f"PyTorch {torch.__version__} cannot go on after a recording that fails, {OLDEST} can")
+            self._give_up(f"PyTorch {torch.__version__} cannot go on after a recording that fails, 2.13 can")
         shapes = tuple((name, value.shape) for name, value in inputs.items())
         if shapes not in self.recorded and not self.plain:
             gc.collect()  # what was recorded before is held in cycles, and its memory with it
@@ -65,7 +66,9 @@ class Replay:
 
     def _give_up(self, reason: str) -> None:
         self.plain = True
-        print(f"a step cannot be recorded as a CUDA graph, so it is launched anew: {reason}", file=sys.stderr)
+        if reason not in _told:
+            _told.add(reason)
+            print(f"a step cannot be recorded as a CUDA graph, so it is launched anew: {reason}", file=sys.stderr)
 
     def _warm_up(self, inputs: Tensors) -> None:
         side = torch.cuda.Stream()

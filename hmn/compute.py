@@ -22,7 +22,7 @@ from torch import Tensor
 from hmn import distributed
 from hmn.config import ComputeConfig, require
 
-# Classes per call of a GPU, which they fill: 200 of 128 images of 64 pixels each are 50 GiB for every map they share.
+# Classes per call and chunk that fill a GPU: 200 of 128 images of 64 pixels each take 50 GiB for every map.
 GPU_CLASSES = 20
 
 
@@ -182,9 +182,10 @@ def choose(config: ComputeConfig, expected_flops: float, classes: int) -> Comput
     if matching == "auto":
         matching = "compiled" if can_compile and eager_seconds > 600 else "loop"
     # A GPU waits for launches, so it takes many classes at once; a CPU for memory, so it takes one.
-    width = config.classes_per_call or (_evenly(classes, GPU_CLASSES) if on_gpu and matching != "loop" else 1)
+    own = math.ceil(classes / distributed.world())
+    width = config.classes_per_call or (evenly(own, GPU_CLASSES) if on_gpu and matching != "loop" else 1)
     told = "1 for compute.matching=loop"
-    if config.matching == "auto":
+    if config.matching == "auto" and can_compile:
         told += ", which is what auto makes of it here: name compute.matching=compiled"
     require("compute.classes_per_call", width == 1 or matching != "loop", width, told)
     require("compute.classes_per_call", width <= classes, width, f"at most {classes}")
@@ -198,7 +199,7 @@ def choose(config: ComputeConfig, expected_flops: float, classes: int) -> Comput
     )
 
 
-def _evenly(count: int, most: int) -> int:
+def evenly(count: int, most: int) -> int:
     """The size, at most ``most``, of as few parts of ``count`` as there can be."""
     return math.ceil(count / math.ceil(count / most))
 

@@ -61,6 +61,8 @@ def _work(plan: Plan, folder: Path, stop: Stop) -> dict[str, Any]:
     print(f", {distributed.world()} processes" if distributed.world() > 1 else "")
     if chosen.precision != config.compute.precision:
         print(f"compute.precision={config.compute.precision}: this machine has no such arithmetic, so fp32 it is")
+    if plan.not_read:
+        print(f"not read: {'  '.join(plan.not_read)}")
     plain = _plain(config)
     provenance = results.provenance()  # of the code that runs, not of what it is edited to meanwhile
     with _tracker(plan, folder) as tracker:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hmn.compute import Compute, at_once
+from hmn.compute import GPU_CLASSES, Compute, at_once, evenly
 from hmn.config import require
 from hmn.config.objectives import ClassMatchingConfig
 from hmn.containers.base import Container
@@ -100,13 +100,14 @@ def classes_per_chunk(
 
     The most that stay under ``limit`` GiB, where ``in_step`` tells the bytes of each synthetic image inside a matching
     step and ``of_real`` those of each real one before it (``None``: nothing is kept of them); of real images there are
-    ``real_batch``, by default the objective's. With a limit of ``None``, as many as go into one call. Raises
-    ``ConfigError`` with the least limit if one class does not fit.
+    ``real_batch``, by default the objective's. With a limit of ``None``, as many as go into one call,
+    and on a GPU up to ``GPU_CLASSES``. Raises ``ConfigError`` with the least limit if one class does not fit.
     """
     group = min(config.classes_per_step or container.classes, container.classes)
     real_batch = config.real_batch if real_batch is None else real_batch
     if limit is None:
-        return min(compute.classes_per_call, group)
+        alone = evenly(group, GPU_CLASSES) if compute.device.type == "cuda" else 1
+        return min(max(compute.classes_per_call, alone), group)
     shape = container.shape
     pixels = (shape.channels, shape.image_size, shape.image_size)
     synthetic = config.shown(container.matched_per_class)

@@ -25,6 +25,7 @@ from hmn.config.objectives import (
     TrajectoryMatchingConfig,
     UnrolledConfig,
 )
+from hmn.config.unread import unread
 from hmn.containers import KINDS, Storage, rebuild, storage
 from hmn.containers.base import Container, ImageShape, PixelShape
 from hmn.cost import Step, step_flops, training_flops
@@ -47,6 +48,7 @@ class Plan:
     # consequence
     artifact: str | list[str] | None = None
     kept_images: int = 0  # of all classes, in the kept sets that are evaluated
+    not_read: tuple[str, ...] = ()  # what a person gave and another setting makes of no consequence, with that one
 
     @cached_property
     def run_id(self) -> str:
@@ -188,6 +190,7 @@ class Plan:
             "images_per_class": stored.images_per_class,
             "over_budget_images_per_class": stored.over_budget_images_per_class,
             **making,
+            **({"not_read": list(self.not_read)} if self.not_read else {}),
             "evaluation_steps_per_network": self.epochs
             * math.ceil(stored.images_per_class * self.data.classes / self.config.evaluation.batch),
         }
@@ -200,6 +203,8 @@ class Plan:
         for key, value in summary.items():
             if isinstance(value, dict):
                 value = "  ".join(f"{name}={_number(item)}" for name, item in value.items())
+            if isinstance(value, list):
+                value = "  ".join(value)
             lines.append(f"{key:30} {_number(value)}")
         return "\n".join(lines)
 
@@ -242,7 +247,10 @@ def make_plan(config: Config, typed: Sequence[str] = ()) -> Plan:
     plan = Plan(config, data, stored, artifact, sum(map(_images, cards.values())))
     _ = plan.build  # checks the network's depth against the image side
     if config.condenses:
-        _check_pairs(plan)
+        with torch.device("meta"):
+            container = plan.container(plan.storage.over_budget_instances)
+        _check_pairs(plan, container)
+        plan = dataclasses.replace(plan, not_read=_not_read(plan, container, typed))
         if artifact is not None:
             _check_start(plan, start)
     if config.condenses or config.mode == "experts":
@@ -250,11 +258,15 @@ def make_plan(config: Config, typed: Sequence[str] = ()) -> Plan:
     return plan
 
 
-def _check_pairs(plan: Plan) -> None:
+def _not_read(plan: Plan, container: Container, typed: Sequence[str]) -> tuple[str, ...]:
+    known = unread(plan.config, container_networks=bool(container.tiers().keys() - container.memory_tiers()))
+    keys = dict.fromkeys(override.split("=")[0].lstrip("+") for override in typed)
+    return tuple(f"{key} ({known[key]})" for key in keys if key in known)
+
+
+def _check_pairs(plan: Plan, container: Container) -> None:
     """Refuse settings that do not go together, or not with this data."""
     config, classes = plan.config, plan.data.classes
-    with torch.device("meta"):
-        container = plan.container(plan.storage.over_budget_instances)
     tiers = container.tiers()
     for tier in config.container.lr_scale:
         require(f"container.lr_scale.{tier}", tier in tiers, config.container.lr_scale[tier], f"of {', '.join(tiers)}")
@@ -294,11 +306,12 @@ def _check_networks(plan: Plan) -> None:
     rule = f"auto, loop or compiled for objective={name}: it is written out for gradient matching"
     require("compute.matching", written or matching != "r_operator", matching, rule)
     if isinstance(config.container, HabaConfig):
-        there = isinstance(config.objective, TrajectoryMatchingConfig) and config.container.styles > 1
+        # Experts are of no container: its styles are not counted.
+        there = isinstance(config.objective, TrajectoryMatchingConfig) and config.container.styles != 1
         for key in HabaConfig.ADVERSARY:
-            given, unread = getattr(config.container, key), getattr(HabaConfig, key)
-            rule = f"{unread} but for objective=trajectory_matching and several styles, of which an adversary sees two"
-            require(f"container.{key}", there or given == unread, given, rule)
+            given, default = getattr(config.container, key), getattr(HabaConfig, key)
+            rule = f"{default} but for objective=trajectory_matching and several styles, of which an adversary sees two"
+            require(f"container.{key}", there or given == default, given, rule)
     alone = not distributed.launched() or not isinstance(config.objective, UnrolledConfig)
     rule = "an objective that compares classes with each other, under torchrun: a student's steps cannot be shared out"
     require("objective.name", alone, config.objective.name, rule)

@@ -189,19 +189,22 @@ class NetworkUpdate:
     def on_batches(self, images: Tensor, labels: Tensor, index: Tensor) -> None:
         """A step on each of the full batches ``index`` (b, n) of ``images`` (N, channels, H, W) and ``labels`` (N,).
 
-        On a GPU, which waits for launches, all are augmented and mixed at once, by what each would have drawn.
+        On a GPU, which waits for launches, as many as its memory can be trusted with are augmented and mixed at once,
+        by what each would have drawn.
         """
-        if not self.fused:
-            for batch in index:
-                self(images[batch], labels[batch])
-            return
-        drawn, mixing = zip(*(self._draw(batch.shape, images.shape[-1]) for batch in index), strict=True)
+        size = images.shape[-1]
+        together = max(1, at_once(2048, size) // index.shape[1]) if self.fused else 1
+        for part in index.split(together):
+            self._on_batches(images[part], labels[part])
+
+    def _on_batches(self, images: Tensor, labels: Tensor) -> None:
+        """A step on each of the batches (b, n, channels, H, W), augmented and mixed at once."""
+        drawn, mixing = zip(*(self._draw(batch.shape, images.shape[-1]) for batch in labels), strict=True)
         mix = None
         if self.cutmix:
             mix = augment.MixDraw(*(torch.stack(parts, -1) for parts in zip(*mixing, strict=True)))
             mix = mix._replace(partners=mix.partners.mT)
-        images, labels = images[index], labels[index]
-        weights = torch.ones(index.shape[1], device=images.device)
+        weights = torch.ones(labels.shape[1], device=images.device)
         seen = self._seen(images, labels, augment.joined(drawn), mix)
         for batch in zip(seen[0], labels, *seen[1:], strict=True):
             self._step(*batch, weights)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 
+from hmn import capture
 from hmn.capture import Replay, optimizer_tensors, warm_up
 from hmn.realside import update_of
 from tests.small_matching import config, make_run
@@ -51,6 +52,8 @@ def cannot_record(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
 
     monkeypatch.setattr(Replay, "_warm_up", lambda s, inputs: warm_up(s.function, inputs, s.state, s.generators))
     monkeypatch.setattr(Replay, "_record", fail)
+    monkeypatch.setattr(capture, "OLDEST", "0")  # whichever is installed
+    monkeypatch.setattr(capture, "_told", set())
 
 
 def test_a_step_that_cannot_be_recorded_is_called_as_it_is_and_says_so_once(capsys, monkeypatch):
@@ -102,6 +105,7 @@ def test_a_step_whose_recording_failed_half_way_starts_from_no_gradient(monkeypa
 
     monkeypatch.setattr(Replay, "_warm_up", lambda self, inputs: None)
     monkeypatch.setattr(Replay, "_record", fail)
+    monkeypatch.setattr(capture, "OLDEST", "0")
     for _ in range(2):
         assert torch.equal(plain.run_step()[0], failed.run_step()[0])
     for one, other in zip(plain._state_tensors(), failed._state_tensors(), strict=True):
@@ -123,10 +127,12 @@ def test_where_a_whole_step_is_not_recorded_the_networks_update_can_be(monkeypat
 def test_an_older_pytorch_records_nothing_and_says_so_once(monkeypatch, capsys):
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.1+cu130"))
     monkeypatch.setattr(Replay, "_warm_up", None)
+    monkeypatch.setattr(capture, "_told", set())
     walk, plain = Walk(), Walk()
-    replay = Replay(walk.step, walk.state, [walk.stream])
     for _ in range(2):
-        assert torch.equal(replay(INPUTS)["value"], plain.step(INPUTS)["value"])
+        replay = Replay(walk.step, walk.state, [walk.stream])  # as every network has its own
+        for _ in range(2):
+            assert torch.equal(replay(INPUTS)["value"], plain.step(INPUTS)["value"])
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("launched anew: PyTorch 2.12.1+cu130 cannot go on after a recording that fails, 2.13 can")
 

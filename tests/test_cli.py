@@ -400,6 +400,12 @@ def test_a_multirun_makes_one_run_per_cell_that_a_single_command_knows(tmp_path)
     assert f"{plans[1].run_id} is finished" in single.out
 
 
+def test_a_run_says_what_it_was_given_and_does_not_read(tmp_path):
+    outcome = run(tmp_path, *TINY, "container.fit_steps=5000", "mode=run")
+    assert outcome.code == 0, outcome.err
+    assert "not read: container.fit_steps (container.init=random)\n" in outcome.out
+
+
 def test_a_sweeper_selects_by_held_out_images_and_never_by_the_test_set(monkeypatch):
     given = SimpleNamespace(overrides=SimpleNamespace(task=list(TINY)))
     monkeypatch.setattr(cli.HydraConfig, "get", lambda: given)

@@ -199,7 +199,21 @@ def test_a_gpu_takes_many_classes_in_as_few_equal_calls_as_its_memory_can_be_tru
     assert choose(ComputeConfig(device="cuda", matching="compiled"), 0, classes).classes_per_call == width
 
 
-def test_several_classes_per_call_of_a_loop_that_nobody_named_are_refused_with_what_to_name():
+def test_a_gpu_of_several_takes_its_own_classes_in_equal_calls(gpus, compilers, monkeypatch):
+    gpus(1)
+    compilers("g++", "gcc")
+    monkeypatch.setattr(compute.distributed, "world", lambda: 8)
+    assert choose(ComputeConfig(device="cuda", matching="compiled"), 0, 200).classes_per_call == 13  # and 12, of its 25
+
+
+def test_where_nothing_can_be_compiled_it_is_not_advised(compilers):
+    compilers()
+    with pytest.raises(ConfigError, match="^compute.classes_per_call=4: must be 1 for compute.matching=loop$"):
+        choose(ComputeConfig(device="cpu", classes_per_call=4), 0, 10)
+
+
+def test_several_classes_per_call_of_a_loop_that_nobody_named_are_refused_with_what_to_name(compilers):
+    compilers("g++")
     message = "must be 1 for compute.matching=loop, which is what auto makes of it here: name compute.matching=compiled"
     with pytest.raises(ConfigError, match=f"^compute.classes_per_call=4: {message}$"):
         choose(ComputeConfig(device="cpu", classes_per_call=4), 0, 10)

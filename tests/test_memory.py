@@ -81,9 +81,9 @@ def chunk_for(limit: float | None, banked: bool = False, **changes) -> int:
 
 @pytest.mark.parametrize(
     ("device", "per_call", "group", "chunk"),
-    [("cuda", 1, None, 1), ("cuda", 3, None, 3), ("cuda", 3, 2, 2), ("cpu", 2, None, 2), ("cpu", 3, 2, 2)],
+    [("cuda", 1, None, 3), ("cuda", 1, 2, 2), ("cpu", 1, None, 1), ("cpu", 2, None, 2), ("cpu", 3, 2, 2)],
 )
-def test_without_a_limit_as_many_classes_are_decoded_as_go_into_a_call(device, per_call, group, chunk):
+def test_without_a_limit_a_cpu_decodes_the_classes_of_a_call_at_once_and_a_gpu_many(device, per_call, group, chunk):
     compute = Compute(torch.device(device), classes_per_call=per_call)
     settings = config(classes_per_step=group)
     assert classes_per_chunk(make_container(), build(), settings, compute, limit=None, strategy="none") == chunk

@@ -359,6 +359,72 @@ def test_habas_adversary_is_refused_where_nothing_reads_it():
         planned(*haba, "container.styles=1")
 
 
+def test_experts_are_planned_whatever_the_container():
+    """Whose styles are not counted then."""
+    haba = ("mode=experts", "dataset=digits", "container=haba", "objective=trajectory_matching")
+    assert planned(*haba, "container.club_weight=0.5").config.container.club_weight == 0.5
+
+
+SMALL = ("mode=plan", "dataset=digits")
+NOT_READ = [
+    (("container.fit_steps=5000",), ["container.fit_steps (container.init=random)"]),
+    (("container.fit_steps=5000", "container.init=fit_real"), []),
+    (
+        ("container.feature_channels=0", "container.feature_kernel=1"),
+        ["container.feature_kernel (container.feature_channels=0)"],
+    ),
+    (("pruning=none", "pruning.beta=0.3", "seed=1"), ["pruning.beta (pruning.over_budget=0)"]),
+    (("pruning.beta=0.3", "pruning.search_epochs=7"), ["pruning.search_epochs (pruning.beta=0.3)"]),
+    (("pruning.score=random", "pruning.score_epochs=7"), ["pruning.score_epochs (pruning.score=random)"]),
+    (("evaluation.curve_epochs=7",), ["evaluation.curve_epochs (evaluation.curve_points=0)"]),
+    (("evaluation.curve_epochs=7", "evaluation.curve_points=2"), []),
+    (
+        ("container=image", "pruning=none", "objective.weights_lr=1"),
+        ["objective.weights_lr (container=image, which has no networks)"],
+    ),
+    (("objective.weights_lr=1",), []),
+    (("objective.weights_lr=1", "container.feature_channels=0"), []),
+    (("objective.weights_lr=1", "container.class_channels=0"), []),
+    (
+        ("objective=dc", "memory=ipc1", "container=image", "pruning=none", "objective.network_lr=1"),
+        ["objective.network_lr (objective.inner_steps=1)"],
+    ),
+    (("objective=dc", "memory=ipc10", "container=image", "pruning=none", "objective.network_lr=1"), []),
+    (
+        ("objective.strategy=none", "objective.augmentation_rule=vico"),
+        ["objective.augmentation_rule (objective.strategy=none)"],
+    ),
+    (
+        ("objective.step_policy=per_class", "objective.class_reduction=sum"),
+        ["objective.class_reduction (objective.step_policy=per_class)"],
+    ),
+    (("objective.network_samples=0", "objective.network_lr=1"), ["objective.network_lr (objective.network_samples=0)"]),
+    (("objective.bank.seed=1",), ["objective.bank.seed (objective.bank.networks=0)"]),
+    (
+        (
+            "objective=trajectory_matching",
+            "container=image",
+            "pruning=none",
+            "objective.student_lr_lr=0",
+            "objective.student_lr_min=0",
+        ),
+        ["objective.student_lr_min (objective.student_lr_lr=0)"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "told"), NOT_READ)
+def test_who_gives_what_nothing_reads_is_told_which_setting_that_is_for(given, told):
+    plan = planned(*SMALL, *given)
+    assert list(plan.not_read) == told
+    assert plan.summary().get("not_read", []) == told
+    assert all(one in plan.text("text") for one in told)
+
+
+def test_of_what_files_give_nothing_is_said():
+    assert planned(*SMALL, "experiment=cifar10_q75", "dataset=digits", "container=image").not_read == ()
+
+
 def test_a_card_of_another_version_asks_which_data_are_meant():
     card = {"data": {"config": {"kind": "digits", "colour": 1}}}
     with pytest.raises(ArtifactError, match=r"^artifact=a: its data settings \(.*colour.*\) are of another version"):

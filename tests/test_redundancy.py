@@ -201,6 +201,14 @@ def test_percents_of_accuracy_are_drawn_over_percents_left_out(tmp_path, monkeyp
     assert drawn[0].containers[0].get_label() == "hmn, 7 images per class"
 
 
+@pytest.mark.parametrize("other", [{"data": {"name": "cifar10"}}, {"network": "VGG16"}])
+def test_what_was_measured_on_others_is_not_drawn_under_the_same_title(tmp_path, other):
+    rows = [{"dropped": 0.0, "mean": 0.5, "std": 0.02, "images_per_class": 7}]
+    one = {"set": "hmn", "rows": rows, "data": {"name": "digits"}, "network": "N"}
+    with pytest.raises(ArtifactError, match=r"^idc: measured on .*, not digits, N: draw it apart$"):
+        redundancy.draw([one, one | {"set": "idc"} | other], tmp_path / "a.png")
+
+
 def test_what_was_not_measured_so_cannot_be_drawn(tmp_path):
     for name, text, reason in (("a", "{", "not JSON"), ("b", '{"mode": "run"}', "has no rows"), ("c", "[]", "no rows")):
         (tmp_path / name).write_text(text)

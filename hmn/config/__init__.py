@@ -228,8 +228,8 @@ class ComputeConfig:
     # loop: autograd twice; compiled: nested derivatives; r_operator: written out, for ConvNet only; auto: by cost.
     # All but loop are compiled, and so is the training of networks then.
     matching: str = unscientific("auto")
-    classes_per_call: int | None = unscientific(None)  # null: 1 on a CPU or for the loop, else up to 20
-    # GiB, of each process: classes are condensed in chunks that fit; null: all at once on a GPU, one by one on a CPU
+    classes_per_call: int | None = unscientific(None)  # null: 1 on a CPU or for the loop, else at most 20
+    # GiB, of each process: classes are condensed in chunks that fit; null: 20 at once on a GPU, one by one on a CPU
     memory_limit: float | None = unscientific(None)
     threads: int | None = unscientific(None)  # CPU threads; null: torch's own choice
     # Trained at once, by other random numbers of the same distribution; null: all on a GPU, one on a CPU

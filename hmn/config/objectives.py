@@ -20,7 +20,7 @@ def fraction(config: object, *names: str, below_one: bool = False) -> None:
         require(f"{SECTION}.{name}", fits, value, "in [0, 1)" if below_one else "in [0, 1]")
 
 
-def unread(config: object, where: str, *names: str) -> None:
+def untouched(config: object, where: str, *names: str) -> None:
     """Every field ``names`` of ``config`` must have its default ``where`` nothing reads it."""
     defaults = {item.name: item.default for item in fields(config)}
     for name in names:
@@ -61,7 +61,7 @@ class ObjectiveConfig:
         average = self.average
         require("objective.average", average is None or 0 <= average < 1, average, "null or in [0, 1)")
         others = {"adam": ("momentum",), "sgd": ("beta1", "beta2")}[self.optimizer]
-        unread(self, f"with objective.optimizer={self.optimizer}, which has none", *others)
+        untouched(self, f"with objective.optimizer={self.optimizer}, which has none", *others)
 
 
 @dataclass(kw_only=True)
@@ -238,7 +238,7 @@ class DistributionMatchingConfig(ClassMatchingConfig):
         fraction(self, "pool_momentum", below_one=True)
         if not self.pool_networks:
             of_pool = [item.name for item in fields(self) if item.name.startswith("pool_")]
-            unread(self, "while objective.pool_networks=0: there are no trained networks", "ce_weight", *of_pool)
+            untouched(self, "while objective.pool_networks=0: there are no trained networks", "ce_weight", *of_pool)
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,88 @@
+"""Settings that another setting makes a run read nothing of: a run that is given one says so.
+
+They are no errors: what is combined may give them for what else it is combined with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from hmn.config import Config
+from hmn.config.containers import HmnConfig
+from hmn.config.objectives import (
+    ClassMatchingConfig,
+    GradientMatchingConfig,
+    SyntheticGradientConfig,
+    TrajectoryMatchingConfig,
+    UnrolledConfig,
+)
+
+
+def unread(config: Config, *, container_networks: bool) -> dict[str, str]:
+    """Every key that this run, which condenses, does not read, and the setting that it is for.
+
+    ``container_networks``: whether the container has networks beside its memories.
+    """
+    return dict([*_of_container(config), *_of_objective(config, container_networks), *_of_judging(config)])
+
+
+def _of_container(config: Config) -> Iterator[tuple[str, str]]:
+    container = config.container
+    if container.init != "fit_real":
+        yield from _named("container", container, "fit_", f"container.init={container.init}")
+    if isinstance(container, HmnConfig):
+        if container.feature_channels == 0:
+            for name in ("dataset_channels", "feature_kernel"):
+                yield f"container.{name}", "container.feature_channels=0"
+        if container.init == "kept":
+            yield "container.instance_init_scale", "container.init=kept"
+
+
+def _of_objective(config: Config, container_networks: bool) -> Iterator[tuple[str, str]]:
+    objective = config.objective
+    if not container_networks:
+        alone = f"container={config.container.name}, which has no networks"
+        yield from (("objective.weights_lr", alone), ("container.fit_weights_lr", alone))
+    if isinstance(objective, ClassMatchingConfig | UnrolledConfig) and objective.strategy == "none":
+        yield "objective.augmentation_rule", "objective.strategy=none"
+    if isinstance(objective, ClassMatchingConfig) and objective.step_policy == "per_class":
+        yield "objective.class_reduction", "objective.step_policy=per_class"
+    if isinstance(objective, GradientMatchingConfig):
+        if not objective.network_samples:
+            for key, why in _named("objective", objective, "network_", "objective.network_samples=0"):
+                if key != "objective.network_samples":
+                    yield key, why
+        if not objective.bank.networks:
+            for name in ("snapshots", "seed"):
+                yield f"objective.bank.{name}", "objective.bank.networks=0"
+    if isinstance(objective, SyntheticGradientConfig):
+        # Their own table has one step of a network at one image per class.
+        untrained = "objective.inner_steps=1" if objective.inner_steps == 1 else "objective.network_epochs=0"
+        if objective.inner_steps == 1 or objective.network_epochs == 0:
+            for name in ("network_batch", "network_lr"):
+                yield f"objective.{name}", untrained
+    if isinstance(objective, TrajectoryMatchingConfig) and not objective.student_lr_lr:
+        for name in ("student_lr_momentum", "student_lr_min"):
+            yield f"objective.{name}", "objective.student_lr_lr=0"
+
+
+def _of_judging(config: Config) -> Iterator[tuple[str, str]]:
+    pruning = config.pruning
+    if not pruning.over_budget:
+        for name in ("beta", "score", "score_networks", "score_epochs", "search_epochs"):
+            yield f"pruning.{name}", "pruning.over_budget=0"
+    else:
+        if pruning.score == "random":
+            yield from _named("pruning", pruning, "score_", "pruning.score=random")
+        if pruning.beta is not None:
+            yield "pruning.search_epochs", f"pruning.beta={pruning.beta:g}"
+    if not config.evaluation.curve_points:
+        yield "evaluation.curve_epochs", "evaluation.curve_points=0"
+
+
+def _named(section: str, config: object, head: str, why: str) -> Iterator[tuple[str, str]]:
+    """All fields whose name begins with ``head``."""
+    for item in dataclasses.fields(config):
+        if item.name.startswith(head):
+            yield f"{section}.{item.name}", why
