@@ -422,7 +422,8 @@ def test_who_gives_what_nothing_reads_is_told_which_setting_that_is_for(given, t
 
 
 def test_of_what_files_give_nothing_is_said():
-    assert planned(*SMALL, "experiment=cifar10_q75", "dataset=digits", "container=image").not_read == ()
+    """A fit's settings, here."""
+    assert planned("mode=plan", "experiment=demo", "container.init=random").not_read == ()
 
 
 def test_a_card_of_another_version_asks_which_data_are_meant():
