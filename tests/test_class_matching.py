@@ -281,6 +281,10 @@ class Updates:
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         self.shown.append((images, labels))
 
+    def on_batches(self, images: Tensor, labels: Tensor, index: Tensor) -> None:
+        for batch in index:
+            self(images[batch], labels[batch])
+
 
 @pytest.mark.parametrize(
     ("samples", "batch", "updates", "size"),

@@ -123,8 +123,8 @@ def test_a_run_that_nobody_goes_on_with_has_no_time_left(tmp_path):
     [
         (["tables", "--json"], "--json=given: must be left out but for results"),
         (["tables", "--every", "5"], "--every=5.0: must be left out but for status"),
-        (["status", "--every", "0"], "--every=0.0: must be 0 to 86400 seconds, not 0"),
-        (["status", "--every", "nan"], "--every=nan: must be 0 to 86400 seconds, not 0"),
+        (["status", "--every", "0"], "--every=0.0: must be above 0 and at most 86400 seconds"),
+        (["status", "--every", "nan"], "--every=nan: must be above 0 and at most 86400 seconds"),
     ],
 )
 def test_an_option_of_another_command_is_refused(arguments, line):
