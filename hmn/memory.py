@@ -100,8 +100,8 @@ def classes_per_chunk(
 
     The most that stay under ``limit`` GiB, where ``in_step`` tells the bytes of each synthetic image inside a matching
     step and ``of_real`` those of each real one before it (``None``: nothing is kept of them); of real images there are
-    ``real_batch``, by default the objective's. With a limit of ``None``, as many as go into one call,
-    and on a GPU up to ``GPU_CLASSES``. Raises ``ConfigError`` with the least limit if one class does not fit.
+    ``real_batch``, by default the objective's. With a limit of ``None``, as many as go into one call, and on a GPU up
+    to ``GPU_CLASSES``. Raises ``ConfigError`` with the least limit if one class does not fit.
     """
     group = min(config.classes_per_step or container.classes, container.classes)
     real_batch = config.real_batch if real_batch is None else real_batch

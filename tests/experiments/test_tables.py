@@ -565,14 +565,18 @@ axes:
 """
 
 
-def test_the_command_writes_all_three_files_and_names_the_sweep(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def tiny(tmp_path, monkeypatch) -> list[Planned]:
+    """The runs of the one table there is, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hmn.sweeps.table.TABLES", tmp_path)
     (tmp_path / "tiny.yaml").write_text(TABLE_FILE, encoding="utf-8")
-    sweep = filling.sweep_of("tiny", ["debug=smoke"])
-    planned = sweep.plan()
-    assert [one.cell.name for one in planned] == ["digits/1/Random/0", "digits/1/HMN/0"]
-    results.write(planned[0].folder, result([0.5, 0.6]))
+    return filling.sweep_of("tiny", ["debug=smoke"]).plan()
+
+
+def test_the_command_writes_all_three_files_and_names_the_sweep(tiny, tmp_path, capsys):
+    assert [one.cell.name for one in tiny] == ["digits/1/Random/0", "digits/1/HMN/0"]
+    results.write(tiny[0].folder, result([0.5, 0.6]))
     tables.main(["tiny", "debug=smoke", "--output", "made"])
     assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["tiny.csv", "tiny.md", "tiny.tex"]
     assert capsys.readouterr().out == ""
@@ -584,11 +588,8 @@ def test_the_command_writes_all_three_files_and_names_the_sweep(tmp_path, monkey
     assert "[a] not measured: `python sweep.py experiment=tiny debug=smoke`" in text
 
 
-def test_a_table_with_less_than_is_there_is_not_written_over_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hmn.sweeps.table.TABLES", tmp_path)
-    (tmp_path / "tiny.yaml").write_text(TABLE_FILE, encoding="utf-8")
-    random, hmn = filling.sweep_of("tiny", ["debug=smoke"]).plan()
+def test_a_table_with_less_than_is_there_is_not_written_over_it(tiny, tmp_path):
+    random, hmn = tiny
     results.write(random.folder, result([0.5, 0.6]))
     tables.main(["tiny", "debug=smoke", "--output", "made"])
     written = (tmp_path / "made" / "tiny.md").read_text(encoding="utf-8")
@@ -605,12 +606,9 @@ def test_a_table_with_less_than_is_there_is_not_written_over_it(tmp_path, monkey
     assert "75.00" in (tmp_path / "made" / "tiny.md").read_text(encoding="utf-8")
 
 
-def test_a_table_of_fewer_runs_is_not_written_over_it(tmp_path, monkeypatch):
+def test_a_table_of_fewer_runs_is_not_written_over_it(tiny, tmp_path):
     """A mean of two condensations does not silently become that of one."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hmn.sweeps.table.TABLES", tmp_path)
-    (tmp_path / "tiny.yaml").write_text(TABLE_FILE, encoding="utf-8")
-    random, _ = filling.sweep_of("tiny", ["debug=smoke"]).plan()
+    random, _ = tiny
     results.write(random.folder, result([0.5, 0.6]))
     tables.main(["tiny", "debug=smoke", "--output", "made"])
     kept = tmp_path / "made" / "tiny.csv"
