@@ -13,7 +13,9 @@ from hmn.build import Workshop
 from hmn.checkpoint import Checkpoints
 from hmn.compute import Compute
 from hmn.config import GradientMatchingConfig, HmnConfig
+from hmn.config.containers import HabaConfig
 from hmn.containers.base import Container
+from hmn.containers.haba import Haba, HabaShape
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
 from hmn.data.datasets import RealData, Split
 from hmn.data.preprocess import Normalise
@@ -41,6 +43,7 @@ SHAPE = HmnShape(
     instance_channels=1,
     decoder_width=4,
 )
+HABA = HabaShape(classes=CLASSES, channels=3, image_size=8, base_channels=3, styles=3)
 MEMORIES = ("instances", "class", "dataset")
 TIERS = ("instances", "class", "dataset", "extractors", "decoder")
 OWNED = ("instances", "class_memory", "extractor_weight", "extractor_bias")
@@ -49,6 +52,12 @@ OWNED = ("instances", "class_memory", "extractor_weight", "extractor_bias")
 def make_container(seed: int = 0) -> HierarchicalMemory:
     container = HierarchicalMemory(SHAPE, PER_CLASS)
     container.initialise(torch.Generator().manual_seed(seed), HmnConfig(name="hmn"), None)
+    return container
+
+
+def make_haba(seed: int = 0) -> Haba:
+    container = Haba(HABA, 2)
+    container.initialise(torch.Generator().manual_seed(seed), HabaConfig(name="haba", init="noise"), None)
     return container
 
 
@@ -66,7 +75,7 @@ def make_real() -> RealData:
         std=STD,
         train=train,
         held_out=Split(images[:0], labels[:0]),
-        test=train,
+        test=Split(images[:0], labels[:0]),  # what trained on it would fail
         notes=(),
         fingerprint="f" * 64,
     )

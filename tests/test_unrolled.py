@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from collections.abc import Callable
 from functools import partial
@@ -13,30 +11,28 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from hmn import experts
 from hmn.adversary import StyleAdversary, supervised_contrast
-from hmn.build import Workshop, condensation
 from hmn.checkpoint import Checkpoints, Stop
 from hmn.config.containers import HabaConfig, MultiformationConfig
 from hmn.config.objectives import BpttConfig, TrajectoryMatchingConfig
 from hmn.containers import KINDS
 from hmn.containers.base import Container
-from hmn.containers.haba import Haba, HabaShape
+from hmn.containers.haba import Haba
 from hmn.containers.multiformation import Multiformation, MultiformationShape
 from hmn.data import augment
 from hmn.data.preprocess import Normalise
 from hmn.data.sampling import per_class
-from hmn.errors import ConfigError
 from hmn.networks import initialise
 from hmn.networks.convnet import ConvNet
 from hmn.objectives.unroll import Unrolled
-from hmn.seeding import generator
+from hmn.seeding import derived_seed, generator
 from hmn.training import Training, training_step
 from hmn.unrolled import ClassifyReal, LearnedRate, ReachExpert, ThroughStudent, of_every_class, shuffled
-from tests.command import TINY, configured, planned, run
+from tests.command import configured
 from tests.small_matching import (
     CLASSES,
     CPU,
@@ -48,10 +44,9 @@ from tests.small_matching import (
     build,
     clone_of,
     make_container,
-    workshop,
+    make_haba,
 )
 
-HABA = HabaShape(classes=CLASSES, channels=3, image_size=8, base_channels=3, styles=3)
 STRATEGY = "color_crop_cutout_flip_scale_rotate"
 
 
@@ -79,12 +74,6 @@ def expert_files(tmp_path_factory) -> list[Path]:
     folder = tmp_path_factory.mktemp("experts")
     opened = partial(Checkpoints, folder / "unfinished", 1e9)
     return experts.build(folder, train, 2, fingerprint="", together=1, stop=Stop(), open_checkpoints=opened)
-
-
-def make_haba(seed: int = 0) -> Haba:
-    container = Haba(HABA, 2)
-    container.initialise(torch.Generator().manual_seed(seed), HabaConfig(name="haba", init="noise"), None)
-    return container
 
 
 def make_multiformation() -> Multiformation:
@@ -225,6 +214,21 @@ def test_every_student_is_a_fresh_network_of_the_run_s_seed():
     assert_same(names[0], names[2])
     assert not torch.equal(names[0]["classifier.weight"], names[1]["classifier.weight"])
     assert_same({name: value.clone() for name, value in second.begin(1).items()}, names[1])
+
+
+def test_every_step_has_a_student_of_its_own(monkeypatch):
+    work, begun = bptt_run(bptt_config()), []
+    begin = work.goal.begin
+    monkeypatch.setattr(work.goal, "begin", lambda step: begun.append(step) or begin(step))
+    for _ in range(3):
+        work.run_step()
+    assert begun == [0, 1, 2]
+
+
+def test_streams_have_the_names_that_kept_results_were_made_with():
+    streams = bptt_run(bptt_config()).generators
+    for name in ("batches", "augment"):
+        assert streams[name].initial_seed() == derived_seed(SEED, "condense", name)
 
 
 def test_images_that_no_batch_takes_are_not_decoded(expert_files):
@@ -466,7 +470,7 @@ def test_a_run_resumes_bit_for_bit(name: str, expert_files, tmp_path: Path):
     assert_same(rest.state_dict(), whole.state_dict())
 
 
-# On every container, as a command has it
+# On every container
 
 
 @pytest.mark.parametrize("objective", ["trajectory_matching", "bptt"])
@@ -500,166 +504,3 @@ class Noise:
 
     def draw(self, count: int, how: str = "random") -> Tensor:
         return torch.rand(CLASSES * count, 3, 8, 8, generator=generator(3))
-
-
-def shop(folder: Path, *given: str) -> Workshop:
-    small = [f"objective.experts.{key}" for key in ("count=1", "epochs=1", "batch=16")]
-    small += ["objective.max_start_epoch=1", "objective.expert_epochs=1", "objective.student_steps=2"]
-    return workshop(folder, "objective=trajectory_matching", *small, f"paths.cache_dir={folder}", *given)
-
-
-def test_haba_has_its_adversary_and_trajectory_matching_its_experts(tmp_path: Path):
-    work = condensation(shop(tmp_path, "container=haba", "container.adversary_lr=0.5"), make_haba())
-    assert work.adversary.optimizer.param_groups[0]["lr"] == 0.5
-    assert work.adversary.labels.tolist() == [0, 0, 1, 1, 2, 2]
-    assert len(work.run_step()[0]) == 2
-    assert len(list(tmp_path.glob("experts/*/expert-0000.safetensors"))) == 1
-
-
-def test_the_network_that_tells_styles_apart_starts_from_the_seed(tmp_path: Path):
-    one, same, other = (
-        clone_of(condensation(shop(tmp_path, "container=haba", f"seed={seed}"), make_haba()).adversary.network)
-        for seed in (0, 0, 1)
-    )
-    assert_same(one, same)
-    assert not any(torch.equal(value, other[name]) for name, value in one.items() if value.ndim > 1)
-
-
-@pytest.mark.parametrize(("side", "depth"), [(4, 2), (7, 2), (8, 3), (32, 3)])
-def test_the_network_that_tells_styles_apart_has_haba_s_depth_or_what_leaves_a_pixel(
-    tmp_path, monkeypatch, side, depth
-):
-    monkeypatch.setattr("hmn.build.student.experts", lambda _: [])
-    shape = HabaShape(classes=CLASSES, channels=3, image_size=side, base_channels=3, styles=2)
-    container = Haba(shape, 2)
-    container.initialise(generator(0), HabaConfig(name="haba", init="noise"), None)
-    work = condensation(shop(tmp_path, "container=haba"), container)
-    assert sum(isinstance(module, nn.Conv2d) for module in work.adversary.network.modules()) == depth
-
-
-def test_a_student_is_trained_by_all_settings_of_its_objective(tmp_path: Path):
-    given = ["student_momentum=0.9", "student_dampening=0.8", "segment=2", "student_batch=4", "student_lr=0.02"]
-    given += ["student_lr_lr=0.5", "student_lr_momentum=0.25", "student_lr_min=0.005"]
-    given += ["experts.epochs=3", "max_start_epoch=2", "expert_epochs=2"]
-    work = condensation(shop(tmp_path, "container=haba", *(f"objective.{one}" for one in given)), make_haba())
-    images, labels = torch.rand(5, 3, 8, 8, generator=generator(1)), torch.tensor([0, 1, 2, 0, 1])
-    start = {name: value.detach() for name, value in initialise(build(), generator(2)).named_parameters()}
-    ends = [
-        student.train(start, lambda _: (images, labels), 3, torch.tensor(0.1)).end
-        for student in (work.unrolled, Unrolled(build(), CPU, momentum=0.9, dampening=0.8))
-    ]
-    assert_same(*ends)
-    assert work.unrolled.segment == 2
-    (rate,) = work.rate.optimizer.param_groups
-    assert (float(work.rate.value), work.rate.least) == (pytest.approx(0.02), 0.005)
-    assert (rate["lr"], rate["momentum"]) == (0.5, 0.25)
-    assert (work.goal.max_start, work.goal.length) == (2, 2)
-    assert [len(index) for index in work.batches(3, generator(0))] == [4, 2, 4]  # of six bases in one style
-    assert len(work.adversary._pair()[1]) == 4
-
-
-def test_bptt_has_all_settings_of_its_objective(tmp_path: Path):
-    given = ["class_batch=2", "real_batch=5", "student_lr=0.3", "student_momentum=0.5"]
-    settings = configured("objective=bptt", *(f"objective.{one}" for one in given))
-    work = condensation(dataclasses.replace(shop(tmp_path), config=settings), make_container())
-    assert [len(index) for index in work.batches(2, generator(0))] == [CLASSES * 2] * 2
-    assert work.goal.real.batch == 5
-    assert float(work.rate.value) == pytest.approx(0.3) and not work.rate.learned
-    images, labels = torch.rand(5, 3, 8, 8, generator=generator(1)), torch.tensor([0, 1, 2, 0, 1])
-    start = work.goal.begin(0)
-    ends = [
-        student.train(start, lambda _: (images, labels), 3, torch.tensor(0.1)).end
-        for student in (work.unrolled, Unrolled(build(), CPU, momentum=0.5))
-    ]
-    assert_same(*ends)
-
-
-def test_one_style_has_no_adversary_and_digits_no_mirror(tmp_path: Path):
-    container = Haba(dataclasses.replace(HABA, styles=1), 2)
-    container.initialise(generator(0), HabaConfig(name="haba", init="noise"), None)
-    work = condensation(shop(tmp_path, "container=haba", "dataset.flip=false"), container)
-    assert work.adversary is None
-    assert work.strategy == "color_crop_cutout_scale_rotate"
-
-
-def test_a_memory_limit_bounds_how_many_images_are_decoded_at_a_time(tmp_path: Path):
-    free = condensation(shop(tmp_path), make_container())
-    limited = condensation(shop(tmp_path, "compute.memory_limit=1000"), make_container())
-    assert free.chunk == 128
-    assert limited.chunk > 128
-    with pytest.raises(ConfigError, match="compute.memory_limit=0.001: must be at least .*raise objective.segment"):
-        condensation(shop(tmp_path, "compute.memory_limit=0.001"), make_container())
-
-
-def test_hmn_under_trajectory_matching_from_a_command(tmp_path: Path):
-    tiny = [argument for argument in TINY if argument != "debug=smoke"]
-    given = ["debug=smoke_trajectory", "objective=mtt_hmn", "pruning=none", "objective.experts.count=1"]
-    outcome = run(tmp_path, *tiny, *given)
-    assert outcome.code == 0, outcome.err
-    (path,) = tmp_path.glob("runs/*/result.json")
-    result = json.loads(path.read_text())
-    assert result["condense_steps"] == 2
-    assert result["student_lr"] == pytest.approx(0.01, abs=1e-3)
-    assert len(list(tmp_path.glob(".cache/experts/*/*.safetensors"))) == 1
-
-
-# What is refused, and what it costs
-
-
-@pytest.mark.parametrize("objective", ["trajectory_matching", "bptt"])
-def test_several_processes_are_refused_with_the_reason(objective: str, monkeypatch):
-    assert planned("mode=plan", f"objective={objective}", "container=image").storage
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=f"objective.name={objective}: .* under torchrun: a student's steps"):
-        planned("mode=plan", f"objective={objective}", "container=image")
-
-
-@pytest.mark.parametrize("mode", ["plan", "experts"])
-def test_networks_that_look_across_a_batch_are_refused_before_experts_are_trained(mode: str):
-    with pytest.raises(ConfigError, match="network.norm=batch: must be instance or none"):
-        planned(f"mode={mode}", "objective=trajectory_matching", "container=image", "network.norm=batch")
-
-
-REFUSED = {
-    "objective.inner_steps=2": "objective.inner_steps=2: must be 1",
-    "objective.student_steps=0": "objective.student_steps=0: must be at least 1",
-    "objective.segment=0": "objective.segment=0: must be at least 1",
-    "objective.student_dampening=1": "objective.student_dampening=1.0: must be in",
-    "objective.max_start_epoch=50": "objective.max_start_epoch=50: must be at most 49: experts train for 50 epochs",
-    "objective.student_lr_min=0.1": "objective.student_lr=0.01: must be at least objective.student_lr_min=0.1",
-    "objective.experts.count=0": "objective.experts.count=0: must be at least 1",
-}
-
-
-@pytest.mark.parametrize("override", REFUSED)
-def test_settings_out_of_range_are_refused_by_name(override: str):
-    with pytest.raises(ConfigError, match=REFUSED[override]):
-        configured("objective=trajectory_matching", override)
-
-
-def test_how_many_steps_are_kept_is_not_part_of_the_run():
-    plans = [planned("mode=plan", "objective=bptt", f"objective.segment={segment}") for segment in (1, 12)]
-    assert plans[0].run_id == plans[1].run_id
-
-
-def test_a_step_costs_its_student_forth_and_back():
-    def step(*given: str):
-        data = ["dataset=cifar10", "container=image", "memory=ipc10", "network.width=4", "pruning=none"]
-        return planned("mode=plan", *data, "objective=trajectory_matching", *given)
-
-    short, long = step("objective.student_steps=2"), step("objective.student_steps=6")
-    assert long.step_flops.matching == 3 * short.step_flops.matching
-    # All 100 images, whose gradients cost a forward and a backward pass, and those again with respect to images.
-    ratio = short.step_flops.matching / (2 * 100 * short.training_flops)
-    assert 3 < ratio < 5
-    batched = step("objective.student_steps=2", "objective.student_batch=25")
-    assert 4 * batched.step_flops.matching == short.step_flops.matching
-    # Of every segment all steps but the first are taken again, forward.
-    again = step("objective.student_steps=6", "objective.segment=3").step_flops.matching
-    assert again - long.step_flops.matching == pytest.approx(4 * 100 * short.training_flops, rel=1e-6)
-    assert step().summary()["expert_training_flops"] == 100 * 50 * 45_000 * step().training_flops
-
-
-def test_bptt_s_judgement_is_counted_apart():
-    plan = planned("mode=plan", "container=image", "objective=bptt", "network.width=4")
-    assert plan.step_flops.update == pytest.approx(10 * 64 * plan.training_flops, rel=1e-6)

@@ -46,6 +46,12 @@ def test_a_run_that_took_another_s_condensation_has_no_seconds_to_compare(tmp_pa
     assert compare.row(folders, [results.read(folder) for folder in folders])["curve_seconds"] == [3.0]
 
 
+def test_the_precision_is_the_one_it_was_computed_in(tmp_path):
+    folder = Path(run_folder(tmp_path, 0, 0.5))
+    results.write(folder, results.read(folder) | {"precision": "fp32"})
+    assert compare.row([folder], [results.read(folder)])["precision"] == "fp32"
+
+
 def test_a_row_tells_medians_of_times_and_the_most_memory(tmp_path):
     folders = [Path(run_folder(tmp_path, seed, 0.5)) for seed in range(3)]
     seconds, judging, banks = (10.0, 50.0, 20.0), (1.0, 7.0, 2.0), (0.5, 90.0, 0.25)

@@ -73,6 +73,14 @@ def test_any_folder_of_runs_is_told_apart_by_its_settings(tmp_path):
     assert report.shared_settings(configs)["container.name"] == '"hmn"'
 
 
+def test_accuracies_of_networks_are_those_of_the_last_epoch(tmp_path):
+    made = result("a", [0.5, 0.4])
+    made["accuracy"]["by_network"] = [[0.2, 0.5], [0.9, 0.4]]
+    write_run(tmp_path / "a", made)
+    (only,) = collect(tmp_path).runs
+    assert dict(report.provenance(only))["Accuracies, %"] == "50.00, 40.00"
+
+
 def test_references_are_called_by_their_mode_and_have_no_objective(tmp_path):
     for mode in ("run", "full_data"):
         config = result("", [0.5])["config"] | {"mode": mode, "objective": {"name": "dc"}}
