@@ -91,7 +91,7 @@ def _record(
             for name in parts[0]:
                 tensors[f"{head}/gradients/{name}"] = torch.cat([part[name] for part in parts])
             tensors |= {f"{head}/draw/{name}": value for name, value in drawn.tensors().items()}
-        if choice := side.choose_update():
+        if step < due[-1] and (choice := side.choose_update()):  # after the last one nothing reads the network
             update(choice)
     return {name: value.contiguous().cpu() for name, value in tensors.items()}
 
@@ -101,6 +101,8 @@ class BankSide(RealSide):
 
     On a GPU the first ``keep_bytes`` of what is read stay there; a CPU has the system's file cache.
     """
+
+    USES_IMAGES = False
 
     def __init__(
         self,

@@ -57,11 +57,12 @@ class ClassMatching(Condensation):
         optimizer = ContainerOptimizer(
             container, config, total, by_class=by_class, factor=rate_factor, lr_scale=lr_scale
         )
+        real_batch = config.real_batch if side.USES_IMAGES else 0
         super().__init__(
             container,
             optimizer,
             compute=compute,
-            images_per_step=self.group * (config.real_batch + config.shown(container.matched_per_class)),
+            images_per_step=self.group * (real_batch + config.shown(container.matched_per_class)),
             gradient_clip=config.gradient_clip,
             average=config.average,
         )
@@ -81,7 +82,8 @@ class ClassMatching(Condensation):
     def take_step(self) -> tuple[Tensor, dict[str, Tensor]]:
         """One matching step of every class, or of a random group, then the real side's update.
 
-        Returns the distance per layer summed over those classes, and the gradient's norm per tier; neither is read.
+        Returns the distance per layer summed over those classes, and the norm per tier of their gradients; neither is
+        read.
         """
         if self.step % self.config.inner_steps == 0:
             self.container.project()
@@ -97,7 +99,9 @@ class ClassMatching(Condensation):
             found = [self._match_and_apply(part, self._chosen(part)) for part in parts]
             if update := self.side.choose_update():
                 self.update(update)
-            measured = {**found[-1], "losses": torch.stack([one["losses"] for one in found]).sum(0)}
+            losses = torch.stack([one.pop("losses") for one in found]).sum(0)
+            norms = {tier: torch.stack([one[tier] for one in found]).norm() for tier in found[0]}
+            measured = {"losses": losses, **norms}
         self.step += 1
         losses = measured.pop("losses")
         return losses, measured

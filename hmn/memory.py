@@ -122,7 +122,7 @@ def classes_per_chunk(
     least = (compute.current_bytes() + SLACK * (fixed + per_class)) / 2**30
     chunk = int(free / (SLACK * per_class))
     lower = "objective.synthetic_batch, objective.real_batch or compute.classes_per_call"
-    hint = f"at least {least:.1f}: one class needs that; or lower {lower}"
+    hint = f"at least {_up(least)}: one class needs that; or lower {lower}"
     require("compute.memory_limit", chunk >= 1, limit, hint)
     return min(chunk, group)
 
@@ -148,6 +148,11 @@ def images_per_chunk(
     once, each = (SLACK * ALIVE * value for value in decoding_bytes(container, "none"))
     chunk = int((limit * 2**30 - compute.current_bytes() - student - once) / each)
     least = (compute.current_bytes() + student + once + each) / 2**30
-    hint = f"at least {least:.1f}; or lower the student's batch, or raise objective.segment"
+    hint = f"at least {_up(least)}; or lower the student's batch, or raise objective.segment"
     require("compute.memory_limit", chunk >= 1, limit, hint)
     return chunk
+
+
+def _up(gib: float) -> str:
+    """With one digit, and no less than ``gib``."""
+    return f"{math.ceil(10 * gib) / 10:.1f}"

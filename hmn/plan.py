@@ -25,7 +25,7 @@ from hmn.config.objectives import (
     TrajectoryMatchingConfig,
     UnrolledConfig,
 )
-from hmn.config.unread import unread
+from hmn.config.unread import Condensed, unread
 from hmn.containers import KINDS, Storage, rebuild, storage
 from hmn.containers.base import Container, ImageShape, PixelShape
 from hmn.cost import Step, step_flops, training_flops
@@ -246,22 +246,28 @@ def make_plan(config: Config, typed: Sequence[str] = ()) -> Plan:
         artifact = start["sha256"]
     plan = Plan(config, data, stored, artifact, sum(map(_images, cards.values())))
     _ = plan.build  # checks the network's depth against the image side
+    condensed = None
     if config.condenses:
         with torch.device("meta"):
             container = plan.container(plan.storage.over_budget_instances)
+        condensed = Condensed(bool(container.tiers().keys() - container.memory_tiers()), container.matched_per_class)
         _check_pairs(plan, container)
-        plan = dataclasses.replace(plan, not_read=_not_read(plan, container, typed))
         if artifact is not None:
             _check_start(plan, start)
     if config.condenses or config.mode == "experts":
         _check_networks(plan)
-    return plan
+    return dataclasses.replace(plan, not_read=_not_read(unread(config, condensed), typed))
 
 
-def _not_read(plan: Plan, container: Container, typed: Sequence[str]) -> tuple[str, ...]:
-    known = unread(plan.config, container_networks=bool(container.tiers().keys() - container.memory_tiers()))
-    keys = dict.fromkeys(override.split("=")[0].lstrip("+") for override in typed)
-    return tuple(f"{key} ({known[key]})" for key in keys if key in known)
+def _not_read(reasons: Mapping[str, str], typed: Sequence[str]) -> tuple[str, ...]:
+    """Of the keys that were ``typed`` those that are not read, each with its reason: its own or its section's."""
+    told = {}
+    for key in (override.split("=")[0].lstrip("+") for override in typed):
+        above = [key.rsplit(".", dots)[0] for dots in range(key.count(".") + 1)]
+        reason = next((reasons[name] for name in above if name in reasons), None)
+        if reason is not None:
+            told[key] = f"{key} ({reason})"
+    return tuple(told.values())
 
 
 def _check_pairs(plan: Plan, container: Container) -> None:

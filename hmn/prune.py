@@ -58,12 +58,11 @@ def kept_instances(scores: Tensor, keep: int, beta: float) -> Tensor:
     """Indices (C * keep,) of the instances that stay. ``scores`` (C, G_o) are AUM values.
 
     Per class, of the k = G_o - keep that go, floor(beta * k) have the lowest scores and the rest the highest; ties go
-    by index, so the same classes always lose the same images.
+    by index, so the same scores always lose the same images.
     """
     classes, count = scores.shape
-    cut = count - keep
-    hardest = hardest_count(beta, cut)
-    order = scores.argsort(dim=1, stable=True)[:, hardest : count - (cut - hardest)]
+    hardest = hardest_count(beta, count - keep)
+    order = scores.argsort(dim=1, stable=True)[:, hardest : hardest + keep]
     starts = torch.arange(classes, device=scores.device)[:, None] * count
     return (order.sort(dim=1).values + starts).flatten()
 

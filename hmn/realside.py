@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ Synthetic = Callable[[], tuple[Tensor, Tensor]]  # all decoded images (N, channe
 
 class RealSide(ABC):
     """What a condensation needs of the real images; by default nothing is drawn on the device and no network trains."""
+
+    USES_IMAGES: ClassVar[bool] = True  # in every step, and not beforehand
 
     @abstractmethod
     def begin(self, step: int) -> None:

@@ -89,9 +89,9 @@ class Session:
             self.tracker.rewind(step_key, -1)
         condensed = self._making().make(container)
         over_budget = Split(*decode_all(container))
-        pruning = {"over_budget": config.pruning.over_budget, "cut_per_class": stored.over_budget_images_per_class}
-        pruning["cut_per_class"] -= stored.images_per_class
-        if pruning["cut_per_class"]:
+        cut = stored.over_budget_images_per_class - stored.images_per_class
+        pruning = {"over_budget": config.pruning.over_budget, "cut_per_class": cut}
+        if cut:
             index, chosen = self._choose(over_budget)
             container.keep(index)
             pruning |= chosen
@@ -99,7 +99,7 @@ class Session:
         kept = Split(*decode_all(container))
         if config.evaluation.curve_points:
             pruned = self._held_out_accuracy(kept, "curve_pruned")
-            if pruning["cut_per_class"]:  # else the last point of the curve has judged this set
+            if cut:  # else the last point of the curve has judged this set
                 self.tracker.log({"curve/pruned_accuracy": pruned}, step_key="prune/step", step=0)
             pruning["held_out_accuracy"] = pruned
         start = build.how_started(config.container, self.plan.artifact)

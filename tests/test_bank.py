@@ -14,11 +14,12 @@ from torch import Tensor
 
 from hmn.bank import BankSide, build, snapshot_steps
 from hmn.build import condensation
-from hmn.checkpoint import Checkpoints, Stop
+from hmn.checkpoint import Checkpoints, Stop, held
 from hmn.config import BankConfig, GradientMatchingConfig
 from hmn.config.identity import bank_identity
 from hmn.errors import ArtifactError, Interrupted
 from hmn.matching import ClassMatching
+from hmn.networks import initialise
 from hmn.objectives.gradient import matching_step, real_gradients, stored_step
 from hmn.realside import LiveSide
 from hmn.seeding import generator
@@ -126,6 +127,21 @@ def test_a_banked_step_is_the_live_step_of_the_same_network_images_and_draw(tmp_
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
     for tier, value in expected_norms.items():
         torch.testing.assert_close(norms[tier], value, rtol=1e-4, atol=0)
+
+
+def test_of_real_images_a_step_counts_none(tmp_path: Path):
+    own = CLASSES * make_container().images_per_class
+    assert make_run(make_bank(tmp_path)).images_per_step == own
+    lively = ClassMatching(
+        make_container(),
+        live(0),
+        SETTINGS,
+        match=matching_step(build_network(), "mse", CPU),
+        normalise=live(0).normalise,
+        compute=CPU,
+        seed=SEED,
+    )
+    assert lively.images_per_step == own + CLASSES * SETTINGS.real_batch
 
 
 def test_a_draw_that_is_read_has_the_alternatives_of_its_rule(tmp_path: Path):
@@ -288,3 +304,37 @@ def test_a_run_reads_a_bank_by_all_its_settings(tmp_path):
     assert torch.equal(work.side.choosing.get_state(), generator(3, "condense", "bank").get_state())
     assert len(work.side.paths) == 1 and work.side.snapshots == 2
     assert work.run_step()[0].shape == (2,)
+
+
+def test_every_network_of_a_bank_has_streams_of_its_own_whatever_the_seed_of_the_run(tmp_path: Path):
+    small = ("bank.networks=2", "bank.snapshots=1", "bank.seed=5", "inner_steps=1", "network_samples=0", "real_batch=6")
+    for seed in (0, 3):
+        given = (f"seed={seed}", f"paths.cache_dir={tmp_path}/{seed}", *(f"objective.{one}" for one in small))
+        paths = condensation(workshop(tmp_path, *given), make_container()).side.paths
+        for number, path in enumerate(paths):
+            stream = generator(5, f"bank/{number}", "matched_network", 0)
+            fresh = initialise(build_network().to(memory_format=torch.channels_last), stream)
+            for name, value in fresh.named_parameters():
+                assert torch.equal(contents(path)[f"0/parameters/{name}"], value)
+        one, other = (contents(path)["0/draw/brightness"] for path in paths)
+        assert not torch.equal(one, other)
+
+
+def test_others_wait_while_a_bank_is_made(tmp_path: Path):
+    seen = []
+
+    def watched(number: int) -> LiveSide:
+        seen.append(held(tmp_path))
+        return live(number)
+
+    options = {"classes": CLASSES, "fingerprint": REAL.fingerprint, "chunk": 3, "stop": Stop()}
+    build(tmp_path, watched, real_gradients(build_network(), CPU), SETTINGS, **options)
+    assert seen == [True, True] and not held(tmp_path)
+
+
+@pytest.mark.parametrize(("limit", "kept"), [("null", 123), ("1000", 0)])
+def test_a_bank_stays_on_a_gpu_unless_memory_is_limited(tmp_path: Path, monkeypatch, limit: str, kept: int):
+    monkeypatch.setattr("hmn.build.classes.kept_on", lambda device: 123)
+    small = ("bank.networks=1", "bank.snapshots=1", "inner_steps=1", "network_samples=0", "real_batch=6")
+    given = (f"paths.cache_dir={tmp_path}", f"compute.memory_limit={limit}", *(f"objective.{one}" for one in small))
+    assert condensation(workshop(tmp_path, *given), make_container()).side.keep_bytes == kept

@@ -22,7 +22,7 @@ from hmn.data.sampling import per_class
 from hmn.errors import DataError
 from hmn.matching import ClassMatching
 from hmn.objectives.gradient import matching_step
-from hmn.seeding import generator
+from hmn.seeding import derived_seed, generator
 from tests.small_matching import (
     CLASSES,
     CPU,
@@ -137,11 +137,13 @@ def test_a_step_is_that_of_a_naive_loop_over_classes(changes: dict[str, Any], mo
             for name, gradient in gradients.items():
                 assert wanted[name].norm() > 1e-6
                 torch.testing.assert_close(gradient, wanted[name], rtol=1e-6, atol=1e-6 * float(wanted[name].norm()))
-        # Reported are the distances summed over all classes of the step, and the norms of its last gradient.
+        # Reported are the distances summed over all classes of the step, and the norms of all its gradients.
         torch.testing.assert_close(losses, sum(expected), rtol=1e-6, atol=0)
-        for tier, parameters in container.tiers().items():
-            norm = torch.cat([parameter.grad.flatten() for parameter in parameters]).norm()
-            torch.testing.assert_close(norms[tier], norm, rtol=1e-6, atol=0)
+        named = {id(parameter): name for name, parameter in run.container.named_parameters()}
+        for tier, parameters in run.container.tiers().items():
+            names = [named[id(parameter)] for parameter in parameters]
+            taken = [gradients[name].flatten() for _, _, gradients in recorder.turns for name in names]
+            torch.testing.assert_close(norms[tier], torch.cat(taken).norm(), rtol=1e-6, atol=0)
 
 
 def watch_turns(run: ClassMatching, monkeypatch: pytest.MonkeyPatch, steps: int) -> list[list[list[int]]]:
@@ -443,3 +445,12 @@ def test_without_an_average_the_last_step_is_kept():
     *_, last = watched_steps(run, 2)
     run.settle(run.container)
     assert all(map(torch.equal, run.container.parameters(), last))
+
+
+def test_streams_have_the_names_that_kept_results_were_made_with():
+    run = make_run(config())
+    side, own = run.side, run.generators
+    own = own | {"augment": side.augmenting, "real": side.real_batches.generator}
+    own |= {"network": side.network_batches.generator, "clusters": side.clustering}
+    found = {name: stream.initial_seed() for name, stream in own.items()}
+    assert found == {name: derived_seed(SEED, "condense", name) for name in own}

@@ -410,6 +410,41 @@ NOT_READ = [
         ),
         ["objective.student_lr_min (objective.student_lr_lr=0)"],
     ),
+    (
+        ("objective=idm", "objective.pool_trained=0", "objective.pool_steps=5", "objective.ce_weight=1"),
+        ["objective.pool_steps (objective.pool_trained=0)", "objective.ce_weight (objective.pool_trained=0)"],
+    ),
+    (
+        ("objective=idm", "objective.pool_steps=0", "objective.pool_lr=1"),
+        ["objective.pool_lr (objective.pool_steps=0)"],
+    ),
+    (("objective=idm", "objective.pool_lr=1", "objective.pool_interval=2"), []),
+    (("evaluation.full_data_epochs=7", "redundancy.drop=[0.5]"), ["redundancy.drop (mode=run)"]),
+    (
+        ("objective=dsa", "memory=ipc1", "container=image", "pruning=none", "objective.network_epochs=5"),
+        ["objective.network_epochs (objective.inner_steps=1)"],
+    ),
+    (
+        ("container=image", "memory=ipc10", "pruning=none", "objective.unbiased=true"),
+        ["objective.unbiased (a step shows all 10 images of a class)"],
+    ),
+    (
+        ("container=image", "memory=ipc10", "pruning=none", "objective.unbiased=true", "objective.synthetic_batch=8"),
+        [],
+    ),
+    (
+        (
+            "container=coreset",
+            "container.method=herding",
+            "pruning=none",
+            "objective.bank.networks=2",
+            "network.width=8",
+        ),
+        [
+            "pruning (container=coreset, which condenses nothing)",
+            "objective.bank.networks (container=coreset, which condenses nothing)",
+        ],
+    ),
 ]
 
 
@@ -419,6 +454,34 @@ def test_who_gives_what_nothing_reads_is_told_which_setting_that_is_for(given, t
     assert list(plan.not_read) == told
     assert plan.summary().get("not_read", []) == told
     assert all(one in plan.text("text") for one in told)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            ("mode=full_data", "memory=ipc10", "evaluation.curve_epochs=7", "evaluation.full_data_epochs=7"),
+            ["memory", "evaluation.curve_epochs"],
+        ),
+        (
+            ("mode=random_subset", "memory=ipc10", "memory.number=float16", "pruning.beta=0.3"),
+            ["memory.number", "pruning.beta"],
+        ),
+        (
+            (
+                "mode=experts",
+                "objective=mtt_hmn",
+                "objective.experts.epochs=60",
+                "objective.memory_lr=1",
+                "container=image",
+            ),
+            ["objective.memory_lr", "container"],
+        ),
+    ],
+)
+def test_other_modes_say_which_settings_they_do_not_read(given, told):
+    plan = planned("dataset=digits", "seed=1", *given)
+    assert list(plan.not_read) == [f"{key} ({given[0]})" for key in told]
 
 
 def test_of_what_files_give_nothing_is_said():

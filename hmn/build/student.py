@@ -17,7 +17,7 @@ from hmn.data.sampling import per_class
 from hmn.memory import images_per_chunk
 from hmn.networks import initialise
 from hmn.networks.convnet import ConvNet
-from hmn.objectives.unroll import Unrolled
+from hmn.objectives.unroll import Unrolled, copies
 from hmn.seeding import generator
 from hmn.training import Training
 from hmn.unrolled import Batches, ClassifyReal, Goal, LearnedRate, ReachExpert, ThroughStudent, of_every_class, shuffled
@@ -120,8 +120,8 @@ def _chunk(shop: Workshop, container: Container, batches: Batches) -> int:
         shop.build().to(shop.compute.device),
         shop.compute,
         limit=shop.config.compute.memory_limit,
-        batch=max(len(index) for index in batches(objective.student_steps, generator(0))),
-        kept=math.ceil(objective.student_steps / objective.segment) + 2 * objective.segment,
+        batch=len(batches(1, generator(0))[0]),  # the first one is the largest
+        kept=copies(objective.student_steps, objective.segment),
     )
 
 

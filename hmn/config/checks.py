@@ -57,6 +57,11 @@ def in_identity(item: Field, value: Any) -> bool:
     return is_scientific(item) and not (item.metadata.get("newer", False) and value == item.default)
 
 
+def read_by(item: Field, kind: str) -> bool:
+    """Whether this ``kind`` of run reads the field, if it reads its section."""
+    return kind in item.metadata.get("modes", (kind,))
+
+
 def is_scientific(item: Field) -> bool:
     return item.metadata.get("scientific", True)
 
@@ -66,6 +71,6 @@ def identity_of(section: object, kind: str | None = None) -> dict[str, Any]:
     values = {}
     for item in dataclasses.fields(section):
         value = getattr(section, item.name)
-        if in_identity(item, value) and (kind is None or kind in item.metadata.get("modes", (kind,))):
+        if in_identity(item, value) and (kind is None or read_by(item, kind)):
             values[item.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
     return values

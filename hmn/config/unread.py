@@ -9,9 +9,12 @@ import dataclasses
 from collections.abc import Iterator
 
 from hmn.config import Config
+from hmn.config.checks import read_by
 from hmn.config.containers import HmnConfig
+from hmn.config.identity import SECTIONS
 from hmn.config.objectives import (
     ClassMatchingConfig,
+    DistributionMatchingConfig,
     GradientMatchingConfig,
     SyntheticGradientConfig,
     TrajectoryMatchingConfig,
@@ -19,12 +22,36 @@ from hmn.config.objectives import (
 )
 
 
-def unread(config: Config, *, container_networks: bool) -> dict[str, str]:
-    """Every key that this run, which condenses, does not read, and the setting that it is for.
+@dataclasses.dataclass(frozen=True)
+class Condensed:
+    """Of the container that a run condenses."""
 
-    ``container_networks``: whether the container has networks beside its memories.
-    """
-    return dict([*_of_container(config), *_of_objective(config, container_networks), *_of_judging(config)])
+    networks: bool  # beside its memories
+    images_per_class: int  # from which a step takes its own
+
+
+def unread(config: Config, condensed: Condensed | None) -> dict[str, str]:
+    """Every section and field that this run does not read, and the setting that keeps it from it."""
+    found = dict(_of_kind(config))
+    if condensed is not None:
+        found |= dict([*_of_container(config), *_of_objective(config, condensed), *_of_judging(config)])
+    return found
+
+
+def _of_kind(config: Config) -> Iterator[tuple[str, str]]:
+    kind = config.kind
+    why = f"container={config.container.name}, which condenses nothing" if kind == "coreset" else f"mode={kind}"
+    for section in ("dataset", "memory", "container", "objective", "pruning", "network", "evaluation", "redundancy"):
+        if section not in SECTIONS[kind] and (kind, section) != ("experts", "objective"):
+            yield section, why
+        for item in dataclasses.fields(getattr(config, section)):
+            # A run prints the references that were measured by these.
+            if not read_by(item, kind) and not (config.mode == "run" and read_by(item, "full_data")):
+                yield f"{section}.{item.name}", why
+    if kind == "experts":
+        for item in dataclasses.fields(config.objective):
+            if item.name not in ("name", "experts"):
+                yield f"objective.{item.name}", why
 
 
 def _of_container(config: Config) -> Iterator[tuple[str, str]]:
@@ -39,9 +66,9 @@ def _of_container(config: Config) -> Iterator[tuple[str, str]]:
             yield "container.instance_init_scale", "container.init=kept"
 
 
-def _of_objective(config: Config, container_networks: bool) -> Iterator[tuple[str, str]]:
+def _of_objective(config: Config, condensed: Condensed) -> Iterator[tuple[str, str]]:
     objective = config.objective
-    if not container_networks:
+    if not condensed.networks:
         alone = f"container={config.container.name}, which has no networks"
         yield from (("objective.weights_lr", alone), ("container.fit_weights_lr", alone))
     if isinstance(objective, ClassMatchingConfig | UnrolledConfig) and objective.strategy == "none":
@@ -53,15 +80,26 @@ def _of_objective(config: Config, container_networks: bool) -> Iterator[tuple[st
             for key, why in _named("objective", objective, "network_", "objective.network_samples=0"):
                 if key != "objective.network_samples":
                     yield key, why
+        if objective.shown(condensed.images_per_class) == condensed.images_per_class:
+            yield "objective.unbiased", f"a step shows all {condensed.images_per_class} images of a class"
         if not objective.bank.networks:
             for name in ("snapshots", "seed"):
                 yield f"objective.bank.{name}", "objective.bank.networks=0"
+    if isinstance(objective, DistributionMatchingConfig) and objective.pool_networks:
+        settings = ("pool_trained", "pool_steps")
+        zero = next((name for name in settings if getattr(objective, name) == 0), None)
+        if zero is not None:  # ce_weight is times an accuracy, which nobody measures
+            for name in ("pool_batch", "pool_lr", "pool_momentum", "pool_weight_decay", "ce_weight", *settings):
+                if name != zero:
+                    yield f"objective.{name}", f"objective.{zero}=0"
     if isinstance(objective, SyntheticGradientConfig):
         # Their own table has one step of a network at one image per class.
         untrained = "objective.inner_steps=1" if objective.inner_steps == 1 else "objective.network_epochs=0"
         if objective.inner_steps == 1 or objective.network_epochs == 0:
             for name in ("network_batch", "network_lr"):
                 yield f"objective.{name}", untrained
+        if objective.inner_steps == 1:
+            yield "objective.network_epochs", untrained
     if isinstance(objective, TrajectoryMatchingConfig) and not objective.student_lr_lr:
         for name in ("student_lr_momentum", "student_lr_min"):
             yield f"objective.{name}", "objective.student_lr_lr=0"

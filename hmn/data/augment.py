@@ -50,9 +50,9 @@ class Draw:
     rotate: Tensor | None = None  # radians
     cutout: Tensor | None = None  # (n, 2) int64, centre offsets (y, x)
 
-    def repeat(self, counts: int | Tensor) -> Draw:
-        """The draw with image i's parameters repeated ``counts`` times: one siamese draw for a whole group."""
-        grown = {name: value.repeat_interleave(counts, dim=0) for name, value in self.tensors().items()}
+    def repeat(self, count: int) -> Draw:
+        """The draw with every image's parameters repeated ``count`` times: one siamese draw for a whole group."""
+        grown = {name: value.repeat_interleave(count, dim=0) for name, value in self.tensors().items()}
         return Draw(**{**vars(self), **grown})
 
     def __getitem__(self, part: slice) -> Draw:

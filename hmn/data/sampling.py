@@ -29,9 +29,10 @@ class GroupSampler:
 
     def draw(self, groups: Tensor) -> Tensor:
         """Indices (k, batch) into the split, for the groups (k,) given by a CPU tensor."""
-        if (self.cursors[groups] + self.batch > self.sizes[groups]).any():
+        runs_short = self.cursors[groups] + self.batch > self.sizes[groups]
+        if runs_short.any():
             short = torch.zeros(len(self.sizes), dtype=torch.bool)
-            short[groups] = self.cursors[groups] + self.batch > self.sizes[groups]
+            short[groups] = runs_short
             # A sort by (group, random key) permutes within each group, so replacing one group's range keeps the others.
             replaced = short.to(self.order.device, non_blocking=True)[self.groups]
             self.order = torch.where(replaced, self._shuffled(), self.order)

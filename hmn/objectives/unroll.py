@@ -17,6 +17,7 @@ the student per step instead of by its activations, and dL/dalpha exists at alph
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -126,6 +127,14 @@ class Unrolled:
             theta, v = self.forward(theta, v, *batch(t), lr)
             thetas.append(theta)
         return thetas
+
+
+def copies(steps: int, segment: int) -> int:
+    """How many copies of its parameters a student's ``steps`` steps keep at most, velocities counted alike.
+
+    Those of every segment's start, with a velocity where there are steps to take again, and those within one segment.
+    """
+    return math.ceil(steps / segment) * (1 if segment == 1 else 2) + min(segment, steps)
 
 
 def inner(one: Parameters, other: Parameters) -> Tensor:

@@ -16,7 +16,7 @@ from hmn.compute import Compute
 from hmn.data import augment
 from hmn.networks import initialise
 from hmn.networks.convnet import ConvNet
-from hmn.objectives.unroll import Unrolled, inner, trajectory_loss
+from hmn.objectives.unroll import Unrolled, copies, inner, trajectory_loss
 
 CPU = Compute(torch.device("cpu"))
 SGD = [(0.0, 0.0), (0.9, 0.0), (0.9, 0.9)]  # momentum and dampening: MTT, LinBa, SPEED
@@ -125,6 +125,17 @@ def test_a_segment_keeps_one_state_of_its_steps():
         unrolled = Unrolled(problem.network, CPU, segment=segment)
         kept[segment] = sorted(unrolled.train(problem.start, problem.batch, 5, problem.lr).kept)
     assert kept == {1: [0, 1, 2, 3, 4], 2: [0, 2, 4], 5: [0]}
+
+
+@pytest.mark.parametrize("segment", [1, 2, 3, 5, 7])
+def test_what_a_student_keeps_of_its_steps_is_counted(segment: int):
+    """Before the way back, and while it is on its first, that is the last, segment."""
+    problem = Problem()
+    unrolled = Unrolled(problem.network, CPU, momentum=0.9, segment=segment)
+    trail = unrolled.train(problem.start, problem.batch, 5, problem.lr)
+    kept = sum(1 if v is None else 2 for _, v in trail.kept.values())
+    within = unrolled._thetas(trail, 0, problem.batch, problem.lr)
+    assert copies(5, segment) == kept + len(within)
 
 
 def test_a_student_that_does_not_move_still_says_where_its_rate_should_go():
