@@ -145,7 +145,7 @@ def killed_at(slot: str, folder: Path, *arguments: str) -> None:
     command = start(folder, *arguments)
     command.wait_for(lambda: any(folder.glob(f"runs/*/checkpoints/{slot}.pt")))
     command.process.kill()
-    command.finish()
+    assert command.finish().code == 128 + signal.SIGKILL  # it was not done before
 
 
 def test_a_killed_run_goes_on_and_keeps_the_same_condensation(tmp_path):

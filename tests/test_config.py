@@ -171,12 +171,15 @@ def test_the_top_level_is_checked_too():
     refused("seed=-1: must be at least 0", seed=-1)
 
 
+NUMBERS = (int, float, int | None, float | None)
+
+
 def numbers() -> list[tuple[str, str]]:
     """Every field that is a number or a null."""
     found = []
     for section in SECTIONS:
         hints = get_type_hints(type(getattr(configured(), section)))
-        found += [(section, name) for name, hint in hints.items() if hint in (int, float, int | None, float | None)]
+        found += [(section, name) for name, hint in hints.items() if hint in NUMBERS]
     return found
 
 
@@ -186,6 +189,23 @@ def test_no_number_goes_without_a_range(section, name):
     value = math.nan if hint in (float, float | None) else -1
     with pytest.raises(ConfigError, match=rf"^{section}\.{name}={value}: must be "):
         changed(configured(), **{f"{section}__{name}": value})
+
+
+EVERY = [("container", one, {"name": one.NAME}) for one in containers.SCHEMAS]
+EVERY += [("objective", one, {"name": one.NAMES[0]}) for one in objectives.SCHEMAS.values()]
+EVERY += [("objective", objectives.DistributionMatchingConfig, {"name": "distribution_matching", "pool_networks": 4})]
+EVERY += [("objective.experts", objectives.ExpertsConfig, {}), ("objective.bank", BankConfig, {})]
+
+
+def numbers_of_every_schema() -> list[tuple[str, type, dict[str, Any], str]]:
+    return [(*one, name) for one in EVERY for name, hint in get_type_hints(one[1]).items() if hint in NUMBERS]
+
+
+@pytest.mark.parametrize(("section", "schema", "given", "name"), numbers_of_every_schema())
+def test_nor_does_one_of_any_container_or_objective(section, schema, given, name):
+    value = math.nan if get_type_hints(schema)[name] in (float, float | None) else -1
+    with pytest.raises(ConfigError, match=rf"^{section}\.{name}={value}: must be "):
+        schema(**given | {name: value})
 
 
 @pytest.mark.parametrize("key", ["objective.strategy", "objective.network_strategy", "evaluation.strategy"])
@@ -572,3 +592,19 @@ def test_the_random_subset_reference_is_shared_by_all_containers_of_a_memory():
     assert len(shared) == 1
     ids = {plan_of("mode=random_subset", other).run_id for other in ("memory=ipc50", "network.width=64", "seed=1")}
     assert len(ids | shared) == 4
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "other"),
+    [
+        ("evaluation__epochs", 7, True),
+        ("evaluation__schedule", "multistep", True),
+        ("network__width", 7, True),
+        ("evaluation__curve_points", 7, False),
+        ("pruning__score_epochs", 7, False),
+        ("memory__images_per_class", 7, False),
+    ],
+)
+def test_judging_a_kept_set_depends_on_how_it_is_judged_alone(key, value, other):
+    config = changed(configured(*BASE), artifact="there", mode="evaluate")
+    assert (identity(changed(config, **{key: value})) != identity(config)) is other

@@ -577,8 +577,10 @@ def test_what_cannot_be_run_is_refused_in_one_line(tmp_path, arguments: tuple[st
 def test_a_run_that_another_process_works_on_is_refused_once(tmp_path):
     command = start(tmp_path, *STAGES)
     command.wait_for(seen(tmp_path, "condense"))
+    os.kill(command.process.pid, signal.SIGSTOP)  # or it might be done before they ask
     with start_several(tmp_path, 2, *STAGES) as commands:
         codes, (line,) = end(commands)
+    os.kill(command.process.pid, signal.SIGCONT)
     assert codes == [Busy.exit_code, Lost.exit_code]
     assert line.endswith("another process is working on this run; wait for it or stop it")
     assert command.finish().code == 0

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hmn import experts
-from hmn.checkpoint import Checkpoints, Stop
+from hmn.checkpoint import Checkpoints, Stop, held
 from hmn.config.identity import experts_identity
 from hmn.config.objectives import ExpertsConfig
 from hmn.data.preprocess import Normalise
@@ -61,12 +61,12 @@ def test_an_expert_is_a_network_before_and_after_every_epoch_of_its_training(tmp
     assert len(contents(path)) == 3 * len(list(reference.network.parameters()))
 
 
-def test_snapshots_are_copies(tmp_path: Path):
-    """On a CPU, a detached parameter is the parameter itself, and all snapshots would be the last."""
-    path = make(tmp_path, count=1)[0]
-    first, second, third = (read(path, epoch, DEVICE)["classifier.weight"] for epoch in range(3))
-    assert not torch.equal(first, second)
-    assert not torch.equal(second, third)
+def test_others_wait_while_experts_are_trained(tmp_path: Path, monkeypatch):
+    """Their checkpoints lie in one folder."""
+    seen, trained = [], train
+    monkeypatch.setitem(globals(), "train", lambda numbers: seen.append(held(tmp_path)) or trained(numbers))
+    make(tmp_path, count=2)
+    assert seen == [True, True] and not held(tmp_path)
 
 
 def test_several_trained_together_are_files_of_their_own(tmp_path: Path):

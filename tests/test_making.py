@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hmn import build, making
 from hmn.artifacts import decode_all
-from hmn.condense import Condensation
+from hmn.condense import Condensation, Report
+from hmn.tracking import METRICS_FILE, read_metrics
 from tests.command import TINY, planned, session_of
 
 AVERAGED = ("objective.average=0.5", "pruning=none")
@@ -60,3 +61,19 @@ def test_the_average_is_kept_and_judged_and_judging_it_changes_nothing(tmp_path,
     again, _, more = made(tmp_path / "four", monkeypatch, points=4)
     assert list(more) == ["curve_0", "curve_2", "curve_4", "curve_6", "kept"]
     assert all(map(torch.equal, kept, again))
+
+
+def test_a_report_is_recorded_under_the_names_of_its_numbers():
+    rates = {"steps_per_second": 4.0, "images_per_second": 5.0, "peak_bytes": 6}
+    norms, more = {"decoder": 3.0}, {"x": 9.0}
+    told = Report(step=7, losses=[1.0, 2.0], gradient_norms=norms, learning_rate=8.0, measured=more, **rates)
+    expected = {"loss": 3.0, "loss_layer1": 1.0, "loss_layer2": 2.0, "gradient_norm/decoder": 3.0, **rates}
+    expected |= {"memory_lr": 8.0, "x": 9.0}
+    assert making._metrics(told) == {f"condense/{name}": value for name, value in expected.items()}
+
+
+def test_steps_are_recorded_as_often_as_asked_for(tmp_path):
+    plan = planned(*TINY, "pruning=none", "tracking.log_every_steps=4")
+    session_of(plan, tmp_path)._making().make(plan.container(plan.storage.over_budget_instances))
+    recorded = [row["condense/step"] for row in read_metrics(tmp_path / METRICS_FILE) if "condense/loss" in row]
+    assert recorded == [4, 6]

@@ -255,3 +255,12 @@ def test_classes_that_do_not_take_part_keep_values_and_moments_bit_for_bit():
         assert len(changed) == len(turn) * len(OWNED) + len(before.keys() - set(OWNED))
         for key in moments.keys() - set(changed):
             assert_same(later[key], moments[key])
+
+
+def test_sgd_stays_fused_where_a_state_from_the_host_is_loaded():
+    one, two = (ContainerOptimizer(container(), settings(optimizer="sgd"), 4, by_class=False) for _ in range(2))
+    for group in two.inner.param_groups:
+        group["fused"] = True
+    two.load_state_dict(one.state_dict())
+    assert all(group["fused"] for group in two.inner.param_groups)
+    assert not any(group["fused"] for group in two.state_dict()["param_groups"])

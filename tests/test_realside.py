@@ -35,7 +35,7 @@ from hmn.objectives.distribution import CE_FACTOR, IMAGES, distribution_step
 from hmn.objectives.gradient import matching_step
 from hmn.pool import FIRST, PoolSide
 from hmn.realside import FeatureSide, LiveSide, SyntheticSide
-from hmn.seeding import generator
+from hmn.seeding import derived_seed, generator
 from hmn.training import training_step
 from tests.command import configured
 
@@ -177,6 +177,7 @@ def test_a_configured_run_is_made_of_what_its_objective_asks_for(tmp_path: Path,
         (found, _), (losses, _) = run.run_step(), expected.run_step()
         torch.testing.assert_close(found, losses, rtol=1e-3, atol=0)
         assert losses.min() > 0
+    assert run.parts == expected.parts  # what a process without classes of its own says of a step
 
 
 # DC and DSA
@@ -521,3 +522,18 @@ def test_what_is_captured_changes_in_place(variant: str):
     for _ in range(3):
         run.run_step()
     assert [tensor.data_ptr() for tensor in run.side.state_tensors()] == before
+
+
+def test_networks_are_trained_by_all_settings_of_their_objective():
+    live = dream(k_means_interval=None, network_lr=0.2, network_momentum=0.3, network_weight_decay=0.04)
+    pool = idm(pool_lr=0.2, pool_momentum=0.3, pool_weight_decay=0.04)
+    for settings, expected in ((live, (0.2, 0.3, 0.04)), (pool, (0.2, 0.3, 0.04)), (dc(network_lr=0.2), (0.2, 0, 0))):
+        (group,) = make_run(settings).side.updates.optimizer.param_groups
+        assert (group["lr"], group["momentum"], group["weight_decay"]) == expected
+
+
+def test_streams_of_pools_and_of_networks_on_synthetic_images_have_the_names_of_kept_results():
+    pool, synthetic = make_run(idm()).side, make_run(dc()).side
+    assert pool.pool_batches.generator.initial_seed() == derived_seed(SEED, "condense", "pool_batches")
+    assert pool.choosing.initial_seed() == derived_seed(SEED, "condense", "pool")
+    assert synthetic.order.initial_seed() == derived_seed(SEED, "condense", "network")

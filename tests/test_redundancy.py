@@ -118,21 +118,21 @@ def test_the_easiest_images_of_every_class_are_dropped(tmp_path, toy, monkeypatc
     seen = []
 
     def evaluate(judge, train, _test, networks, _points, stream):
-        seen.append((train, stream, judge.normalise.mean.item()))
+        seen.append((train, stream, judge.normalise.mean.item(), judge.normalise.std.item()))
         return Accuracies(by_network=[[0.5]] * networks, test_epochs=[1], seeds=[0] * networks)
 
     monkeypatch.setattr(session, "evaluate", evaluate)
     kept = keep(tmp_path / "kept", container, toy, coreset={"method": "herding"})
-    plan = planned(*MODE, f"artifact={kept}", "redundancy.drop=[0.4,0]", "dataset.mean=[0.25]")
+    plan = planned(*MODE, f"artifact={kept}", "redundancy.drop=[0.4,0]", "dataset.mean=[0.25]", "dataset.std=[0.5]")
     (tmp_path / "run").mkdir()
     found = session_of(plan, tmp_path / "run").redundancy()
-    (dropped, first, mean), (whole, second, _) = seen
+    (dropped, first, *normalised), (whole, second, *_) = seen
     expected = [1, 3, 4, 5, 6, 7, 12, 13, 14]  # the two highest of each class are gone
     assert torch.equal(dropped.images, images[expected])
     assert dropped.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
     assert torch.equal(whole.images, images)
     assert first != second  # or the second would be read back from the first one's checkpoint
-    assert mean == 0.5  # the card's: the set was condensed for it
+    assert normalised == [0.5, 0.25]  # the card's: the set was condensed for it
     assert (found["images_per_class"], found["set"]) == ("3", "coreset herding")
 
 

@@ -170,7 +170,9 @@ def test_a_run_that_was_asked_to_stop_says_so_and_goes_on_with_the_same_command(
 
 def test_a_second_process_is_refused_and_harms_nothing(task, uninterrupted):
     command = task.start_until(lambda: task.state("condense"))
+    os.kill(command.process.pid, signal.SIGSTOP)  # or it might be done before the second one asks
     second = run(task.where, *task.arguments)
+    os.kill(command.process.pid, signal.SIGCONT)
     assert second.code == 75
     reason = "another process is working on this run; wait for it or stop it"
     assert second.complaint == f"{task.folder.relative_to(task.where)}: {reason}"

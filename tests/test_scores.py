@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hmn import coresets
 from hmn.checkpoint import Checkpoints, Stop, held
 from hmn.compute import Compute
 from hmn.config.containers import CoresetConfig
@@ -291,3 +292,20 @@ def test_the_hardest_images_are_kept_but_ccs_cuts_them_by_another_score(tmp_path
     monkeypatch.setattr("hmn.coresets.difficulty", lambda *_: scores)
     train = Split(torch.zeros(4, 1, 2, 2), torch.tensor([0, 0, 1, 1]))
     assert choose(judge(tmp_path), train, ("a", "b"), 1, coreset(method), tmp_path).tolist() == expected
+
+
+@pytest.mark.parametrize(("method", "learn"), [("herding", "weights"), ("aum", "difficulty")])
+def test_as_many_networks_learn_for_as_long_as_was_asked_for(tmp_path, monkeypatch, method, learn):
+    real, asked = getattr(coresets, learn), []
+    monkeypatch.setattr(coresets, learn, lambda *given: asked.append(given[2:4]) or real(*given))
+    settings = dataclasses.replace(coreset(method), networks=2, epochs=1)
+    choose(judge(tmp_path), images(), NAMES, 2, settings, tmp_path)
+    assert asked == [(2, 1)]
+
+
+def test_ccs_cuts_and_bins_as_configured(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(coresets, "remembered", lambda *_: {"softmax_margin": torch.zeros(12)})
+    monkeypatch.setattr(coresets, "ccs", lambda *_, hard_cut, bins, generator: seen.append((hard_cut, bins)))
+    choose(judge(tmp_path), images(), NAMES, 2, dataclasses.replace(coreset("ccs"), hard_cut=0.4, bins=7), tmp_path)
+    assert seen == [(0.4, 7)]

@@ -183,14 +183,16 @@ def test_references_are_judged_on_test_images(tmp_path, given, mode):
     assert len(given["evaluate"][0].labels) == {"full_data": len(made.data.train.labels), "random_subset": 10}[mode]
 
 
-def test_experts_are_judged_on_test_images(tmp_path, monkeypatch):
-    seen = []
+def test_experts_are_judged_on_test_images_after_their_last_epoch(tmp_path, monkeypatch):
+    seen, read = [], []
+    state = session_with(tmp_path).plan.build().state_dict()
     monkeypatch.setattr(session.build, "experts", lambda _: ["kept"])
-    monkeypatch.setattr(session.experts, "read", lambda *_: session_with(tmp_path).plan.build().state_dict())
+    monkeypatch.setattr(session.experts, "read", lambda path, epoch, _device: read.append((path, epoch)) or state)
     monkeypatch.setattr(session, "accuracy", lambda _network, images, *_: seen.append(images) or torch.tensor(0.5))
     made = session_with(tmp_path, "mode=experts", *TRAJECTORY)
     made.experts()
     assert seen[0] is made.data.test.images
+    assert read == [("kept", made.config.objective.experts.epochs)]
 
 
 def test_the_full_training_set_has_its_own_epochs(tmp_path):
@@ -215,3 +217,19 @@ def test_nothing_is_mirrored_where_a_mirror_changes_the_class(tmp_path, monkeypa
     student.experts(made.workshop)
     used.append(made.workshop.strategy)
     assert used == ["flip_crop" if flip else "crop"] * 5
+
+
+def test_every_stage_draws_by_the_seed_of_the_run(tmp_path, judged):
+    starts = []
+    for seed in (0, 1):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        made = session_with(folder, f"seed={seed}", "mode=random_subset")
+        assert made.judge.seed == seed
+        made.random_subset()
+        made = session_with(folder, f"seed={seed}")
+        container = made.plan.container(1)
+        build.start(made.workshop, container)
+        starts.append(container.instances.detach())
+    assert not torch.equal(judged[0].images, judged[1].images)
+    assert not torch.equal(*starts)

@@ -16,6 +16,7 @@ from hmn.checkpoint import Checkpoints
 from hmn.containers.fit import fit_real
 from hmn.containers.image import RawImages, RawShape
 from hmn.data.sampling import repeated_subset
+from hmn.data.source import TrainingImages
 from hmn.errors import ConfigError, DataError
 from hmn.plan import make_plan
 from hmn.seeding import generator
@@ -163,3 +164,13 @@ def test_the_images_that_a_set_is_fitted_to_may_be_chosen_by_k_means(tmp_path):
     rates = {"fit_learning_rate": 0.2, "fit_weights_lr": 0.005}
     fit = {"init": "fit_real", "fit_steps": 8, "fit_batch": 128, **rates, "fit_images": "k_means"}
     assert load_condensed(chosen[1]).card["start"] == fit
+
+
+def test_k_means_of_a_fit_is_of_pixels(tmp_path, monkeypatch):
+    asked, choose = [], TrainingImages.choose
+    monkeypatch.setattr(
+        TrainingImages, "choose", lambda self, count, how: asked.append(how) or choose(self, count, how)
+    )
+    given = ("fit_steps=7", "fit_learning_rate=0.03", "fit_images=k_means")
+    fit(workshop(tmp_path, *(f"container.{one}" for one in given)), make_container())
+    assert asked == ["k_means_of_pixels"]

@@ -77,3 +77,9 @@ def test_a_step_starts_from_valid_pixels(objective, folder):
         run.run_step()
         moved = container.instances.detach().flatten(0, 1) - pixels.clamp(0, 1)
         assert 0 < moved.abs().max() < 0.06  # by Adam's step, which is about as long as its rate
+
+
+@pytest.mark.parametrize(("scaling", "factor"), [("none", 1.0), ("idc", 2 * (8 / 32) ** 2)])
+def test_idc_s_rates_follow_the_budget_and_the_side(tmp_path, scaling, factor):
+    shop = workshop(tmp_path, "memory.images_per_class=20", f"objective.lr_scaling={scaling}")
+    assert shop.rate_factor == pytest.approx(factor)
