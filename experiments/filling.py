@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shlex
 import shutil
 import statistics
@@ -237,7 +238,8 @@ def fill(
     read, unless ``check`` refuses the table. What a run has left there stands in for it where its folder is gone or on
     another machine.
 
-    Raises ``ConfigError`` for runs of several code versions, or a key of ``shows`` that is none of ``VALUES``.
+    Raises ``ConfigError`` for runs of several code versions or on images that were changed between them, or a key of
+    ``shows`` that is none of ``VALUES``.
     """
     table, planned = sweep.table, {one.cell.name: one for one in sweep.plan(kept)}
     if unknown := [key for key in table.shows if key not in VALUES]:
@@ -322,6 +324,14 @@ def _refuse_mixture(name: str, results: Mapping[str, Mapping[str, Any]]) -> None
     if len(codes) > 1:
         listed = ", ".join(f"{code} ({count} runs)" for code, count in codes.most_common())
         raise ConfigError(f"{name}: results of {len(codes)} code versions, {listed}: --mix shows them in one table")
+    images: dict[str, set[str]] = {}  # by what should have given the same ones
+    for result in results.values():
+        settings = result["config"].get("dataset", {})
+        same = json.dumps({key: settings[key] for key in sorted(settings) if key not in ("root", "download")})
+        images.setdefault(same, set()).add(result["data"]["fingerprint"][:12])
+    if differing := next((found for found in images.values() if len(found) > 1), None):
+        listed = ", ".join(sorted(differing))
+        raise ConfigError(f"{name}: results on different images of one name, {listed}: --mix shows them in one table")
 
 
 def _with_best(entries: Sequence[Entry], machines: int) -> Iterator[Entry]:

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from hmn.checkpoint import Stop, atomic_write, exclusive
 from hmn.config import BankConfig, GradientMatchingConfig
 from hmn.data import augment
-from hmn.errors import ArtifactError
 from hmn.objectives.distance import Parameters
+from hmn.precomputed import check_images
 from hmn.realside import Choice, LiveSide, RealSide, update_of
 from hmn.seeding import generator
 
@@ -61,10 +61,7 @@ def build(
             tensors = _record(live(number), gradients, config, classes, chunk, stop)
             with atomic_write(paths[number]) as temporary:
                 save_file(tensors, temporary, metadata={"data": fingerprint})
-    for path in paths:
-        with safe_open(path, "pt") as kept:
-            if kept.metadata()["data"] != fingerprint:
-                raise ArtifactError(f"{path}: made on other images; remove {folder}, it is then made anew")
+    check_images(paths, fingerprint)
     return paths
 
 

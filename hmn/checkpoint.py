@@ -96,7 +96,9 @@ def _taken(lock: IO[str], kind: int) -> bool:
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
-        raise HmnError(f"{lock.name}: its file system has no locks: name another place with paths.runs_dir") from None
+        raise HmnError(
+            f"{lock.name}: its file system has no locks: name another place with paths.runs_dir or paths.cache_dir"
+        ) from None
     return True
 
 
@@ -134,8 +136,9 @@ class Checkpoints:
     Of several processes the first one writes and reads, at steps that all agree on. With ``own``, each keeps the state
     of its own part of a stage: in a file of its own, which only as many processes find again.
 
-    ``origin`` names what the state belongs to: ``data`` and ``device``, which may not differ from those of the state
-    that is there (``DataError``, ``ConfigError``), and ``code``, which may, but is said and remembered in ``codes``.
+    ``origin`` names what the state belongs to: ``data``, ``device`` and ``precision``, which may not differ from those
+    of the state that is there (``DataError``, ``ConfigError``), and ``code``, which may, but is said and remembered in
+    ``codes``.
     """
 
     def __init__(
@@ -171,6 +174,10 @@ class Checkpoints:
         device, now = began["device"], self.origin["device"]
         rule = f"{device}, on which {self.whole} was begun; or move it away to start anew"
         require("compute.device", device == now, now, rule)  # random streams of one cannot go on on the other
+        now = self.origin.get("precision", "fp32")
+        begun = began.get("precision", now)  # which older ones do not tell
+        rule = f"{begun}, in which {self.whole} was begun, on a machine that has it; or move it away to start anew"
+        require("compute.precision", begun == now, now, rule)
         codes = clock["codes"]
         if codes[-1] != self.origin["code"]:
             if distributed.first():
@@ -258,6 +265,14 @@ class Checkpoints:
     def _path(self, slot: str, own: bool = False) -> Path:
         part = f"-{distributed.rank()}of{distributed.world()}" if own and distributed.world() > 1 else ""
         return self.folder / f"{slot}{part}.pt"
+
+
+def codes_of(folder: Path) -> list[str]:
+    """The sources of the states in ``folder``, in turn; of none that can be read, none."""
+    try:
+        return torch.load(folder / "clock.pt", map_location="cpu", weights_only=True)["codes"]
+    except Exception:  # a run that goes on from there says what is the matter with it
+        return []
 
 
 def clear(folder: Path) -> None:

@@ -75,6 +75,7 @@ def _work(plan: Plan, folder: Path, stop: Stop) -> dict[str, Any]:
         if distributed.first():
             write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
         origin = {"data": data.fingerprint, "device": chosen.device.type, "code": provenance["code"]}
+        origin["precision"] = chosen.precision
         every = config.compute.checkpoint_every_seconds
         checkpoints = Checkpoints(folder / "checkpoints", every, stop, origin)
         session = Session(plan, data.to(chosen.device), chosen, checkpoints, tracker, folder, provenance)

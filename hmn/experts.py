@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from hmn.checkpoint import Checkpoints, Stop, atomic_write, exclusive
 from hmn.config.objectives import ExpertsConfig
-from hmn.errors import ArtifactError, Diverged
+from hmn.errors import Diverged
 from hmn.objectives.distance import Parameters
+from hmn.precomputed import check_images
 from hmn.training import Recipe, Training
 
 TOGETHER = 10  # experts at most
@@ -78,10 +79,7 @@ def build(
                     save_file(snapshots, temporary, metadata={"data": fingerprint})
             checkpoints.drop(slot)
             missing = [number for number in missing if number not in numbers]
-    for path in paths:
-        with safe_open(path, "pt") as kept:
-            if kept.metadata()["data"] != fingerprint:
-                raise ArtifactError(f"{path}: made on other images; remove {folder}, it is then made anew")
+    check_images(paths, fingerprint)
     return paths
 
 

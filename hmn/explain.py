@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import hydra
 import torch
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -78,7 +78,9 @@ def _lack(error: BaseException) -> str | None:
         places = "paths.runs_dir, paths.data_dir, paths.cache_dir or dataset.root"
         return f"{error.filename}: {error.strerror}: mend that, or name another place with {places}"
     out = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    said = re.search(r"can't allocate memory|not enough memory|bad_alloc", text)
+    said = re.search(
+        r"can't allocate memory|not enough memory|bad_alloc|CUDA error: out of memory|_STATUS_ALLOC_FAILED", text
+    )
     if out or (isinstance(error, RuntimeError) and said):
         steps = "set compute.memory_limit, or a lower compute.classes_per_call or compute.networks_together"
         batches = "lower container.fit_batch, objective.real_batch or evaluation.batch (another run)"
@@ -95,8 +97,10 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
         return _unknown_option(group, option)
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
         return f"{match[1]}: one run has one value: add -m to run each of them, or write [...] where a list is meant"
-    if "override_grammar" in text:
-        return f"an override cannot be read: {text.splitlines()[0]}"
+    if isinstance(error, OverrideParseException):
+        key, _, value = error.override.partition("=")
+        quoted = f"{key}='\"{value}\"'" if value else "KEY='\"VALUE\"'"
+        return f"{error.override}: cannot be read as a setting; a value with signs of its own is quoted: {quoted}"
     # The reason is the first line of Hydra's message, or the one after it, or that of the error it stands for.
     first, second, *_ = [*text.splitlines(), "", ""]
     reason = str(error.__cause__).splitlines()[0] if error.__cause__ else second if first.endswith(":") else ""

@@ -55,7 +55,7 @@ class Plan:
         """A readable head and a hash of all that the result depends on."""
         config = self.config
         # Of a folder's name what files and W&B take.
-        head = [re.sub(r"[^\w.-]", "_", datasets.display_name(config.dataset))]
+        head = [re.sub(r"[^\w.-]", "_", datasets.display_name(config.dataset), flags=re.ASCII)]
         if config.mode in ("run", "random_subset"):
             head.append(f"ipc{config.memory.images_per_class}")
         name = config.container.name if config.mode == "run" else config.mode
@@ -209,10 +209,11 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(config: Config, typed: Sequence[str] = ()) -> Plan:
+def make_plan(config: Config, typed: Sequence[str] = (), *, here: bool = True) -> Plan:
     """Fill in presets and count the storage. Raises ``ConfigError`` or ``DataError`` for what cannot be run.
 
-    ``typed`` are the overrides a person gave: where artifacts are read the data set is theirs, but for those.
+    ``typed`` are the overrides a person gave: where artifacts are read the data set is theirs, but for those. Whether
+    the configured device is there is only asked where the run is to be ``here``.
     """
     artifact, cards = None, {}
     if config.judges:
@@ -229,7 +230,7 @@ def make_plan(config: Config, typed: Sequence[str] = ()) -> Plan:
             found, kept = getattr(data, name), card["data"][name]
             require(f"dataset.{name}", found == kept, found, f"{kept}, as in artifact={path}")
     stored = None
-    if config.mode != "plan":
+    if config.mode != "plan" and here:
         device_of(config.compute)  # a missing GPU is said before a folder is made or data are read
     if config.mode in ("run", "plan"):
         ipc, shape = config.memory.images_per_class, dataclasses.asdict(data)

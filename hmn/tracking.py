@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shlex
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +29,7 @@ from hmn import distributed
 from hmn.checkpoint import write_text
 from hmn.config import TrackingConfig
 from hmn.config.sweeps import FINISH_TIMEOUT
-from hmn.errors import ArtifactError, HmnError
+from hmn.errors import ArtifactError, HmnError, Interrupted
 
 if TYPE_CHECKING:
     import wandb
@@ -179,6 +180,9 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if isinstance(error, Interrupted) and self.mirror is not None and not self.mirror.offline:
+            limit = _settings("online").finish_timeout
+            print(f"its state is kept; W&B may take up to {limit:.0f} s for its last records", file=sys.stderr)
         self.close(exit_code_of(error))
 
     def _append(self, record: Mapping[str, Any]) -> None:

@@ -249,6 +249,13 @@ def test_a_bank_of_other_images_is_refused(tmp_path: Path):
         make_bank(tmp_path, fingerprint="0" * 64)
 
 
+def test_a_damaged_bank_is_named(tmp_path: Path):
+    _, second = make_bank(tmp_path)
+    second.write_bytes(second.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match=f"^{second}: cut short or damaged .*: remove it, it is then made anew$"):
+        make_bank(tmp_path)
+
+
 SHARED = {
     "seed": 3,
     "objective.metric": "cosine",

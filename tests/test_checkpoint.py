@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from hmn import checkpoint
-from hmn.checkpoint import Checkpoints, Stop, atomic_write, clear, exclusive, write_text
+from hmn.checkpoint import Checkpoints, Stop, atomic_write, clear, codes_of, exclusive, write_text
 from hmn.errors import STOP_SIGNALS, ArtifactError, ConfigError, DataError, HmnError, Interrupted
 
 ROOT = Path(__file__).parents[1]
@@ -184,6 +184,29 @@ def test_a_state_of_other_images_or_another_device_is_refused(tmp_path: Path):
         continued(tmp_path, device="cuda")
     rule = f"cpu, on which {tmp_path} was begun; or move it away to start anew"
     assert str(raised.value) == f"compute.device=cuda: must be {rule}"
+
+
+def test_a_state_of_another_precision_is_refused_and_older_ones_tell_none(tmp_path: Path):
+    folder = tmp_path / "checkpoints"
+    bf16, fp32 = (ORIGIN | {"precision": name} for name in ("bf16", "fp32"))
+    Checkpoints(folder, 0, origin=bf16).save("stage", {"step": 1})
+    rule = f"bf16, in which {tmp_path} was begun, on a machine that has it; or move it away to start anew"
+    with pytest.raises(ConfigError) as raised:
+        Checkpoints(folder, 0, origin=fp32)
+    assert str(raised.value) == f"compute.precision=fp32: must be {rule}"
+    Checkpoints(folder, 0, origin=bf16).save("stage", {"step": 2})
+    clear(folder)
+    Checkpoints(folder, 0, origin=ORIGIN).save("stage", {"step": 1})
+    assert Checkpoints(folder, 0, origin=fp32).codes == ["c1"]
+
+
+def test_the_sources_of_a_state_are_told_without_going_on_with_it(tmp_path: Path):
+    folder = tmp_path / "checkpoints"
+    assert codes_of(folder) == []
+    continued(tmp_path, code="c2").save("stage", {"step": 2})
+    assert codes_of(folder) == ["c1", "c2"]
+    (folder / "clock.pt").write_bytes(b"cut")
+    assert codes_of(folder) == []
 
 
 def test_what_other_sources_began_goes_on_and_they_are_remembered(tmp_path: Path, capsys):

@@ -492,6 +492,17 @@ def test_a_users_data_are_others_elsewhere(kind):
     assert identity(here) != identity(there)
 
 
+@pytest.mark.parametrize("root", ["data/mine/", "./data/mine", "data//mine"])
+def test_the_same_folder_is_the_same_however_it_is_written(root):
+    one, other = (configured("dataset=folder", f"dataset.root={text}") for text in (root, "data/mine"))
+    assert identity(one) == identity(other)
+
+
+def test_places_may_be_of_a_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert configured('paths.runs_dir="~/runs"').paths.runs_dir == "/home/me/runs"
+
+
 def test_the_id_does_not_depend_on_the_order_of_keys():
     assert digest({"a": 1, "b": {"c": 2, "d": 3}}) == digest({"b": {"d": 3, "c": 2}, "a": 1})
     assert digest({"a": 1}) != digest({"a": 2})

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import socket
 import sys
 import threading
@@ -515,3 +516,17 @@ def test_each_file_selects_its_mode(path):
     values = OmegaConf.to_container(OmegaConf.load(path))
     assert values.pop("defaults") == ["schema"]
     assert TrackingConfig(**values).mode == path.stem
+
+
+@pytest.mark.parametrize(("offline", "told"), [(False, 1), (True, 0)])
+def test_who_stops_an_online_run_is_told_that_its_state_is_kept_before_w_and_b_takes_its_time(
+    tmp_path, capsys, offline, told
+):
+    finished = []
+
+    def finish(exit_code: int) -> None:
+        finished.append((exit_code, capsys.readouterr().err.count("its state is kept; W&B may take up to 600 s")))
+
+    with pytest.raises(Interrupted), Tracker(tmp_path, SimpleNamespace(offline=offline, finish=finish)):
+        raise Interrupted("stopped", signal.SIGINT)
+    assert finished == [(130, told)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -109,6 +110,8 @@ class DatasetConfig:
         values = identity_of(self)
         if self.kind not in ("folder", "arrays"):
             del values["root"]  # official data are the same wherever they lie
+        else:
+            values["root"] = os.path.normpath(values["root"])  # with a slash at its end or not
         return values
 
 
@@ -260,6 +263,10 @@ class PathsConfig:
     runs_dir: str = "runs"
     data_dir: str = "data"
     cache_dir: str = ".cache"  # compiled functions and what networks on real images gave: made again if removed
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            setattr(self, name, os.path.expanduser(value))
 
 
 @dataclass(kw_only=True)

@@ -7,12 +7,15 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig
 
 from hmn import condensations, config, results
@@ -46,6 +49,7 @@ class Planned:
     condensation: str | None = None  # runs that have the same one condense once and share it
     expert_flops: float = 0.0  # the part of the making that goes into experts
     experts: str | None = None  # runs that aim at the same ones train them once
+    not_read: tuple[str, ...] = ()  # of its overrides, each with the reason
 
 
 def composed(overrides: Sequence[str]) -> DictConfig:
@@ -89,7 +93,8 @@ def plan_cells(cells: Sequence[Cell], cache: Path | None = None, kept: Path | No
                 found = None
             fresh[key] = found = found or _figures(overrides, cards)
             figures = found["figures"]
-            planned[cell.name] = Planned(cell, overrides, **figures | {"folder": Path(figures["folder"])})
+            own = {"folder": Path(figures["folder"]), "not_read": tuple(figures["not_read"])}
+            planned[cell.name] = Planned(cell, overrides, **figures | own)
         except Exception as error:
             line, _ = explain(error, cell.overrides)
             if line is None:
@@ -110,8 +115,13 @@ def _complaint(line: str, names: Sequence[str]) -> str:
 
 def _artifact(folders: Sequence[Path | None]) -> list[str]:
     """The override that names the kept sets of a cell; of cells that wait or cannot be composed none is known yet."""
-    names = [str(folder or f"not_known_{position}") for position, folder in enumerate(folders)]
+    names = [_quoted(str(folder or f"not_known_{position}")) for position, folder in enumerate(folders)]
     return [f"artifact={names[0]}" if len(names) == 1 else f"artifact=[{','.join(names)}]"] if names else []
+
+
+def _quoted(path: str) -> str:
+    """As Hydra reads it back."""
+    return path if re.fullmatch(r"[\w./-]+", path, re.ASCII) else QuotedString(path, Quote.single).with_quotes()
 
 
 def _source(one: Planned | None, kept: Path | None) -> Path | None:
@@ -130,11 +140,12 @@ def _finished(folder: Path | None) -> bool:
 
 def _cards(overrides: Sequence[str]) -> tuple[str, ...]:
     """Digests of the cards of the kept sets in ``overrides``: under the same name they may be made anew."""
-    named = next((one.partition("=")[2] for one in overrides if one.startswith("artifact=")), "")
+    named = [one for one in overrides if one.lstrip("+").startswith("artifact=")]
+    values = [one.value() for one in OverridesParser.create().parse_overrides(named)]
     digests = []
-    for path in filter(None, map(str.strip, named.strip("[]").split(","))):
+    for path in (path for value in values for path in (value if isinstance(value, list) else [value])):
         with contextlib.suppress(ArtifactError, OSError):  # which the plan complains of
-            digests.append(sha256(card_file(path)))
+            digests.append(sha256(card_file(str(path))))
     return tuple(digests)
 
 
@@ -166,6 +177,7 @@ def _figures(overrides: Sequence[str], kept: tuple[str, ...] = ()) -> dict[str, 
     if seeds:
         plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, seed=_whole(seeds[-1])))
     found = {"run_id": plan.run_id, "folder": str(plan.folder), **flops, **_stored(plan)}
+    found["not_read"] = list(plan.not_read)
     if plan.config.condenses and plan.config.compute.share_condensed:
         found["condensation"] = digest(condensations.identity_of(plan))
     if plan.expert_flops and (plan.config.condenses or plan.config.mode == "experts"):
@@ -183,7 +195,7 @@ def _plan(overrides: tuple[str, ...], kept: tuple[str, ...]) -> Plan:
 
     ``kept``, digests of cards, only tells plans apart that read other sets under the same names.
     """
-    return make_plan(compose(overrides), typed=overrides)
+    return make_plan(compose(overrides), typed=overrides, here=False)
 
 
 def _whole(text: str) -> int:

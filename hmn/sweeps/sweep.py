@@ -20,11 +20,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from hydra.core.override_parser.types import Quote, QuotedString
 from tqdm import tqdm
 
 from hmn import results
-from hmn.checkpoint import clear, exclusive, write_text
+from hmn.checkpoint import clear, codes_of, exclusive, write_text
+from hmn.compute import device_of
 from hmn.config import CONF, LauncherConfig, SweepConfig, require, sections
 from hmn.config.identity import digest
 from hmn.config.sweeps import LocalConfig
@@ -57,6 +59,13 @@ class Sweep:
     @property
     def folder(self) -> Path:
         return self.runs_dir / "sweeps" / self.name
+
+    @property
+    def gives_gpus(self) -> bool:
+        """Whether every run is given a GPU, or a part of one."""
+        if isinstance(self.launcher, LocalConfig) and self.launcher.gpus is None:
+            return torch.cuda.device_count() > 0  # without taking any memory on them
+        return bool(getattr(self.launcher, "gpus", None))
 
     def plan(self, kept: Path | None = None) -> list[Planned]:
         return plan_cells(self.cells, self.folder / PLANS, kept)
@@ -105,6 +114,7 @@ def _sweep(
     if isinstance(launcher, LocalConfig):
         rule = "cuda, of which every run gets its own; CUDA_VISIBLE_DEVICES=1 chooses which there are"
         require("compute.device", not device.startswith("cuda:"), device, rule)
+        device_of(common["compute"])  # elsewhere a run asks for itself
         launcher = dataclasses.replace(launcher, gpus=0) if device == "cpu" else launcher
     return Sweep(
         name=f"{head}-{digest({'asked': sorted(asked)})}",
@@ -153,6 +163,8 @@ def status_command(sweep: Sweep) -> str:
 def _launch(sweep: Sweep, planned: Sequence[Planned]) -> Counter[str]:
     if _set_aside_others(sweep, planned):
         planned = sweep.plan()  # cells that read them wait now
+    for text in axes_not_read(planned):
+        print(f"not read, though it varies: {text}")
     tried: set[str] = set()
     while True:
         write_text(sweep.folder / FILE, json.dumps(description(sweep, planned), indent=2) + "\n")
@@ -180,6 +192,8 @@ def _run(sweep: Sweep, left: Sequence[Planned], so_far: Counter[str]) -> bool:
     with launched as outcomes, progress as bar:
         for outcome in outcomes:
             outcome = _checked(outcome, folders[outcome.run_id])
+            if outcome.status == "done" and sweep.settings.other_code != "keep":
+                _check_sources(names[outcome.run_id], folders[outcome.run_id])
             bar.update(outcome.status == "done")
             bar.write(_line(names[outcome.run_id], outcome, folders[outcome.run_id]))
             if outcome.status == "failed" and sweep.settings.on_failure == "stop":
@@ -198,16 +212,22 @@ def _closing(launched: launchers.Launched) -> Iterator[launchers.Launched]:
 
 
 def _task(sweep: Sweep, one: Planned) -> Task:
-    grouped = [f"tracking.group={sweep.name}"] if sweep.group is None else []
+    added = [f"tracking.group={sweep.name}"] if sweep.group is None else []
     if one.cell.labels:
-        grouped.append(labelled(one.cell.labels))
+        added.append(labelled(one.cell.labels))
+    if sweep.gives_gpus and not any(map(_says_device, one.overrides)):
+        added.append("compute.device=cuda")  # or a GPU that broke meanwhile would leave days of steps to the CPU
     return Task(
         run_id=one.run_id,
         folder=str(one.folder),
-        arguments=(*one.overrides, *grouped),
+        arguments=(*one.overrides, *added),
         directory=os.getcwd(),
         max_retries=sweep.settings.max_retries,
     )
+
+
+def _says_device(setting: str) -> bool:
+    return setting.lstrip("+").split("=")[0] in ("compute", "compute.device")
 
 
 def labelled(labels: Mapping[str, str]) -> str:
@@ -226,6 +246,16 @@ def _checked(outcome: Outcome, folder: Path) -> Outcome:
     return outcome
 
 
+def _check_sources(name: str, folder: Path) -> None:
+    """Refuse to go on where sources changed while the sweep ran."""
+    code = results.read(folder).get("code", results.code_version())  # that finished it
+    if code != results.code_version():
+        raise ConfigError(
+            f"{name}: the sources changed while the sweep ran (now {code}, {results.code_version()} when it began): "
+            "sweep.other_code=keep leaves results of both, sweep.other_code=repeat measures all anew"
+        )
+
+
 def _line(name: str, outcome: Outcome, folder: Path) -> str:
     if outcome.status == "failed":
         return f"failed   {name}: {outcome.error}"
@@ -238,12 +268,18 @@ def accuracy(result: dict[str, Any]) -> str:
 
 
 def _set_aside_others(sweep: Sweep, planned: Sequence[Planned]) -> bool:
-    """Results of other sources than today's: refused, kept or set aside, by ``sweep.other_code``; whether any were."""
-    others = {}
+    """Results of other sources than today's: refused, kept or set aside, by ``sweep.other_code``; whether any were.
+
+    What is to be measured anew does not go on from what other sources began, either.
+    """
+    others, now = {}, results.code_version()
     for run_id, one in by_run(planned).items():
         found = state.read(one.folder)
-        if found.result is not None and (code := results.code_of(found.result)) != results.code_version():
+        if found.result is not None and (code := results.code_of(found.result)) != now:
             others[run_id] = (code, one.folder)
+        elif sweep.settings.other_code == "repeat" and set(codes_of(one.folder / "checkpoints")) - {now}:
+            with exclusive(one.folder):
+                clear(one.folder / "checkpoints")
     if not others or sweep.settings.other_code == "keep":
         return False
     if sweep.settings.other_code == "repeat":
@@ -293,6 +329,12 @@ def counts(planned: Sequence[Planned]) -> Counter[str]:
     found = Counter(state.read(one.folder).status for one in by_run(planned).values())
     found["waiting"] += sum(one.run_id is None for one in planned)
     return +found
+
+
+def axes_not_read(planned: Sequence[Planned]) -> list[str]:
+    """The settings that the sweep varies and some of its runs do not read, each with the reason: alike but by name."""
+    told = (text for one in planned for text in one.not_read if text.split(" (")[0] in one.cell.labels)
+    return list(dict.fromkeys(told))
 
 
 def description(sweep: Sweep, planned: Sequence[Planned]) -> dict[str, Any]:

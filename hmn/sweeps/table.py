@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -105,6 +107,7 @@ def load_table(path: Path, overrides: Sequence[str] = ()) -> Table:
     with _named(path):
         only = dict(map(_chosen, chosen))
         file = _read(path)
+        _check_added(file, overrides)
         cells = tuple(_cells(file, overrides, only, bool(smoke)))
         table = Table(
             name=path.stem,
@@ -145,6 +148,26 @@ def _read(path: Path) -> dict[str, Any]:
         for label, overrides in labels.items():
             require(f"axes.{axis}.{label}", isinstance(overrides, list), overrides, "a list of overrides")
     return file
+
+
+def _check_added(file: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Refuse what would make cells of different labels one run, and what would make several of one."""
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        for axis, labels in _axes(file).items():
+            given = {tuple(one for one in settings if _key(one) == key) for settings in labels.values()}
+            if len(given) > 1 and axis not in file.get("over", ()):
+                raise ConfigError(
+                    f"{override}: the axis {axis} sets it: {ONLY}{axis}=LABEL,LABEL chooses of its labels"
+                )
+        with contextlib.suppress(HydraException):  # what cannot be read the cells complain of
+            (parsed,) = OverridesParser.create().parse_overrides([override])
+            one = not parsed.is_sweep_override()
+            require(key, one, value, f"one value: a table has its axes in its file, and {ONLY}AXIS=LABEL,LABEL chooses")
+
+
+def _key(override: str) -> str:
+    return override.split("=")[0].lstrip("+")
 
 
 def _axes(file: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
@@ -242,7 +265,7 @@ def last_of_each(overrides: Sequence[str]) -> list[str]:
     """Of several values of one key the last, at the place of the first: Hydra takes an option only once."""
     chosen: dict[str, str] = {}
     for override in overrides:
-        chosen[override.split("=")[0].lstrip("+")] = override
+        chosen[_key(override)] = override
     return list(chosen.values())
 
 

@@ -117,6 +117,24 @@ def test_results_of_several_code_versions_are_refused_unless_asked_for(tmp_path,
     assert "Code: feedfacecafe, unknown; commit" in markdown(fill(runs, mix=True))
 
 
+def test_results_on_images_that_were_changed_between_are_refused_unless_asked_for(tmp_path, reported):
+    runs, settings = Runs(tmp_path), result([0.5])["config"]
+
+    def finish(name: str, fingerprint: str, **dataset: object) -> None:
+        data = {"name": "mine", "fingerprint": fingerprint * 64, "notes": []}
+        runs.finish(name, [0.5], data=data, config={**settings, "dataset": {"kind": "folder", **dataset}})
+
+    finish("A/1/Ours/0", "a", root="here")
+    finish("B/1/Ours/0", "b", root="here", class_range=[0, 2])
+    fill(runs)
+    finish("A/1/Ours/1", "c", root="there")
+    with pytest.raises(
+        ConfigError, match="^small: results on different images of one name, aaaaaaaaaaaa, cccccccccccc: "
+    ):
+        fill(runs)
+    assert "aaaaaaaaaaaa; mine, bbbbbbbbbbbb; mine, cccccccccccc" in markdown(fill(runs, mix=True))
+
+
 def test_cells_that_are_one_run_count_once(tmp_path, reported):
     runs = Runs(tmp_path)
     one = runs.path("A/1/Ours/0")

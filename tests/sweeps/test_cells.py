@@ -302,6 +302,17 @@ ERRORS = {
         (),
         "axes.dataset.SVHN=None: must be a list of overrides",
     ),
+    "a setting of an axis": (
+        FILE,
+        ("memory=ipc1",),
+        "memory=ipc1: the axis ipc sets it: only.ipc=LABEL,LABEL chooses of its labels",
+    ),
+    "a setting of one label": (FILE, ("network.width=9",), "network.width=9: the axis method sets it: only.method="),
+    "an axis of the command": (
+        FILE,
+        ("network.depth=1,2",),
+        "network.depth=1,2: must be one value: a table has its axes",
+    ),
     "an axis without labels": (FILE + "  none:\n", (), "axes.none=None: must be a mapping of labels"),
 }
 

@@ -15,7 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from hmn import checkpoint, results
-from hmn.checkpoint import exclusive, write_text
+from hmn.checkpoint import Checkpoints, exclusive, write_text
 from hmn.config import sections
 from hmn.config.sweeps import LocalConfig
 from hmn.data import datasets
@@ -23,11 +23,13 @@ from hmn.errors import STOP_SIGNALS, ConfigError, Interrupted
 from hmn.sweeps import cli, planning
 from hmn.sweeps import sweep as sweep_module
 from hmn.sweeps.launchers import local
+from hmn.sweeps.planning import Planned
 from hmn.sweeps.sweep import of_arguments
 from tests.command import compose
 from tests.sweeps.launched import SETTINGS, STEPS, THREE, Launched, described
 
 ALL = list(range(STEPS))
+ORIGIN = {"data": "d", "device": "cpu"}
 
 
 def begins(sweep: Launched) -> dict[str, int]:
@@ -178,7 +180,7 @@ def test_what_goes_wrong_with_the_slots_ends_the_sweep(sweep, here):
 def mixed(sweep, here) -> Launched:
     """Run 1 is finished, under other sources."""
     sweep.order({"0": {"fail": [0, "later", 2]}, "1": {"code": "0123456789ab"}, "2": {"fail": [0, "later", 2]}})
-    here(sweep)
+    here(sweep, "sweep.other_code=keep")
     sweep.order({})
     return sweep
 
@@ -218,6 +220,27 @@ def test_results_of_other_sources_are_measured_anew_if_told_to(mixed, here):
     aside = json.loads((mixed.folders["1"] / "result-0123456789ab.json").read_text())
     assert aside["code"] == "0123456789ab"
     assert here(mixed).code == 0
+
+
+def test_what_other_sources_began_is_not_gone_on_with_where_all_is_measured_anew(sweep, monkeypatch):
+    monkeypatch.chdir(sweep.where)
+    begun = {}
+    for seed, code in (("0", "0123456789ab"), ("2", results.code_version())):
+        checkpoints = sweep.folders[seed] / "checkpoints"
+        Checkpoints(checkpoints, 0, origin=ORIGIN | {"code": code}).save("condense", {"step": 1})
+        begun[seed] = checkpoints / "condense.pt"
+    for other_code, left in (("keep", [True, True]), ("repeat", [False, True])):
+        asked = of_arguments([*sweep.settings, f"sweep.other_code={other_code}"], "")
+        assert not sweep_module._set_aside_others(asked, asked.plan())
+        assert [path.exists() for path in begun.values()] == left
+
+
+def test_a_sweep_ends_where_sources_change_while_it_runs(sweep, here):
+    sweep.order({"1": {"code": "0123456789ab"}})
+    ended = here(sweep)
+    assert ended.code == 2
+    assert ended.err.splitlines()[-1].startswith("seed=1: the sources changed while the sweep ran (now 0123456789ab, ")
+    assert here(sweep, "sweep.other_code=keep").code == 0
 
 
 # Cells that read others' kept sets
@@ -294,7 +317,7 @@ def test_a_cell_whose_kept_set_fails_waits_for_it(reading, here):
 def test_a_kept_set_that_is_made_anew_is_evaluated_anew(reading, here):
     """The evaluation of the one before, which the run id names, is not taken for it."""
     reading.order({"0": {"code": "0123456789ab"}, "1": {"code": "0123456789ab"}})
-    assert here(reading).code == 0
+    assert here(reading, "sweep.other_code=keep").code == 0
     first = run_ids(reading)
     reading.order({})
     reading.environment["STUB_KEPT"] = kept_set("another-SUM")
@@ -399,13 +422,65 @@ def test_slots_without_a_gpu_share_the_machines_threads(monkeypatch):
 def test_each_gpu_has_its_slots_and_each_is_taken_once_before_any_twice(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,7")
     monkeypatch.setattr(local.torch.cuda, "device_count", lambda: 2)
-    found = local.slots(LocalConfig(slots_per_gpu=2, slots=9, threads=1))
+    found = local.slots(LocalConfig(slots_per_gpu=2, threads=1))
     assert [(slot.name, slot.environment["CUDA_VISIBLE_DEVICES"]) for slot in found] == [
         *(("gpu3-0", "3"), ("gpu7-0", "7"), ("gpu3-1", "3"), ("gpu7-1", "7")),
     ]
     assert [slot.name for slot in local.slots(LocalConfig(gpus=1, threads=1))] == ["gpu3-0"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert [slot.name for slot in local.slots(LocalConfig(threads=1))] == ["gpu0-0", "gpu1-0"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "given", "other"), [(["0"], "slots", "slots_per_gpu"), ([], "slots_per_gpu", "slots")]
+)
+def test_slots_of_the_other_kind_of_machine_are_refused(monkeypatch, gpus, given, other):
+    monkeypatch.setattr(local, "_gpus", lambda: gpus)
+    with pytest.raises(ConfigError, match=rf"^launcher.{given}=2: must be 1 with(out)? GPUs: set launcher.{other}$"):
+        local.slots(LocalConfig(**{given: 2}))
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "given"),
+    [
+        ([], 2, True),
+        ([], 0, False),
+        (["launcher.gpus=0"], 2, False),
+        (["compute.device=cpu"], 2, False),
+        (["launcher=ray", "launcher.gpus=0.5"], 0, True),
+        (["launcher=submitit"], 2, False),
+        (["launcher=submitit", "launcher.gpus=1", "compute=cpu"], 0, False),
+    ],
+)
+def test_a_run_that_is_given_a_gpu_is_told_to_use_it(monkeypatch, asked, gpus, given):
+    """Where that is broken by then, it fails at once instead of computing for days on the CPU."""
+    monkeypatch.setattr(local.torch.cuda, "device_count", lambda: gpus)
+    sweep = of_arguments([*asked, "seed=0,1"], "")
+    (cell, _) = sweep.cells
+    task = sweep_module._task(sweep, Planned(cell, cell.overrides, "run", Path("runs/run")))
+    assert ("compute.device=cuda" in task.arguments) is given
+
+
+def test_a_gpu_is_only_asked_for_where_the_runs_are_to_be(monkeypatch):
+    """A cluster's login node has none."""
+    monkeypatch.setattr(local.torch.cuda, "is_available", lambda: False)
+    asked = ["compute.device=cuda", "seed=0,1"]
+    sweep = of_arguments([*asked, "launcher=submitit", "launcher.gpus=1"], "")
+    assert all(one.run_id for one in sweep.plan())
+    with pytest.raises(ConfigError, match="^compute.device=cuda: must be cpu or auto: this machine has no such GPU"):
+        of_arguments(asked, "")
+
+
+def test_an_axis_that_runs_do_not_read_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    asked = ["compute.device=cpu", "pruning=none", "pruning.beta=0,0.5", "container.fit_steps=7"]
+    sweep = of_arguments(asked, "")
+    told = "not read, though it varies: pruning.beta (pruning.over_budget=0)"
+    assert cli.plan_text(sweep, sweep.plan()).splitlines().count(told) == 1
+    assert sweep_module.axes_not_read(of_arguments([*asked[:1], "pruning.beta=0,0.5"], "").plan()) == []
+    monkeypatch.setattr(sweep_module.launchers, "launch", lambda *_: (outcome for outcome in ()))
+    sweep_module.launch(sweep)
+    assert capsys.readouterr().out == f"{told}\n"
 
 
 def test_a_sweep_reads_its_own_settings_from_the_files_that_its_runs_have(monkeypatch):

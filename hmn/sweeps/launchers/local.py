@@ -54,6 +54,9 @@ class Slot:
 
 def slots(settings: LocalConfig) -> list[Slot]:
     gpus = _gpus() if settings.gpus is None else _gpus()[: settings.gpus]
+    unused, used = ("slots", "slots_per_gpu") if gpus else ("slots_per_gpu", "slots")
+    given = getattr(settings, unused)
+    require(f"launcher.{unused}", given == 1, given, f"1 {'with' if gpus else 'without'} GPUs: set launcher.{used}")
     names = [(f"gpu{gpu}-{place}", gpu) for place in range(settings.slots_per_gpu) for gpu in gpus]
     names = names or [(f"cpu-{place}", "") for place in range(settings.slots)]
     threads = settings.threads or max(1, _cores() // len(names))
