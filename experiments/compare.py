@@ -20,7 +20,7 @@ from hmn.tracking import read_metrics
 
 # What a way to compute may change; anything else that differs makes another experiment.
 WAYS = {
-    "precision": lambda result: result.get("precision", result["config"]["compute"]["precision"]),
+    "precision": results.precision_of,
     "matching": lambda result: result["config"]["compute"]["matching"],
     "bank": lambda result: _bank(result["config"]["objective"].get("bank", {"networks": 0})),
     "steps": lambda result: result["condense_steps"],

@@ -15,7 +15,7 @@ from typing import Any
 
 from hmn.artifacts import CARD
 from hmn.errors import ConfigError
-from hmn.results import code_of, held_out_accuracy, write
+from hmn.results import code_of, held_out_accuracy, precision_of, write
 from hmn.sweeps import state
 from hmn.sweeps.cells import Cell
 from hmn.sweeps.planning import Planned, by_run
@@ -356,18 +356,13 @@ def _footer(results: Sequence[Mapping[str, Any]], command: str) -> Iterator[str]
         commits = sorted({_commit(result) for result in results})
         yield "Data: " + "; ".join(f"{name}{REENCODED if 'q75' in name else ''}, {digits}" for name, digits in data)
         yield "Device: " + "; ".join(sorted({result["device"] for result in results}))
-        precisions = Counter(map(_precision, results))
+        precisions = Counter(map(precision_of, results))
         if len(precisions) > 1:  # a machine without bf16 computes what asks for it in fp32
             yield "Precision: " + ", ".join(f"{name} ({count} of the runs)" for name, count in precisions.most_common())
         yield f"Code: {', '.join(codes)}; commit {', '.join(commits)}"
         hours = sum(map(_hours, results))
         yield f"Runs: {len(results)}, together {f'{hours:.2f} hours' if hours >= 0.1 else f'{60 * hours:.1f} minutes'}"
     yield f"Command: `{command}`"
-
-
-def _precision(result: Mapping[str, Any]) -> str:
-    """In which it was computed; older results tell what was asked for, which was the same."""
-    return result["precision"] if "precision" in result else result["config"]["compute"]["precision"]
 
 
 def _commit(result: Mapping[str, Any]) -> str:

@@ -38,7 +38,8 @@ def run(plan: Plan, *, command: str) -> dict[str, Any]:
             result = _work(plan, folder, stop)
         else:
             print(f"{plan.run_id} is finished: this is its kept result (move {folder} away to measure it anew)")
-            if tracking.of_agent():  # which waits for the result in a W&B run of its own
+            # An agent waits for the result in a W&B run of its own; of another, W&B may not have heard the end.
+            if tracking.of_agent() or tracking.left_open(folder):
                 with _tracker(plan, folder) as tracker:
                     tracker.summary(results.summary(result))
         if distributed.first():

@@ -13,24 +13,19 @@ from typing import Any
 
 import torch
 
-from hmn import distributed, networks
+from hmn import networks
 from hmn.artifacts import check_together, read_card, tensors_file
 from hmn.compute import device_of
 from hmn.config import Config, DatasetConfig, require
-from hmn.config.containers import HabaConfig
 from hmn.config.identity import digest, scientific
-from hmn.config.objectives import (
-    GradientMatchingConfig,
-    SyntheticGradientConfig,
-    TrajectoryMatchingConfig,
-    UnrolledConfig,
-)
-from hmn.config.unread import Condensed, unread
-from hmn.containers import KINDS, Storage, rebuild, storage
+from hmn.config.objectives import SyntheticGradientConfig
+from hmn.config.unread import Condensed, keys_not_read, unread
+from hmn.containers import KINDS, Storage, storage
 from hmn.containers.base import Container, ImageShape, PixelShape
 from hmn.cost import Step, step_flops, training_flops
 from hmn.data import datasets
 from hmn.errors import ArtifactError
+from hmn.plan_checks import check_networks, check_pairs, check_start
 
 # Per class, before any are held out; of other sets the size is not known before they are read.
 TRAIN_IMAGES = {"svhn": 7326, "cifar100": 500, "tiny_imagenet": 500, "imagenet10": 1300, "digits": 144}
@@ -252,76 +247,16 @@ def make_plan(config: Config, typed: Sequence[str] = (), *, here: bool = True) -
         with torch.device("meta"):
             container = plan.container(plan.storage.over_budget_instances)
         condensed = Condensed(bool(container.tiers().keys() - container.memory_tiers()), container.matched_per_class)
-        _check_pairs(plan, container)
+        check_pairs(config, container, plan.shape.tied)
         if artifact is not None:
-            _check_start(plan, start)
+            mean, std = (tuple(start["data"][name]) for name in ("mean", "std"))
+            with torch.device("meta"):
+                container = plan.container(plan.storage.over_budget_instances, mean, std)
+            check_start(config, container, start)
     if config.condenses or config.mode == "experts":
-        _check_networks(plan)
-    return dataclasses.replace(plan, not_read=_not_read(unread(config, condensed), typed))
-
-
-def _not_read(reasons: Mapping[str, str], typed: Sequence[str]) -> tuple[str, ...]:
-    """Of the keys that were ``typed`` those that are not read, each with its reason: its own or its section's."""
-    told = {}
-    for key in (override.split("=")[0].lstrip("+") for override in typed):
-        above = [key.rsplit(".", dots)[0] for dots in range(key.count(".") + 1)]
-        reason = next((reasons[name] for name in above if name in reasons), None)
-        if reason is not None:
-            told[key] = f"{key} ({reason})"
-    return tuple(told.values())
-
-
-def _check_pairs(plan: Plan, container: Container) -> None:
-    """Refuse settings that do not go together, or not with this data."""
-    config, classes = plan.config, plan.data.classes
-    tiers = container.tiers()
-    for tier in config.container.lr_scale:
-        require(f"container.lr_scale.{tier}", tier in tiers, config.container.lr_scale[tier], f"of {', '.join(tiers)}")
-    over, tied = config.pruning.over_budget, plan.shape.tied
-    require("pruning.over_budget", not over or tied is None, over, f"0 for container={config.container.name}: {tied}")
-    group = getattr(config.objective, "classes_per_step", None)
-    require("objective.classes_per_step", group is None or group <= classes, group, f"at most {classes}")
-
-
-def _check_start(plan: Plan, card: dict[str, Any]) -> None:
-    """Refuse to start from a kept set that is not what this run condenses: of another shape, count or other classes."""
-    with torch.device("meta"):
-        container = plan.container(
-            plan.storage.over_budget_instances, tuple(card["data"]["mean"]), tuple(card["data"]["std"])
-        )
-        kept = rebuild(card["container"])
-    own, found = container.specification(), kept.specification()
-    keys = own | found if own["name"] == found["name"] else ["name"]
-    differing = sorted(key for key in keys if own.get(key) != found.get(key))
-    told = "; ".join(f"{key} {found.get(key)} there, {own.get(key)} here" for key in differing)
-    more = ": pruning=none starts from a pruned set" if plan.config.pruning.over_budget else ""
-    require("container.start", not differing, plan.config.container.start, f"a set of this run's shape: {told}{more}")
-
-
-def _check_networks(plan: Plan) -> None:
-    """Refuse networks that condensing cannot use, and students and experts in several processes."""
-    config = plan.config
-    with torch.device("meta"):
-        network = plan.build()
-    rule = "instance or none: condensing compares single images on it; evaluate on others with mode=evaluate"
-    require("network.norm", not networks.has_batch_norm(network), "batch", rule)
-    matched = not isinstance(config.objective, GradientMatchingConfig) or any(p.ndim == 4 for p in network.parameters())
-    rule = f"one with convolutions for objective={config.objective.name}, which compares their gradients"
-    require("network.name", matched, config.network.name, rule)
-    name, matching = config.objective.name, config.compute.matching
-    written = isinstance(config.objective, GradientMatchingConfig)
-    rule = f"auto, loop or compiled for objective={name}: it is written out for gradient matching"
-    require("compute.matching", written or matching != "r_operator", matching, rule)
-    if isinstance(config.container, HabaConfig):
-        # Experts are of no container: its styles are not counted.
-        there = isinstance(config.objective, TrajectoryMatchingConfig) and config.container.styles != 1
-        for key in HabaConfig.ADVERSARY:
-            given, default = getattr(config.container, key), getattr(HabaConfig, key)
-            rule = f"{default} but for objective=trajectory_matching and several styles, of which an adversary sees two"
-            require(f"container.{key}", there or given == default, given, rule)
-    alone = not distributed.launched() or not isinstance(config.objective, UnrolledConfig)
-    rule = "an objective that compares classes with each other, under torchrun: a student's steps cannot be shared out"
-    require("objective.name", alone, config.objective.name, rule)
+        with torch.device("meta"):
+            check_networks(config, plan.build())
+    return dataclasses.replace(plan, not_read=keys_not_read(unread(config, condensed), typed))
 
 
 def _images(card: dict[str, Any]) -> int:

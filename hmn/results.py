@@ -105,6 +105,11 @@ def code_of(result: Mapping[str, Any]) -> str:
     return "+".join(result.get("codes") or [result.get("code", "unknown")])
 
 
+def precision_of(result: Mapping[str, Any]) -> str:
+    """In which it was computed; older results tell what was asked for, which was the same."""
+    return result["precision"] if "precision" in result else result["config"]["compute"]["precision"]
+
+
 @functools.cache
 def code_version() -> str:
     """Twelve hexadecimal digits that name the sources of a run: unlike a commit, the same if only a text changed.

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import wandb
 
 METRICS_FILE = "metrics.jsonl"
+LEFT_OPEN = "wandb-open"  # in the run's folder while it is online: a kill leaves it there
 ARTIFACT_TYPE = "condensed-set"
 AGENT_SWEEP = "WANDB_SWEEP_ID"  # which `wandb agent` sets, beside the WANDB_RUN_ID of the W&B run that it made
 HISTOGRAM_BINS = 64
@@ -82,7 +83,14 @@ def start(
             config=_wandb_config({"run_id": run_id, "label": config.labels, **run_config}),
             reinit="create_new",  # never the handle of another run that this process left open
         )
+        if not tracker.mirror.offline:
+            (run_dir / LEFT_OPEN).touch()
     return tracker
+
+
+def left_open(run_dir: Path) -> bool:
+    """Whether W&B has not heard the end of the run in ``run_dir``: it shows such a run as crashed."""
+    return (run_dir / LEFT_OPEN).exists()
 
 
 def of_agent() -> bool:
@@ -171,7 +179,8 @@ class Tracker:
 
     def close(self, exit_code: int = 0) -> None:
         """End the W&B run. Waits for the upload, as long as :func:`_settings` allows."""
-        self._mirrored(lambda run: run.finish(exit_code=exit_code))
+        if self._mirrored(lambda run: run.finish(exit_code=exit_code)) and self._path is not None:
+            self._path.with_name(LEFT_OPEN).unlink(missing_ok=True)
         self.mirror = None
 
     def __enter__(self) -> Tracker:
@@ -219,15 +228,18 @@ class Tracker:
             run.define_metric(name, step_metric=step_key, summary=SUMMARIES.get(name))
             self._defined.add(name)
 
-    def _mirrored(self, send: Callable[[wandb.Run], object]) -> None:
+    def _mirrored(self, send: Callable[[wandb.Run], object]) -> bool:
+        """Whether there is a mirror and it took what was sent."""
         if self.mirror is None:
-            return
+            return False
         try:
             send(self.mirror)
+            return True
         except Exception as error:  # W&B's service killed, its disk full, its server gone: days of work outlive that
             if not self._mirror_failed:
                 print(f"W&B: {_one_line(error)}; {self._path} is complete, upload the rest with: {self._sync_command}")
             self._mirror_failed = True
+            return False
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from hmn import compute, experiment, results
 from hmn.checkpoint import write_text
 from hmn.sweeps import state
 from hmn.sweeps.attempt import FAILURE
+from hmn.tracking import LEFT_OPEN, Tracker
 from tests.command import TINY, planned, run
 
 
@@ -30,3 +31,21 @@ def test_a_failed_run_that_is_repeated_by_hand_has_not_failed_any_more(tmp_path)
     assert state.read(tmp_path / plan.folder).status == "failed"
     assert run(tmp_path, *TINY, "mode=random_subset").code == 0
     assert not (tmp_path / plan.folder / FAILURE).exists()
+
+
+def test_a_finished_run_whose_end_w_and_b_has_not_heard_tells_it(tmp_path, monkeypatch):
+    """It was killed while W&B uploaded, after its result was written."""
+    plan = planned(*TINY, "mode=random_subset", f"paths.runs_dir={tmp_path}/runs", f"paths.cache_dir={tmp_path}/cache")
+    result = experiment.run(plan, command="")
+    told = []
+
+    class Heard(Tracker):
+        def summary(self, values) -> None:
+            told.append(values)
+
+    monkeypatch.setattr(experiment.tracking, "start", lambda *_, **__: Heard(None))
+    experiment.run(plan, command="")
+    assert told == []
+    (plan.folder / LEFT_OPEN).touch()
+    experiment.run(plan, command="")
+    assert told == [results.summary(result)]

@@ -25,7 +25,7 @@ from PIL import Image
 from hmn import tracking
 from hmn.config import TrackingConfig
 from hmn.errors import ArtifactError, ConfigError, HmnError, Interrupted
-from hmn.tracking import Tracker, exit_code_of, histogram, read_metrics
+from hmn.tracking import Tracker, exit_code_of, histogram, left_open, read_metrics
 from tests.wandb_reader import read_offline_run, without_login
 
 KEY = "0123456789" * 4  # well-formed, so W&B takes it for a login without asking its server
@@ -348,7 +348,7 @@ def started(monkeypatch):
     def init(*, mode, settings, **_):
         started.modes.append(mode)
         started.settings.append(settings)
-        return SimpleNamespace(url="http://server/run-1", finish=lambda exit_code: None)
+        return SimpleNamespace(url="http://server/run-1", finish=lambda exit_code: None, offline=mode == "offline")
 
     monkeypatch.setattr(wandb, "init", init)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: pytest.fail("asked the network"))
@@ -381,6 +381,21 @@ def test_auto_is_online_with_a_login_whatever_wandb_mode_says(
     start(tmp_path, mode="auto").close()
     assert started.modes == ["online"]
     assert capfd.readouterr() == ("W&B: http://server/run-1\n", "")
+
+
+def test_that_w_and_b_has_not_heard_the_end_of_an_online_run_is_remembered(tmp_path, started, monkeypatch):
+    start(tmp_path, mode="offline")
+    assert not left_open(tmp_path)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    start(tmp_path, mode="online")  # and killed
+    assert left_open(tmp_path)
+    tracker = start(tmp_path, mode="online")
+    monkeypatch.setattr(tracker.mirror, "finish", lambda exit_code: pytest.fail("timed out"))
+    with pytest.raises(pytest.fail.Exception):  # no Exception, as a kill
+        tracker.close()
+    assert left_open(tmp_path)
+    start(tmp_path, mode="online").close()
+    assert not left_open(tmp_path)
 
 
 @pytest.mark.parametrize("mode", ["auto", "online"])

@@ -6,7 +6,7 @@ They are no errors: what is combined may give them for what else it is combined 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from hmn.config import Config
 from hmn.config.checks import read_by
@@ -36,6 +36,17 @@ def unread(config: Config, condensed: Condensed | None) -> dict[str, str]:
     if condensed is not None:
         found |= dict([*_of_container(config), *_of_objective(config, condensed), *_of_judging(config)])
     return found
+
+
+def keys_not_read(reasons: Mapping[str, str], typed: Sequence[str]) -> tuple[str, ...]:
+    """Of the keys that were ``typed`` those that are not read, each with its reason: its own or its section's."""
+    told = {}
+    for key in (override.split("=")[0].lstrip("+") for override in typed):
+        above = [key.rsplit(".", dots)[0] for dots in range(key.count(".") + 1)]
+        reason = next((reasons[name] for name in above if name in reasons), None)
+        if reason is not None:
+            told[key] = f"{key} ({reason})"
+    return tuple(told.values())
 
 
 def _of_kind(config: Config) -> Iterator[tuple[str, str]]:

@@ -1,0 +1,61 @@
+"""What a plan refuses because its parts do not go together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from hmn import distributed, networks
+from hmn.config import Config, require
+from hmn.config.containers import HabaConfig
+from hmn.config.objectives import GradientMatchingConfig, TrajectoryMatchingConfig, UnrolledConfig
+from hmn.containers import rebuild
+from hmn.containers.base import Container
+
+
+def check_pairs(config: Config, container: Container, tied: str | None) -> None:
+    """Refuse settings that do not go together; ``tied`` says why the container's images cannot be pruned, if so."""
+    classes, tiers = container.classes, container.tiers()
+    for tier in config.container.lr_scale:
+        require(f"container.lr_scale.{tier}", tier in tiers, config.container.lr_scale[tier], f"of {', '.join(tiers)}")
+    over = config.pruning.over_budget
+    require("pruning.over_budget", not over or tied is None, over, f"0 for container={config.container.name}: {tied}")
+    group = getattr(config.objective, "classes_per_step", None)
+    require("objective.classes_per_step", group is None or group <= classes, group, f"at most {classes}")
+
+
+def check_start(config: Config, container: Container, card: dict[str, Any]) -> None:
+    """Refuse to start from the set of ``card`` if it is not what this run condenses: of another shape or count."""
+    with torch.device("meta"):
+        kept = rebuild(card["container"])
+    own, found = container.specification(), kept.specification()
+    keys = own | found if own["name"] == found["name"] else ["name"]
+    differing = sorted(key for key in keys if own.get(key) != found.get(key))
+    told = "; ".join(f"{key} {found.get(key)} there, {own.get(key)} here" for key in differing)
+    more = ": pruning=none starts from a pruned set" if config.pruning.over_budget else ""
+    require("container.start", not differing, config.container.start, f"a set of this run's shape: {told}{more}")
+
+
+def check_networks(config: Config, network: nn.Module) -> None:
+    """Refuse networks that condensing cannot use, and students and experts in several processes."""
+    rule = "instance or none: condensing compares single images on it; evaluate on others with mode=evaluate"
+    require("network.norm", not networks.has_batch_norm(network), "batch", rule)
+    matched = not isinstance(config.objective, GradientMatchingConfig) or any(p.ndim == 4 for p in network.parameters())
+    rule = f"one with convolutions for objective={config.objective.name}, which compares their gradients"
+    require("network.name", matched, config.network.name, rule)
+    name, matching = config.objective.name, config.compute.matching
+    written = isinstance(config.objective, GradientMatchingConfig)
+    rule = f"auto, loop or compiled for objective={name}: it is written out for gradient matching"
+    require("compute.matching", written or matching != "r_operator", matching, rule)
+    if isinstance(config.container, HabaConfig):
+        # Experts are of no container: its styles are not counted.
+        there = isinstance(config.objective, TrajectoryMatchingConfig) and config.container.styles != 1
+        for key in HabaConfig.ADVERSARY:
+            given, default = getattr(config.container, key), getattr(HabaConfig, key)
+            rule = f"{default} but for objective=trajectory_matching and several styles, of which an adversary sees two"
+            require(f"container.{key}", there or given == default, given, rule)
+    alone = not distributed.launched() or not isinstance(config.objective, UnrolledConfig)
+    rule = "an objective that compares classes with each other, under torchrun: a student's steps cannot be shared out"
+    require("objective.name", alone, config.objective.name, rule)
