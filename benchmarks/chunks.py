@@ -20,14 +20,13 @@ import torch
 
 from benchmarks import harness, memory, problem
 from benchmarks.harness import Row
+from hmn.chunks import classes_per_chunk
 from hmn.compute import Compute
 from hmn.config import HmnConfig
-from hmn.containers import storage
+from hmn.containers import presets, storage
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
-from hmn.containers.presets import with_preset
 from hmn.data.datasets import RealData, Split
 from hmn.matching import ClassMatching
-from hmn.memory import classes_per_chunk
 from hmn.networks.convnet import ConvNet, default_depth
 from hmn.objectives.gradient import matching_step
 from hmn.realside import LiveSide
@@ -64,7 +63,7 @@ def child(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     classes, side, synthetic = options.case
     data = {"classes": classes, "channels": 3, "image_size": side}
     real = noise(classes, side, options.real).to(device)
-    shape = HmnShape.of(with_preset(HmnConfig(name="hmn"), images_per_class=10, **data), **data)
+    shape = HmnShape.of(presets.fill(HmnConfig(name="hmn"), images_per_class=10, **data), **data)
     container = HierarchicalMemory(shape, storage(shape, 10, 0.0).images_per_class).to(device)
     container.initialise(generator(0, "container", device=device), HmnConfig(name="hmn"), None)
     build = partial(ConvNet, 3, classes, side, width=options.width, depth=default_depth(side))

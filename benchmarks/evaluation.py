@@ -160,6 +160,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> tuple[dict, li
     found = harness.rows(PART, work_forms, times, harness.greatest(head["ceilings"]))
     for row in found:
         row.extra = {f"extrapolated_seconds_of_{EPOCHS}_epochs": row.median_ms / 1000 * EPOCHS}
+    harness.finished(options, head, found)
     memory.fill(found, options)
     return head, found
 

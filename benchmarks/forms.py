@@ -37,6 +37,7 @@ class Form:
 
 # The class loop in benchmarks/reference.py. On a GPU its convolutions run in PyTorch's default, tf32.
 REFERENCE = Form(name="reference")
+ONE_CLASS = " one class per call"
 STORED = "stored real gradients: another objective, to be read beside the accuracy it costs"
 
 
@@ -61,9 +62,9 @@ def matching(kind: str, classes: int) -> list[Form]:
                     stored=stored,
                 )
             )
-    if kind == "cuda":  # what batching the classes is worth
-        alone = {"precision": "bf16", "matching": "r_operator", "compiled": True}
-        forms.append(Form(name="r_operator bf16 one class per call", **alone))
+    if kind == "cuda":  # what batching the classes is worth: together, their convolutions become grouped ones
+        alone = {"precision": "bf16", "compiled": True}
+        forms += [Form(name=f"{name} bf16{ONE_CLASS}", matching=name, **alone) for name in ("compiled", "r_operator")]
     return forms
 
 
@@ -73,6 +74,7 @@ def outer_step(kind: str, classes: int) -> list[Form]:
         kept = ("reference", "compiled fp32", "compiled bf16", "r_operator bf16")
     else:
         kept = ("reference", "compiled tf32", "compiled bf16", "r_operator tf32", "r_operator bf16")
+        kept += (f"compiled bf16{ONE_CLASS}",)
     kept += ("compiled bf16 stored", "r_operator bf16 stored")
     return [form for form in matching(kind, classes) if form.name in kept]
 

@@ -22,9 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from hmn import capture
 from hmn.checkpoint import write_text
 from hmn.compute import has_bf16, keep_heap_pages
 from hmn.results import cpu_name, provenance
+from hmn.seeding import set_deterministic
 
 SCHEMA_VERSION = 1
 COMPILE_CACHE = "HMN_BENCHMARK_COMPILE_CACHE"  # what `make bench` says of the cache it gives its parts
@@ -51,6 +53,8 @@ def parser(description: str, *, rounds: int) -> argparse.ArgumentParser:
     options.add_argument("--rounds", type=int, default=rounds)
     options.add_argument("--least-seconds", type=float, default=0.5, help="a round repeats a call at least this long")
     options.add_argument("--forms", nargs="+", help="only these rows, beside the reference")
+    options.add_argument("--without-reference", action="store_true", help="with --forms: not even the reference")
+    options.add_argument("--deterministic", action="store_true", help="GPU: algorithms as runs have them by default")
     options.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     options.add_argument("--system-allocator", action="store_true", help="do not keep heap pages, on either side")
     options.add_argument("--no-memory", action="store_true", help="leave out the peak memory of processes of their own")
@@ -71,6 +75,8 @@ def shape_arguments(options: argparse.Namespace) -> list[str]:
             arguments += [f"--{name.replace('_', '-')}", str(value)]
     if options.threads:
         arguments += ["--threads", str(options.threads)]
+    if options.deterministic:
+        arguments.append("--deterministic")
     return arguments + (["--system-allocator"] if options.system_allocator else [])
 
 
@@ -104,7 +110,8 @@ def chosen(planned: Sequence[Any], options: argparse.Namespace) -> list[Any]:
     unknown = set(options.forms) - {form.name for form in planned}
     if unknown:
         raise SystemExit(f"--forms: no {', '.join(sorted(unknown))}; there are {', '.join(f.name for f in planned)}")
-    return [form for form in planned if form.name in (*options.forms, "reference")]
+    beside = () if options.without_reference else ("reference",)
+    return [form for form in planned if form.name in (*options.forms, *beside)]
 
 
 def prepare(options: argparse.Namespace) -> torch.device:
@@ -112,7 +119,7 @@ def prepare(options: argparse.Namespace) -> torch.device:
     options.heap_kept = not options.system_allocator and keep_heap_pages()
     if options.threads:
         torch.set_num_threads(options.threads)
-    torch.backends.cudnn.benchmark = True  # as IDC's own code; fixed algorithms would slow both sides down
+    set_deterministic(options.deterministic)  # without, as IDC's own code: fixed algorithms would slow both sides down
     # Every form is one more version of the same functions. PyTorch 2.7 calls it recompile_limit, too.
     torch._dynamo.config.cache_size_limit = 64
     device = device_of(options)
@@ -368,6 +375,7 @@ def header(options: argparse.Namespace, device: torch.device, images: str) -> di
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],  # before we start: how busy others keep the machine
         "allocator": allocator(options, device),
+        "algorithms": "deterministic" if options.deterministic else "the fastest, chosen by trial",
         "network": f"ConvNet-D3-W{options.width}, instance norm",
         "compile_cache": os.environ.get(COMPILE_CACHE, "the user's: first calls may find their code in it"),
         "memory_format": "reference: contiguous (NCHW); ours: channels_last",
@@ -393,16 +401,24 @@ def report(
     options: argparse.Namespace, head: Mapping[str, Any], measured: Iterable[Row], not_measured: Iterable[str] = ()
 ) -> dict[str, Any]:
     """Print the table; write the JSON file if one is asked for."""
-    found = {
-        "schema_version": SCHEMA_VERSION,
-        "header": dict(head),
-        "rows": [asdict(row) for row in measured],
-        "not_measured": list(not_measured),
-    }
+    found = _found(head, measured) | {"not_measured": list(not_measured)}
     print(text(found))
     if options.json:
         write_json(options.json, found)
     return found
+
+
+def finished(options: argparse.Namespace, head: Mapping[str, Any], measured: Iterable[Row]) -> None:
+    """Write what was timed before the long processes that tell its memory, and whether a GPU replayed it."""
+    if torch.cuda.is_available():
+        for row in measured:
+            row.extra["launched_anew"] = sorted(capture._told) or "nothing"
+    if options.json:
+        write_json(options.json, _found(head, measured) | {"not_measured": ["peak memory: was being measured"]})
+
+
+def _found(head: Mapping[str, Any], measured: Iterable[Row]) -> dict[str, Any]:
+    return {"schema_version": SCHEMA_VERSION, "header": dict(head), "rows": [asdict(row) for row in measured]}
 
 
 def write_json(path: Path, found: Mapping[str, Any]) -> None:

@@ -26,14 +26,14 @@ from benchmarks.forms import REFERENCE, Form
 from benchmarks.harness import Row, Times, Variant
 from benchmarks.problem import Problem, work
 from hmn import bank
-from hmn.build.classes import kept_on
+from hmn.build.matching import kept_on
 from hmn.capture import Replay
 from hmn.checkpoint import Stop
+from hmn.chunks import classes_per_chunk
 from hmn.compute import Compute
 from hmn.config import BankConfig, GradientMatchingConfig
 from hmn.containers.hierarchical import HierarchicalMemory
 from hmn.matching import ClassMatching
-from hmn.memory import classes_per_chunk
 from hmn.objectives.gradient import matching_step, real_gradients, stored_step
 from hmn.realside import LiveSide
 from hmn.training import training_step
@@ -203,6 +203,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> tuple[dict, li
         [*whole, *parts], device, rounds=options.rounds, least_seconds=options.least_seconds, title=PART
     )
     found = harness.rows(PART, whole, times, harness.greatest(head["ceilings"]))
+    harness.finished(options, head, found)
     memory.fill(found, options)
     if parts:  # no ratios to the reference's whole step: they are less work
         beside = harness.rows(PART, parts, times, harness.greatest(head["ceilings"]), baseline="none")

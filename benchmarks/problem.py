@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hmn.config import DatasetConfig, GradientMatchingConfig, HmnConfig
-from hmn.containers import storage
+from hmn.containers import presets, storage
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
-from hmn.containers.presets import with_preset
 from hmn.data import datasets, folder
 from hmn.data.datasets import RealData, Split
 from hmn.data.preprocess import Normalise
@@ -67,7 +66,7 @@ class Problem:
     def container(self, images_per_class: int = 1) -> HierarchicalMemory:
         """HMN by the preset for this memory size, condensed over its budget, newly initialised."""
         data = {"classes": self.classes, "channels": CHANNELS, "image_size": SIZE}
-        shape = HmnShape.of(with_preset(HmnConfig(name="hmn"), images_per_class=images_per_class, **data), **data)
+        shape = HmnShape.of(presets.fill(HmnConfig(name="hmn"), images_per_class=images_per_class, **data), **data)
         count = storage(shape, images_per_class, OVER_BUDGET).over_budget_images_per_class
         container = HierarchicalMemory(shape, count).to(self.device)
         container.initialise(generator(0, "container", device=self.device), HmnConfig(name="hmn"), None)

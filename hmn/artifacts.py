@@ -10,11 +10,11 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hmn.checkpoint import atomic_write, write_text
+from hmn.checkpoint import write_tensors, write_text
 from hmn.compute import at_once
 from hmn.containers import rebuild
 from hmn.containers.base import Container
@@ -80,11 +80,10 @@ def save(folder: Path, container: Container, card: dict[str, Any], number: str =
     returns the full card. The parameters are those that :func:`round_to` left."""
     parameters = dict(container.named_parameters())
     tensors = {
-        name: value.detach().to(NUMBERS[number] if name in parameters else value.dtype).cpu().contiguous()
+        name: value.to(NUMBERS[number] if name in parameters else value.dtype)
         for name, value in container.state_dict().items()
     }
-    with atomic_write(folder / TENSORS) as temporary:
-        save_file(tensors, temporary)
+    write_tensors(folder / TENSORS, tensors)
     card = {
         "schema_version": SCHEMA_VERSION,
         "sha256": sha256(folder / TENSORS),

@@ -12,16 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from hmn.checkpoint import Stop, atomic_write, exclusive
+from hmn.checkpoint import Stop, exclusive, write_tensors
 from hmn.config import BankConfig, GradientMatchingConfig
 from hmn.data import augment
 from hmn.objectives.distance import Parameters
-from hmn.precomputed import check_images
+from hmn.precomputed import check_images, read_part
 from hmn.realside import Choice, LiveSide, RealSide, update_of
 from hmn.seeding import generator
 
@@ -35,6 +33,7 @@ def snapshot_steps(snapshots: int, inner_steps: int) -> list[int]:
 
 
 def files(folder: Path, config: BankConfig) -> list[Path]:
+    """Where every network of a bank is kept, whether it is there or not."""
     return [folder / f"network-{number:04d}.safetensors" for number in range(config.networks)]
 
 
@@ -59,8 +58,7 @@ def build(
         missing = [number for number, path in enumerate(paths) if not path.exists()]
         for number in tqdm(missing, desc="snapshot bank", unit="network", disable=not missing):
             tensors = _record(live(number), gradients, config, classes, chunk, stop)
-            with atomic_write(paths[number]) as temporary:
-                save_file(tensors, temporary, metadata={"data": fingerprint})
+            write_tensors(paths[number], tensors, {"data": fingerprint})
     check_images(paths, fingerprint)
     return paths
 
@@ -90,7 +88,7 @@ def _record(
             tensors |= {f"{head}/draw/{name}": value for name, value in drawn.tensors().items()}
         if step < due[-1] and (choice := side.choose_update()):  # after the last one nothing reads the network
             update(choice)
-    return {name: value.contiguous().cpu() for name, value in tensors.items()}
+    return tensors
 
 
 class BankSide(RealSide):
@@ -135,10 +133,7 @@ class BankSide(RealSide):
             self.keep_bytes -= size
 
     def _read(self, network: int, snapshot: int) -> dict[str, Tensor]:
-        head = f"{snapshot}/"
-        with safe_open(self.paths[network], "pt", device=str(self.device)) as kept:
-            names = [name for name in kept.keys() if name.startswith(head)]  # noqa: SIM118
-            return {name.removeprefix(head): kept.get_tensor(name) for name in names}
+        return read_part(self.paths[network], str(snapshot), self.device)
 
     def choose(self, classes: Tensor) -> Choice:
         classes = classes.to(self.device, non_blocking=True)
@@ -150,7 +145,7 @@ class BankSide(RealSide):
         return _under("parameters", choice)
 
     def draw(self, choice: Choice, count: int) -> augment.Draw:
-        return augment.drawn(self.strategy, _under("draw", choice), self.rule)
+        return augment.draw_of(self.strategy, _under("draw", choice), self.rule)
 
     def real(self, choice: Choice, drawn: augment.Draw, part: slice) -> Parameters:
         return {name: value[part] for name, value in _under("gradients", choice).items()}

@@ -1,4 +1,4 @@
-"""Storage budget: images per class to float32 numbers, and back to how many images a container may hold."""
+"""Storage budget: images per class to float32 numbers, and back to how many instances a container may hold."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ def budget_floats(images_per_class: int, classes: int, channels: int, image_size
     return images_per_class * classes * channels * image_size**2
 
 
-def images_that_fit(
+def instances_that_fit(
     budget: int, shared_floats: int, instance_floats: int, classes: int, *, over_budget: float = 0.0
 ) -> int:
-    """G = floor(((1 + p) B - F) / (C |m_I|)): images per class that B and the fraction ``over_budget`` more pay for.
+    """floor(((1 + p) B - F) / (C |m_I|)): instances per class that B and the fraction ``over_budget`` more pay for.
 
-    Raises ``ConfigError`` when not even one image per class fits, naming the smallest budget that would.
+    Raises ``ConfigError`` when not even one instance per class fits, naming the smallest budget that would.
     """
     # The small term guards (1 + p) * B against a product just below a whole number, as 1.1 * 30720 may be.
     room = int((1 + over_budget) * budget + 1e-6) - shared_floats
     count = room // (classes * instance_floats)
     if count < 1:
         raise ConfigError(
-            f"container: its shared tiers take {shared_floats:,} floats and one image per class "
+            f"container: its shared tiers take {shared_floats:,} floats and one instance per class "
             f"{classes * instance_floats:,} more, over the budget of {budget:,}; the smallest budget that fits is "
             f"{shared_floats + classes * instance_floats:,}: raise memory.images_per_class or shrink the container"
         )

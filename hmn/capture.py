@@ -10,12 +10,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hmn.errors import HmnError
+
 Tensors = dict[str, Tensor]
-# Before it, a failed recording leaves a generator that believes itself recorded still, and deterministic indexing reads
-# from the device.
-OLDEST = "2.13.0a0"
+# Before it, a failed recording leaves a generator that believes itself recorded still: there is no going on without.
+RECOVERS = "2.13.0a0"
+_enabled = True
 _told: set[str] = set()  # why something was not recorded, once for all networks and steps
 WARM_UP = 3  # calls before recording: they compile, choose algorithms and make optimiser state
+
+
+def enable(record: bool) -> None:
+    """Whether this process records at all."""
+    global _enabled
+    _enabled = record
 
 
 class _Recorded(NamedTuple):
@@ -29,7 +37,7 @@ class Replay:
 
     ``function`` must do nothing but device work: read ``inputs``, change the ``state()`` tensors in place, draw from
     ``generators`` and return tensors. Optimiser state that its first calls make must start from zero. Where recording
-    fails, the function is called as it is.
+    fails, the function is called as it is; PyTorch before 2.13 cannot go on then, which raises ``HmnError``.
     """
 
     def __init__(
@@ -40,11 +48,9 @@ class Replay:
     ) -> None:
         self.function, self.state, self.generators = function, state, generators
         self.recorded: dict[tuple[tuple[str, torch.Size], ...], _Recorded] = {}
-        self.plain = False
+        self.plain = not _enabled
 
     def __call__(self, inputs: Tensors) -> Tensors:
-        if torch.__version__ < OLDEST and not self.plain:
-            self._give_up(f"PyTorch {torch.__version__} cannot go on after a recording that fails, 2.13 can")
         shapes = tuple((name, value.shape) for name, value in inputs.items())
         if shapes not in self.recorded and not self.plain:
             gc.collect()  # what was recorded before is held in cycles, and its memory with it
@@ -65,6 +71,9 @@ class Replay:
         return {name: value.clone() for name, value in recorded.outputs.items()}
 
     def _give_up(self, reason: str) -> None:
+        if torch.__version__ < RECOVERS:
+            cannot = f"a step cannot be recorded as a CUDA graph, and PyTorch {torch.__version__} cannot go on"
+            raise HmnError(f"{cannot}: compute.record=false launches every step anew ({reason})")
         self.plain = True
         if reason not in _told:
             _told.add(reason)

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 from hmn import distributed
 from hmn.config import require
@@ -48,6 +50,12 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """As safetensors, from wherever they lie."""
+    with atomic_write(path) as temporary:
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, metadata)
+
+
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -58,7 +66,13 @@ def _sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def exclusive(folder: Path, *, wait: Stop | None = None, what: str = "this run") -> Iterator[None]:
-    """Hold ``folder`` for this process. If another does: wait until ``wait`` is asked to stop, or raise ``Busy``."""
+    """Hold ``folder`` for this process; of several processes of a run the first holds it for all.
+
+    If another does: wait until ``wait`` is asked to stop, or raise ``Busy``.
+    """
+    if not distributed.first():
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a") as lock:
         until = time.monotonic() + LOOK_SECONDS

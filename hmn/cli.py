@@ -12,12 +12,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from hmn import config, distributed, experiment, results
+from hmn.config.overrides import section_of
 from hmn.errors import ConfigError
-from hmn.explain import ended_by_the_person, explain
+from hmn.explain import in_one_line
 from hmn.plan import make_plan
 from hmn.sweeps.attempt import FAILURE, end_with_parent
 from hmn.sweeps.cli import as_multirun
-from hmn.sweeps.sweep import OWN, section_of
+from hmn.sweeps.sweep import OWN
 
 MULTIRUN = ("-m", "--multirun")
 
@@ -25,25 +26,18 @@ MULTIRUN = ("-m", "--multirun")
 @hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="config")
 def _task(raw: DictConfig) -> float | None:
     """What a sweeper may select by, the accuracy in [0, 1] on held-out images; ``None`` where none was measured."""
-    try:
-        with ended_by_the_person(), distributed.one_output():
-            return _run(raw)
-    except Exception as error:
-        line, code = explain(error)
-        if line is None:
-            raise
-        # Leaving by SystemExit keeps Hydra from printing lines of its own around this one.
-        distributed.exit_with(line, code)
+    return in_one_line(lambda: _run(raw))  # by SystemExit: Hydra prints lines of its own around other errors
 
 
 def _run(raw: DictConfig) -> float | None:
-    plan = make_plan(config.from_hydra(raw), typed=tuple(HydraConfig.get().overrides.task))
-    if raw.mode == "plan":
-        print(plan.text(raw.plan.format))
-        return None
-    (plan.folder / FAILURE).unlink(missing_ok=True)  # of a sweep: what failed there is tried again here
-    result = experiment.run(plan, command=experiment.typed_command())
-    return results.held_out_accuracy(result)
+    with distributed.one_output():
+        plan = make_plan(config.from_hydra(raw), typed=tuple(HydraConfig.get().overrides.task))
+        if raw.mode == "plan":
+            print(plan.text(raw.plan.format))
+            return None
+        (plan.folder / FAILURE).unlink(missing_ok=True)  # of a sweep: what failed there is tried again here
+        result = experiment.run(plan, command=experiment.typed_command())
+        return results.held_out_accuracy(result)
 
 
 def _register_resolvers() -> None:
@@ -63,20 +57,18 @@ def main() -> None:
     config.register()
     _register_resolvers()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on, instead of printing them and exiting with 1
-    try:
-        with ended_by_the_person():
-            if is_sweep(sys.argv[1:]):
-                sys.exit(as_multirun([argument for argument in sys.argv[1:] if argument not in MULTIRUN]))
-            for argument in sys.argv[1:]:
-                if section_of(argument) in OWN:
-                    raise ConfigError(f"{argument}: a sweep's, not a run's: {_instead(sys.argv[1:])}")
-            _task()
-    except Exception as error:
-        line, code = explain(error)
-        if line is None:
-            raise
-        distributed.exit_with(line, code)
+    in_one_line(_started)
     distributed.leave()
+
+
+def _started() -> None:
+    arguments = sys.argv[1:]
+    if is_sweep(arguments):
+        sys.exit(as_multirun([argument for argument in arguments if argument not in MULTIRUN]))
+    for argument in arguments:
+        if section_of(argument) in OWN:
+            raise ConfigError(f"{argument}: a sweep's, not a run's: {_instead(arguments)}")
+    _task()
 
 
 def _instead(arguments: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hmn import distributed
+from hmn import capture, distributed
 from hmn.config import ComputeConfig, require
 
 # Classes per call and chunk that fill a GPU: 200 of 128 images of 64 pixels each take 50 GiB for every map.
@@ -28,6 +28,8 @@ GPU_CLASSES = 20
 
 @dataclass(frozen=True)
 class Compute:
+    """How a run computes: on what, with which numbers, what is compiled, and how much goes into one call."""
+
     device: torch.device
     precision: str = "fp32"
     matching: str = "loop"  # a key of hmn.objectives.gradient.FORMS
@@ -160,10 +162,11 @@ def has_bf16(device: torch.device) -> bool:
 def choose(config: ComputeConfig, expected_flops: float, classes: int) -> Compute:
     """Everything that ``config`` leaves open; ``expected_flops`` of the whole run decide whether compiling pays.
 
-    Sets the process's threads, float32 arithmetic and current GPU. Raises ``ConfigError`` for what this machine lacks,
-    or what does not go together.
+    Sets the process's threads, float32 arithmetic, current GPU and whether it records. Raises ``ConfigError`` for what
+    this machine lacks, or what does not go together.
     """
     device = device_of(config)
+    capture.enable(config.record)
     if config.threads:
         torch.set_num_threads(config.threads)
     on_gpu = device.type == "cuda"

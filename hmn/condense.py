@@ -112,15 +112,16 @@ class Condensation(ABC):
         return {}
 
     def norms(self, squares: dict[int, Tensor]) -> dict[str, Tensor]:
-        """The gradient's norm per tier from ``squares`` by parameter; with a clip, the gradients are scaled to it."""
+        """The gradient's norm per tier, before any clipping, from its ``squares`` by parameter."""
         tiers = self.container.tiers().items()
-        norms = {name: torch.stack([squares[id(p)] for p in parameters]).sum().sqrt() for name, parameters in tiers}
+        return {name: torch.stack([squares[id(p)] for p in parameters]).sum().sqrt() for name, parameters in tiers}
+
+    def clip(self, norms: dict[str, Tensor]) -> None:
+        """Scale the gradients so that all together have at most the norm ``gradient_clip``, where that is given."""
         if self.gradient_clip is not None:
-            whole = torch.stack(list(norms.values())).norm()
-            scale = (self.gradient_clip / whole).clamp(max=1)
+            scale = (self.gradient_clip / torch.stack(list(norms.values())).norm()).clamp(max=1)
             for parameter in self.optimizer.parameters:
                 parameter.grad *= scale
-        return norms
 
     def state_dict(self) -> dict[str, Any]:
         self.gather()
@@ -205,8 +206,9 @@ def _require_finite(run: Condensation, norms: dict[str, Tensor]) -> None:
     losses = run.unreported
     if not losses:
         return
-    broken = [name for name, value in norms.items() if not value.isfinite()]
-    spoilt = [not bool(value.isfinite().all()) for value in losses]
+    finite = torch.stack([value.isfinite().all() for value in [*losses, *norms.values()]]).tolist()  # one wait for all
+    spoilt = [not fine for fine in finite[: len(losses)]]
+    broken = [name for name, fine in zip(norms, finite[len(losses) :], strict=True) if not fine]
     spoilt[-1] |= bool(broken)  # a finite loss with such a gradient has spoilt the container already
     if not any(spoilt):
         return
@@ -258,17 +260,10 @@ class _Stopwatch:
         return Report(
             step=run.step,
             losses=torch.stack(losses).mean(0).tolist(),
-            gradient_norms={name: float(value) for name, value in norms.items()},
+            gradient_norms=dict(zip(norms, torch.stack([*norms.values()]).tolist(), strict=True)),
             steps_per_second=rate,
             images_per_second=rate * run.images_per_step,
             peak_bytes=run.compute.peak_bytes(),
             learning_rate=run.optimizer.learning_rate,
             measured=run.measured(),
         )
-
-
-def grid_rows(container: Container, per_class: int) -> Iterator[int]:
-    """Indices of the first ``per_class`` images of every class, class after class: the rows of an image grid."""
-    for label in range(container.classes):
-        start = label * container.images_per_class
-        yield from range(start, start + min(per_class, container.images_per_class))

@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from hmn.compute import Compute
 from hmn.config.objectives import (
     BpttConfig,
-    ClassMatchingConfig,
     DistributionMatchingConfig,
     GradientMatchingConfig,
     ObjectiveConfig,
@@ -62,7 +61,7 @@ def gradient_matching(
     update = batches * objective.network_batch * training_flops(build, pixels)
     real, compared = _gradients_compared(objective, build, pixels, images, convolution_weights)
     banked = objective.bank.networks > 0
-    return Step((compared + real * (not banked)) * _group(objective, classes), update * (not banked))
+    return Step((compared + real * (not banked)) * objective.group(classes), update * (not banked))
 
 
 def synthetic_gradient(
@@ -72,7 +71,7 @@ def synthetic_gradient(
     passes = objective.network_epochs * (objective.inner_steps - 1) / objective.inner_steps
     update = int(passes * classes * images * training_flops(build, pixels))
     matching = sum(_gradients_compared(objective, build, pixels, images, all_weights))
-    return Step(matching * _group(objective, classes), update)
+    return Step(matching * objective.group(classes), update)
 
 
 def distribution_matching(
@@ -85,7 +84,7 @@ def distribution_matching(
         synthetic = torch.empty(objective.shown(images), *pixels, requires_grad=True)
         torch.autograd.grad(network.features(synthetic * 1).sum(), synthetic)  # the counter takes no leaf as input
     trained = objective.pool_trained * objective.pool_steps * objective.pool_batch if objective.pool_networks else 0
-    matching = counter.get_total_flops() * _group(objective, classes)
+    matching = counter.get_total_flops() * objective.group(classes)
     return Step(matching, trained * training_flops(build, pixels))
 
 
@@ -110,10 +109,6 @@ def _gradients_compared(
         with counter:
             form.match(parameters, gradients, synthetic, labels[1])
     return real_counter.get_total_flops(), counter.get_total_flops()
-
-
-def _group(objective: ClassMatchingConfig, classes: int) -> int:
-    return min(objective.classes_per_step or classes, classes)
 
 
 def student_flops(network: nn.Module, pixels: tuple[int, int, int]) -> tuple[int, int]:

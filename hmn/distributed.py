@@ -64,7 +64,7 @@ def finish() -> None:
     """Part from the others, all of whom have come this far."""
     global _store, _hosts
     if world() > 1:
-        agree(0)
+        barrier()
         dist.destroy_process_group()
         _store = _hosts = None
 
@@ -147,13 +147,18 @@ def from_first(function: Callable[[], T]) -> T:
     return box[0]
 
 
+def barrier() -> None:
+    """Wait until every process has come here."""
+    agree(0)
+
+
 def first_then_others(function: Callable[[], T]) -> T:
     """``function()`` of every process, the first one's before the others': what it downloads is there for them."""
     if first():
         value = function()
-        agree(0)
+        barrier()
         return value
-    agree(0)
+    barrier()
     return function()
 
 

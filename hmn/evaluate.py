@@ -106,7 +106,7 @@ def tiny_rest(images: int, recipe: Recipe) -> str | None:
     return f"{images} images: {told}, which may cost points; evaluation.even_batches=true cuts epochs evenly"
 
 
-def test_epochs(epochs: int, points: int) -> list[int]:
+def tested_epochs(epochs: int, points: int) -> list[int]:
     """At most ``points`` evenly spaced epochs, the last one included."""
     return sorted({max(1, round(epochs * (point + 1) / points)) for point in range(points)})
 
@@ -118,7 +118,7 @@ def evaluate(
 
     ``stream`` and ``slot`` as in :func:`train_judges`.
     """
-    tested = test_epochs(judge.recipe.epochs, points)
+    tested = tested_epochs(judge.recipe.epochs, points)
 
     def observe(group: range, training: Training, memo: dict[str, Tensor]) -> None:
         if training.epoch in tested:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import shlex
 import sys
@@ -31,8 +30,7 @@ def run(plan: Plan, *, command: str) -> dict[str, Any]:
     folder = plan.folder
     shared_out = plan.data.classes if plan.config.condenses else None
     distributed.start(compute.device_of(plan.config.compute), at_most=shared_out)
-    alone = exclusive(folder) if distributed.first() else contextlib.nullcontext()  # for all processes of this run
-    with alone, Stop().listening() as stop:
+    with exclusive(folder), Stop().listening() as stop:
         result = distributed.from_first(lambda: results.read(folder))
         if result is None:
             result = _work(plan, folder, stop)

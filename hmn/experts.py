@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hmn.checkpoint import Checkpoints, Stop, atomic_write, exclusive
+from hmn.checkpoint import Checkpoints, Stop, exclusive, write_tensors
 from hmn.config.objectives import ExpertsConfig
 from hmn.errors import Diverged
 from hmn.objectives.distance import Parameters
-from hmn.precomputed import check_images
+from hmn.precomputed import check_images, read_part
 from hmn.training import Recipe, Training
 
 TOGETHER = 10  # experts at most
@@ -75,8 +73,7 @@ def build(
             made = _record(train(numbers), numbers, begun, checkpoints, slot)
             # The one that names the slot is written last.
             for number, snapshots in reversed([*zip(numbers, made, strict=True)]):
-                with atomic_write(_path(folder, number)) as temporary:
-                    save_file(snapshots, temporary, metadata={"data": fingerprint})
+                write_tensors(_path(folder, number), snapshots, {"data": fingerprint})
             checkpoints.drop(slot)
             missing = [number for number in missing if number not in numbers]
     check_images(paths, fingerprint)
@@ -122,10 +119,7 @@ def _record(
 
 def read(path: Path, epoch: int, device: torch.device) -> Parameters:
     """An expert's parameters after ``epoch`` epochs."""
-    head = f"{epoch}/"
-    with safe_open(path, "pt", device=str(device)) as kept:
-        names = [name for name in kept.keys() if name.startswith(head)]  # noqa: SIM118
-        return {name.removeprefix(head): kept.get_tensor(name) for name in names}
+    return read_part(path, str(epoch), device)
 
 
 class Trajectories:

@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import hydra
 import torch
@@ -17,21 +18,24 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from hmn import distributed
 from hmn.config import CONF
+from hmn.config.overrides import key_of
 from hmn.errors import ConfigError, HmnError
 
+T = TypeVar("T")
 
-def in_one_line(program: Callable[[], object]) -> None:
-    """Do ``program``; what a person can mend ends the process with its one line."""
+
+def in_one_line(program: Callable[[], T]) -> T:
+    """What ``program`` gives; what a person can mend ends the process, or all those of a run, with its one line."""
     try:
         with ended_by_the_person():
-            program()
+            return program()
     except Exception as error:
         line, code = explain(error)
         if line is None:
             raise
-        print(line, file=sys.stderr)
-        sys.exit(code)
+        distributed.exit_with(line, code)
 
 
 @contextlib.contextmanager
@@ -128,7 +132,7 @@ def _no_option(overrides: Sequence[str]) -> str:
 def _unknown_key(key: str, overrides: Sequence[str]) -> str:
     """Names the valid keys beside an unknown dotted one, and the nearest of them."""
     # Another option of a group has other keys.
-    chosen = [argument for argument in overrides if (CONF / argument.split("=")[0].lstrip("+")).is_dir()]
+    chosen = [argument for argument in overrides if (CONF / key_of(argument)).is_dir()]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         node = hydra.compose("config", overrides=[argument for argument in chosen if "," not in argument])
     *parents, last = key.split("@")[0].split(".")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hmn import build, condensations, condense, distributed, pictures
+from hmn import build, condense, distributed, pictures, shared_condensed
 from hmn.artifacts import decode_all
 from hmn.build import Workshop
 from hmn.checkpoint import exclusive
@@ -46,16 +45,16 @@ class Making:
         if not self.plan.config.compute.share_condensed:
             return self._condense(container)
         done = self._steps_kept() == self.plan.matching_steps
-        folder = condensations.folder_of(self.plan, self.shop.data.fingerprint, self.code, self.shop.compute.precision)
-        # Of several processes the first holds the folder for all, and what it finds there is every one's.
-        alone = exclusive(folder, wait=checkpoints.stop) if distributed.first() else contextlib.nullcontext()
-        with alone:
-            distributed.agree(0)  # nobody looks before the first holds it
-            made = None if done else distributed.from_first(lambda: condensations.load(folder, container))
+        folder = shared_condensed.folder_of(
+            self.plan, self.shop.data.fingerprint, self.code, self.shop.compute.precision
+        )
+        with exclusive(folder, wait=checkpoints.stop):
+            distributed.barrier()  # nobody looks before the first holds it; what that finds there is every one's
+            made = None if done else distributed.from_first(lambda: shared_condensed.load(folder, container))
             if made is None:
                 made = self._condense(container) | {"condensed_by": self.plan.run_id}
                 if distributed.first() and len(checkpoints.codes) == 1:  # else it is not of the folder's sources
-                    condensations.offer(folder, container, made)
+                    shared_condensed.offer(folder, container, made)
             else:
                 if not distributed.first():
                     container.finish()
@@ -63,7 +62,7 @@ class Making:
                 for step_key in ("condense/step", "curve/step"):  # of what this run had begun to condense itself
                     self.tracker.rewind(step_key, -1)
                 checkpoints.save(TAKEN, {"made": made, "container": container.state_dict()})
-                print(f"condensed by {made['condensed_by']} already: {folder / condensations.TENSORS}")
+                print(f"condensed by {made['condensed_by']} already: {folder / shared_condensed.TENSORS}")
         return made
 
     def _steps_kept(self) -> int | None:
@@ -106,12 +105,12 @@ class Making:
     def _run(self, work: condense.Condensation, container: Container) -> None:
         logging = self.plan.config.tracking
 
-        def on_report(measured: condense.Report) -> None:
-            self.tracker.log(_metrics(measured), step_key="condense/step", step=measured.step)
-            before = measured.step - logging.log_every_steps
-            if before // logging.images_every_steps != measured.step // logging.images_every_steps:
+        def on_report(report: condense.Report) -> None:
+            self.tracker.log(_metrics(report), step_key="condense/step", step=report.step)
+            before = report.step - logging.log_every_steps
+            if before // logging.images_every_steps != report.step // logging.images_every_steps:
                 work.gather()
-                self._log_grid(container, measured.step)
+                self._log_grid(container, report.step)
 
         def on_curve(step: int) -> float:
             kept = copy.deepcopy(container)
@@ -138,23 +137,24 @@ class Making:
     def _log_grid(self, container: Container, step: int) -> None:
         if not distributed.first():
             return
-        index = torch.tensor(list(condense.grid_rows(container, 10)), device=self.shop.compute.device)
+        rows = torch.arange(container.classes * container.images_per_class, device=self.shop.compute.device)
+        index = rows.view(container.classes, -1)[:, :10].flatten()  # the first images of every class
         with torch.no_grad():
             images = container.decode(index)
         grid = pictures.class_grid(images, index // container.images_per_class, pixels=32)
         self.tracker.log_image("condense/images", grid, step_key="condense/step", step=step)
 
 
-def _metrics(measured: condense.Report) -> dict[str, float]:
-    layers = {f"condense/loss_layer{layer}": value for layer, value in enumerate(measured.losses, start=1)}
-    norms = {f"condense/gradient_norm/{tier}": value for tier, value in measured.gradient_norms.items()}
+def _metrics(report: condense.Report) -> dict[str, float]:
+    layers = {f"condense/loss_layer{layer}": value for layer, value in enumerate(report.losses, start=1)}
+    norms = {f"condense/gradient_norm/{tier}": value for tier, value in report.gradient_norms.items()}
     return {
-        "condense/loss": sum(measured.losses),
+        "condense/loss": sum(report.losses),
         **layers,
         **norms,
-        "condense/steps_per_second": measured.steps_per_second,
-        "condense/images_per_second": measured.images_per_second,
-        "condense/peak_bytes": measured.peak_bytes,
-        "condense/memory_lr": measured.learning_rate,
-        **{f"condense/{name}": value for name, value in measured.measured.items()},
+        "condense/steps_per_second": report.steps_per_second,
+        "condense/images_per_second": report.images_per_second,
+        "condense/peak_bytes": report.peak_bytes,
+        "condense/memory_lr": report.learning_rate,
+        **{f"condense/{name}": value for name, value in report.measured.items()},
     }

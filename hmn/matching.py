@@ -49,7 +49,7 @@ class ClassMatching(Condensation):
         lr_scale: dict[str, float] | None = None,
     ) -> None:
         self.side, self.config, self.match, self.parts, self.normalise = side, config, match, parts, normalise
-        self.group = min(config.classes_per_step or container.classes, container.classes)
+        self.group = config.group(container.classes)
         self.chunk = chunk or self.group
         self.owned = distributed.owned(container.classes)
         by_class = config.step_policy == "per_class" or self.group < container.classes
@@ -129,6 +129,7 @@ class ClassMatching(Condensation):
         if (penalty := self.container.penalty()) is not None:
             penalty.backward()
         norms = self._sum_over_processes(losses)
+        self.clip(norms)
         self.optimizer.step(classes)
         return {"losses": losses, **norms}
 

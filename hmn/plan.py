@@ -19,9 +19,10 @@ from hmn.compute import device_of
 from hmn.config import Config, DatasetConfig, require
 from hmn.config.identity import digest, scientific
 from hmn.config.objectives import SyntheticGradientConfig
+from hmn.config.overrides import key_of
 from hmn.config.unread import Condensed, keys_not_read, unread
 from hmn.containers import KINDS, Storage, storage
-from hmn.containers.base import Container, ImageShape, PixelShape
+from hmn.containers.base import Container, ContainerShape, PixelShape
 from hmn.cost import Step, step_flops, training_flops
 from hmn.data import datasets
 from hmn.errors import ArtifactError
@@ -67,7 +68,7 @@ class Plan:
         return networks.builder(self.config.network, **shape)
 
     @cached_property
-    def shape(self) -> ImageShape:
+    def shape(self) -> ContainerShape:
         """The container's, without the data set's statistics."""
         config = self.config.container
         return KINDS[config.name].shape.of(config, **dataclasses.asdict(self.data))
@@ -237,6 +238,7 @@ def make_plan(config: Config, typed: Sequence[str] = (), *, here: bool = True) -
             config = dataclasses.replace(config, objective=config.objective.with_loops(ipc))
         over_budget = config.pruning.over_budget if config.condenses else 0.0
         stored = storage(kind.shape.of(filled, **shape), ipc, over_budget)
+    start = None
     if config.condenses and config.container.start is not None:
         start = read_card(tensors_file(config.container.start))
         artifact = start["sha256"]
@@ -247,8 +249,8 @@ def make_plan(config: Config, typed: Sequence[str] = (), *, here: bool = True) -
         with torch.device("meta"):
             container = plan.container(plan.storage.over_budget_instances)
         condensed = Condensed(bool(container.tiers().keys() - container.memory_tiers()), container.matched_per_class)
-        check_pairs(config, container, plan.shape.tied)
-        if artifact is not None:
+        check_pairs(config, container)
+        if start is not None:
             mean, std = (tuple(start["data"][name]) for name in ("mean", "std"))
             with torch.device("meta"):
                 container = plan.container(plan.storage.over_budget_instances, mean, std)
@@ -273,7 +275,7 @@ def _evaluated_dataset(
     Of several artifacts it has the classes from the first to the last that any was condensed from. Raises
     ``ArtifactError`` if they are of different data sets and none was typed.
     """
-    typed_keys = [override.split("=")[0].lstrip("+") for override in typed]
+    typed_keys = list(map(key_of, typed))
     if "dataset" in typed_keys:
         return given
     (first_path, first), *others = ((path, _dataset_of(path, card)) for path, card in cards.items())

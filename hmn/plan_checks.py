@@ -15,15 +15,21 @@ from hmn.containers import rebuild
 from hmn.containers.base import Container
 
 
-def check_pairs(config: Config, container: Container, tied: str | None) -> None:
-    """Refuse settings that do not go together; ``tied`` says why the container's images cannot be pruned, if so."""
-    classes, tiers = container.classes, container.tiers()
+def check_pairs(config: Config, container: Container) -> None:
+    """Refuse settings that do not go together, or not with the ``container`` that is condensed."""
+    classes, tiers, tied = container.classes, container.tiers(), container.tied
     for tier in config.container.lr_scale:
         require(f"container.lr_scale.{tier}", tier in tiers, config.container.lr_scale[tier], f"of {', '.join(tiers)}")
     over = config.pruning.over_budget
     require("pruning.over_budget", not over or tied is None, over, f"0 for container={config.container.name}: {tied}")
     group = getattr(config.objective, "classes_per_step", None)
     require("objective.classes_per_step", group is None or group <= classes, group, f"at most {classes}")
+    if isinstance(config.container, HabaConfig):
+        read = isinstance(config.objective, TrajectoryMatchingConfig) and config.container.styles > 1
+        for key in HabaConfig.ADVERSARY:
+            given, default = getattr(config.container, key), getattr(HabaConfig, key)
+            rule = f"{default} but for objective=trajectory_matching and several styles, of which an adversary sees two"
+            require(f"container.{key}", read or given == default, given, rule)
 
 
 def check_start(config: Config, container: Container, card: dict[str, Any]) -> None:
@@ -49,13 +55,6 @@ def check_networks(config: Config, network: nn.Module) -> None:
     written = isinstance(config.objective, GradientMatchingConfig)
     rule = f"auto, loop or compiled for objective={name}: it is written out for gradient matching"
     require("compute.matching", written or matching != "r_operator", matching, rule)
-    if isinstance(config.container, HabaConfig):
-        # Experts are of no container: its styles are not counted.
-        there = isinstance(config.objective, TrajectoryMatchingConfig) and config.container.styles != 1
-        for key in HabaConfig.ADVERSARY:
-            given, default = getattr(config.container, key), getattr(HabaConfig, key)
-            rule = f"{default} but for objective=trajectory_matching and several styles, of which an adversary sees two"
-            require(f"container.{key}", there or given == default, given, rule)
     alone = not distributed.launched() or not isinstance(config.objective, UnrolledConfig)
     rule = "an objective that compares classes with each other, under torchrun: a student's steps cannot be shared out"
     require("objective.name", alone, config.objective.name, rule)

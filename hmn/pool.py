@@ -11,18 +11,18 @@ from hmn.compute import Compute
 from hmn.config.objectives import DistributionMatchingConfig
 from hmn.data import augment
 from hmn.data.datasets import RealData
-from hmn.data.sampling import GroupSampler
+from hmn.data.sampling import whole_split
 from hmn.networks import Builder
 from hmn.objectives.distance import Parameters
 from hmn.objectives.distribution import CE_FACTOR, IMAGES
-from hmn.realside import Choice, FeatureSide, Synthetic
+from hmn.realside import Choice, ImageSide, Synthetic
 from hmn.seeding import generator
 from hmn.training import NetworkUpdate, TrainingStep
 
 FIRST = 3  # networks that the pool starts with
 
 
-class PoolSide(FeatureSide):
+class PoolSide(ImageSide):
     """At most ``pool_networks`` networks, of which every step takes a random one and then trains a few others.
 
     Every ``pool_interval`` steps a fresh network comes in; in a full pool the oldest one makes room. Networks train on
@@ -45,10 +45,9 @@ class PoolSide(FeatureSide):
         flip: bool,
     ) -> None:
         super().__init__(real, config, build=build, compute=compute, seed=seed, flip=flip)
-        device, whole = compute.device, torch.tensor([len(self.labels)])
-        self.pool_batches = GroupSampler(
-            whole, min(config.pool_batch, int(whole)), generator(seed, self.stream, "pool_batches", device=device)
-        )
+        device = compute.device
+        updating = generator(seed, self.stream, "pool_batches", device=device)
+        self.pool_batches = whole_split(len(self.labels), config.pool_batch, updating)
         self.choosing = generator(seed, self.stream, "pool")  # on the host: it decides which networks are used
         self.updates = NetworkUpdate(
             self.network,
@@ -118,8 +117,7 @@ class PoolSide(FeatureSide):
         if not steps or not trained:
             return {}
         places = torch.randperm(self.count, generator=self.choosing)[:trained]
-        everything = torch.zeros(1, dtype=torch.int64)
-        batches = torch.cat([self.pool_batches.draw(everything) for _ in range(trained * steps)])
+        batches = self.pool_batches.batches(trained * steps)
         return {
             "trained": places.to(self.percent.device, non_blocking=True),
             "update": batches.unflatten(0, (trained, steps)),

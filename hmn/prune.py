@@ -54,8 +54,8 @@ def hardest_count(beta: float, cut: int) -> int:
     return int(beta * cut + 1e-9)  # 0.7 * 90 is 62.999…
 
 
-def kept_instances(scores: Tensor, keep: int, beta: float) -> Tensor:
-    """Indices (C * keep,) of the instances that stay. ``scores`` (C, G_o) are AUM values.
+def kept_images(scores: Tensor, keep: int, beta: float) -> Tensor:
+    """Indices (C * keep,) of the images that stay. ``scores`` (C, G_o) are AUM values.
 
     Per class, of the k = G_o - keep that go, floor(beta * k) have the lowest scores and the rest the highest; ties go
     by index, so the same scores always lose the same images.
@@ -86,7 +86,7 @@ def search_beta(
     """The best beta of the grid and every candidate's accuracy on held-out real images; ties go to the smaller beta."""
     found = {}
     for beta in candidates(scores.shape[1] - keep):
-        index = kept_instances(scores, keep, beta)
+        index = kept_images(scores, keep, beta)
         kept = decoded.select(index)
         # All by the same network, order and augmentation, so that only the images differ.
         found[beta] = quick_accuracy(judge, kept, held_out, epochs, "search_beta", slot=f"search_beta_{beta}")

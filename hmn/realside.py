@@ -24,7 +24,7 @@ from hmn.data import augment
 from hmn.data.datasets import RealData
 from hmn.data.kmeans import nearest_to_centres
 from hmn.data.preprocess import Normalise
-from hmn.data.sampling import GroupSampler, per_class, permutations
+from hmn.data.sampling import per_class, permutations, whole_split
 from hmn.networks import Builder, initialise
 from hmn.objectives.distance import Parameters
 from hmn.seeding import derived_seed, generator
@@ -93,11 +93,9 @@ def update_of(side: RealSide, synthetic: Synthetic | None = None, *, record: boo
     return Replay(update, side.state_tensors, side.generators()) if record else update
 
 
-class FeatureSide(RealSide):
-    """A fresh network for every step, which never trains (DM, algorithm 1).
-
-    Also what the sides have in common whose networks do train: real batches, siamese draws, and the network itself,
-    which is always the same memory, since a captured graph goes on using that.
+class ImageSide(RealSide):
+    """Real batches and siamese draws as the run goes, and one network. When that is drawn anew and what it trains on
+    the subclasses say; it is always the same memory, since a captured graph goes on using that.
     """
 
     def __init__(
@@ -122,9 +120,6 @@ class FeatureSide(RealSide):
         )
         self.network = build().to(device, memory_format=torch.channels_last)
         self.networks = torch.Generator(device)  # seeded anew for every network: its weights, then its training
-
-    def begin(self, step: int) -> None:
-        self.renew("matched_network", step)
 
     def renew(self, *names: str | int) -> None:
         """Another network, by the random stream ``names``."""
@@ -157,7 +152,14 @@ class FeatureSide(RealSide):
         self.real_batches.load_state_dict(state["real_batches"])
 
 
-class TrainedSide(FeatureSide):
+class UntrainedSide(ImageSide):
+    """A fresh network for every step, which never trains (DM, algorithm 1)."""
+
+    def begin(self, step: int) -> None:
+        self.renew("matched_network", step)
+
+
+class TrainedSide(ImageSide):
     """A fresh network every ``inner_steps``, which ``updates`` train in between."""
 
     updates: NetworkUpdate
@@ -209,10 +211,8 @@ class LiveSide(TrainedSide):
     ) -> None:
         super().__init__(real, config, build=build, compute=compute, seed=seed, flip=flip, stream=stream)
         device = compute.device
-        whole = torch.tensor([len(self.labels)])
-        self.network_batches = GroupSampler(
-            whole, min(config.network_batch, int(whole)), generator(seed, stream, "network", device=device)
-        )
+        updating = generator(seed, stream, "network", device=device)
+        self.network_batches = whole_split(len(self.labels), config.network_batch, updating)
         self.batches = math.ceil(config.network_samples / self.network_batches.batch)
         self.updates = NetworkUpdate(
             self.network,
@@ -250,9 +250,7 @@ class LiveSide(TrainedSide):
         return {"real": self.nearest[classes.to(self.nearest.device, non_blocking=True)]}
 
     def choose_update(self) -> Choice:
-        everything = torch.zeros(1, dtype=torch.int64)
-        drawn = [self.network_batches.draw(everything) for _ in range(self.batches)]
-        return {"update": torch.cat(drawn)} if drawn else {}
+        return {"update": self.network_batches.batches(self.batches)} if self.batches else {}
 
     def update(self, choice: Choice, synthetic: Synthetic | None = None) -> None:
         if "update" in choice:

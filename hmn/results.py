@@ -88,16 +88,23 @@ def summary(result: dict[str, Any]) -> dict[str, float | int | str | None]:
 
 def provenance() -> dict[str, Any]:
     """Commit and dirty flag of the code (null outside a checkout), its digest, package versions, the machine's kind."""
+    status = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "code": code_version(),
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(status)
-        if (status := _git("status", "--porcelain", "--untracked-files=no")) is not None
-        else None,
+        "dirty": None if status is None else bool(status),
         "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": {name: _installed(name) for name in PACKAGES},
         "platform": f"{platform.system()} {platform.machine()}",
     }
+
+
+def _installed(package: str) -> str | None:
+    """Its version; ``None`` where it is not known, as of one that was copied."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def code_of(result: Mapping[str, Any]) -> str:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hmn import distributed
-from hmn.checkpoint import Stop, atomic_write, exclusive
+from hmn.checkpoint import Stop, exclusive, write_tensors
 from hmn.data.preprocess import Normalise
 from hmn.data.splits import Split
 from hmn.errors import ArtifactError
@@ -99,16 +98,13 @@ def remembered(
         except safetensors.SafetensorError as error:
             raise ArtifactError(f"{path}: not a safetensors file ({error}): remove it") from None
 
-    # Of several processes the first holds it for all; what else lies beside it is of others.
-    alone = exclusive(path.with_suffix(""), wait=stop) if distributed.first() else contextlib.nullcontext()
-    with alone:
+    with exclusive(path.with_suffix(""), wait=stop):  # what else lies beside it is of others
         if (found := distributed.from_first(read)) is not None:
             print(f"coreset: read {path}")
             return {name: value.to(device) for name, value in found.items()}
         made = make()
         if distributed.first():
-            with atomic_write(path) as temporary:
-                save_file({name: value.cpu().contiguous() for name, value in made.items()}, temporary)
+            write_tensors(path, made)
     return made
 
 

@@ -197,7 +197,7 @@ class Session:
                 metrics = {"prune/beta": beta, "prune/held_out_accuracy": value}
                 self.tracker.log(metrics, step_key="prune/candidate", step=position)
         self._keep_pruning_picture(over_budget.images, scores, chosen["beta"])
-        return prune.kept_instances(scores, stored.images_per_class, chosen["beta"]), chosen
+        return prune.kept_images(scores, stored.images_per_class, chosen["beta"]), chosen
 
     def evaluate_artifacts(self) -> dict[str, Any]:
         """Train fresh networks on a kept set, or on several that hold the data's classes between them."""
@@ -224,7 +224,7 @@ class Session:
         rows, accuracies = [], []
         for number, share in enumerate(self.config.redundancy.drop):
             count = prune.kept_after(scores.shape[1], share)
-            index = prune.kept_instances(scores, count, beta=0.0)  # from the easy end alone
+            index = prune.kept_images(scores, count, beta=0.0)  # from the easy end alone
             found = self._trained_on(kept.select(index), f"keep_{count}")
             metrics = {"redundancy/dropped": share, "redundancy/accuracy": found.mean}
             self.tracker.log(metrics, step_key="redundancy/step", step=number)
@@ -283,7 +283,7 @@ class Session:
         stream = generator(self.config.seed, "random_subset", device=self.compute.device)
         index = random_subset(self.data.train.labels, count, self.data.class_names, stream)
         kept = self.data.train.select(index)
-        self._keep_picture(kept.images.float() / 255, kept.labels)
+        self._keep_picture(unit_range(kept.images), kept.labels)
         return {
             "accuracy": _plain(self._evaluate(kept)),
             "images_per_class": str(count),

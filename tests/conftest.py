@@ -16,7 +16,7 @@ LONG = (
     "test_table_files.py",
     "test_launchers.py",
     "test_bad_luck.py",
-    "test_condensations.py",
+    "test_shared_condensed.py",
     "test_distributed.py",
     "test_cli.py",
     "test_search.py",

@@ -20,7 +20,7 @@ from hmn.networks import builder
 from hmn.networks.convnet import ConvNet
 from hmn.objectives.gradient import matching_step
 from hmn.optimizer import ContainerOptimizer, idc_rate_factor
-from hmn.prune import kept_instances
+from hmn.prune import kept_images
 from hmn.training import learning_rate
 from tests.command import configured
 
@@ -189,7 +189,7 @@ def test_5_the_gradient_matching_loss_of_equal_batches_is_zero_and_has_a_part_fo
 
 def test_7_of_24_images_to_cut_a_beta_of_0_3_takes_7_hardest_and_17_easiest():
     scores = torch.arange(40.0).expand(3, 40)  # hardest first
-    kept = kept_instances(scores, 16, 0.3).view(3, 16) - 40 * torch.arange(3)[:, None]
+    kept = kept_images(scores, 16, 0.3).view(3, 16) - 40 * torch.arange(3)[:, None]
     assert kept.tolist() == [list(range(7, 23))] * 3
 
 

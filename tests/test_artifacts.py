@@ -183,11 +183,11 @@ def test_nothing_but_float32_tensors_is_in_the_file(tmp_path):
 def test_saving_that_fails_leaves_the_kept_set_alone(tmp_path, monkeypatch):
     save(tmp_path)
 
-    def full(_tensors, path):
+    def full(_tensors, path, _metadata):
         Path(path).write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(artifacts, "save_file", full)
+    monkeypatch.setattr("hmn.checkpoint.save_file", full)
     with pytest.raises(OSError, match="no space"):
         save(tmp_path, container(1))
     assert torch.equal(load_condensed(tmp_path).tensors()[0], decode_all(container(0))[0])

@@ -341,7 +341,7 @@ def test_others_wait_while_a_bank_is_made(tmp_path: Path):
 
 @pytest.mark.parametrize(("limit", "kept"), [("null", 123), ("1000", 0)])
 def test_a_bank_stays_on_a_gpu_unless_memory_is_limited(tmp_path: Path, monkeypatch, limit: str, kept: int):
-    monkeypatch.setattr("hmn.build.classes.kept_on", lambda device: 123)
+    monkeypatch.setattr("hmn.build.matching.kept_on", lambda device: 123)
     small = ("bank.networks=1", "bank.snapshots=1", "inner_steps=1", "network_samples=0", "real_batch=6")
     given = (f"paths.cache_dir={tmp_path}", f"compute.memory_limit={limit}", *(f"objective.{one}" for one in small))
     assert condensation(workshop(tmp_path, *given), make_container()).side.keep_bytes == kept

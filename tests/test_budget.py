@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hmn.budget import budget_floats, images_that_fit
+from hmn.budget import budget_floats, instances_that_fit
 from hmn.errors import ConfigError
 
 
@@ -40,28 +40,28 @@ def test_as_many_images_fit_as_exact_arithmetic_allows(budget, shared, instance,
     room = Fraction(100 + percent, 100) * budget - shared
     expected = room // (classes * instance)
     assume(expected >= 1)
-    assert images_that_fit(budget, shared, instance, classes, over_budget=percent / 100) == expected
+    assert instances_that_fit(budget, shared, instance, classes, over_budget=percent / 100) == expected
 
 
 def test_ten_percent_beyond_the_budget_is_not_lost_to_rounding():
     # 1.1 * 30720 is 33792.000000000004 but 1.1 * 30 is 33.0 and 1.15 * 100 is 114.99999999999999
-    assert images_that_fit(100, 0, 1, 5, over_budget=0.15) == 23
-    assert images_that_fit(30_720, 5_675, 32, 10, over_budget=0.1) == 87
+    assert instances_that_fit(100, 0, 1, 5, over_budget=0.15) == 23
+    assert instances_that_fit(30_720, 5_675, 32, 10, over_budget=0.1) == 87
 
 
 def test_a_budget_too_small_is_told_the_smallest_that_fits():
     with pytest.raises(ConfigError) as caught:
-        images_that_fit(5_994, 5_675, 32, 10)
+        instances_that_fit(5_994, 5_675, 32, 10)
     text = str(caught.value)
     assert "\n" not in text and text.startswith("container:")
     assert "5,994" in text and "memory.images_per_class" in text
     smallest = int(re.search(r"smallest budget that fits is ([\d,]+)", text)[1].replace(",", ""))
     assert smallest == 5_995
-    assert images_that_fit(smallest, 5_675, 32, 10) == 1
+    assert instances_that_fit(smallest, 5_675, 32, 10) == 1
     with pytest.raises(ConfigError):
-        images_that_fit(smallest - 1, 5_675, 32, 10)
+        instances_that_fit(smallest - 1, 5_675, 32, 10)
 
 
 def test_shared_floats_beyond_the_budget_are_refused_too():
     with pytest.raises(ConfigError, match="shared tiers take 200 floats"):
-        images_that_fit(100, 200, 1, 2)
+        instances_that_fit(100, 200, 1, 2)

@@ -9,7 +9,11 @@ from torch.torch_version import TorchVersion
 
 from hmn import capture
 from hmn.capture import Replay, optimizer_tensors, warm_up
+from hmn.compute import choose
+from hmn.config import ComputeConfig
+from hmn.errors import HmnError
 from hmn.realside import update_of
+from hmn.seeding import set_deterministic
 from tests.small_matching import config, make_run
 
 
@@ -52,7 +56,7 @@ def cannot_record(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
 
     monkeypatch.setattr(Replay, "_warm_up", lambda s, inputs: warm_up(s.function, inputs, s.state, s.generators))
     monkeypatch.setattr(Replay, "_record", fail)
-    monkeypatch.setattr(capture, "OLDEST", "0")  # whichever is installed
+    monkeypatch.setattr(capture, "RECOVERS", "0")  # whichever is installed
     monkeypatch.setattr(capture, "_told", set())
 
 
@@ -105,7 +109,7 @@ def test_a_step_whose_recording_failed_half_way_starts_from_no_gradient(monkeypa
 
     monkeypatch.setattr(Replay, "_warm_up", lambda self, inputs: None)
     monkeypatch.setattr(Replay, "_record", fail)
-    monkeypatch.setattr(capture, "OLDEST", "0")
+    monkeypatch.setattr(capture, "RECOVERS", "0")
     for _ in range(2):
         assert torch.equal(plain.run_step()[0], failed.run_step()[0])
     for one, other in zip(plain._state_tensors(), failed._state_tensors(), strict=True):
@@ -124,17 +128,30 @@ def test_where_a_whole_step_is_not_recorded_the_networks_update_can_be(monkeypat
         assert torch.equal(one, other)
 
 
-def test_an_older_pytorch_records_nothing_and_says_so_once(monkeypatch, capsys):
-    monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.1+cu130"))
+def test_an_older_pytorch_cannot_go_on_after_a_recording_that_fails(monkeypatch):
+    cannot_record(monkeypatch, RuntimeError("operation not permitted"))
+    monkeypatch.setattr(capture, "RECOVERS", "2.13.0a0")
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0+cu130"))
+    walk = Walk()
+    with pytest.raises(HmnError) as told:
+        Replay(walk.step, walk.state, [walk.stream])(INPUTS)
+    assert str(told.value) == (
+        "a step cannot be recorded as a CUDA graph, and PyTorch 2.11.0+cu130 cannot go on: "
+        "compute.record=false launches every step anew (operation not permitted)"
+    )
+
+
+def test_nothing_is_recorded_where_that_is_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr(capture, "_enabled", True)  # which is put back afterwards
+    choose(ComputeConfig(device="cpu", record=False), 0.0, 10)
     monkeypatch.setattr(Replay, "_warm_up", None)
-    monkeypatch.setattr(capture, "_told", set())
     walk, plain = Walk(), Walk()
+    replay = Replay(walk.step, walk.state, [walk.stream])
     for _ in range(2):
-        replay = Replay(walk.step, walk.state, [walk.stream])  # as every network has its own
-        for _ in range(2):
-            assert torch.equal(replay(INPUTS)["value"], plain.step(INPUTS)["value"])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("launched anew: PyTorch 2.12.1+cu130 cannot go on after a recording that fails, 2.13 can")
+        assert torch.equal(replay(INPUTS)["value"], plain.step(INPUTS)["value"])
+    assert capsys.readouterr().err == ""
+    choose(ComputeConfig(device="cpu"), 0.0, 10)
+    assert not Replay(walk.step, walk.state, [walk.stream]).plain
 
 
 class HostReads(torch.utils._python_dispatch.TorchDispatchMode):
@@ -182,7 +199,9 @@ def test_a_whole_step_is_the_step_that_is_run_without_recording(changes):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_a_recorded_step_does_not_wait_for_the_device_and_equals_the_launched_one():
+def test_a_recorded_step_does_not_wait_for_the_device_and_equals_the_launched_one(monkeypatch):
+    set_deterministic(True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     runs = [make_run(config(inner_steps=3), device="cuda") for _ in range(2)]
     runs[1].replay = None
     for _ in range(7):

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from hmn import experiment
-from hmn.build import classes
+from hmn.build import matching
 from tests.command import TINY, planned, run
 
 BASE = (*TINY[1:], "container=image", "pruning=none", "evaluation.networks=1", "evaluation.epochs=1")
@@ -51,8 +51,9 @@ UNBIASED = (*BASE, "debug=smoke", "container.init=real", "memory=ipc10", "object
 def test_what_a_step_shows_of_a_class_is_the_share_whose_bias_is_removed(tmp_path, shown, share, bank, monkeypatch):
     given = []
     for name in ("matching_step", "stored_step"):
-        make = getattr(classes, name)
-        monkeypatch.setattr(classes, name, lambda *to, make=make, **kw: (given.append(kw["share"]), make(*to, **kw))[1])
+        make = getattr(matching, name)
+        spy = lambda *to, make=make, **kw: (given.append(kw["share"]), make(*to, **kw))[1]  # noqa: E731
+        monkeypatch.setattr(matching, name, spy)
     settings = (*UNBIASED, f"objective.synthetic_batch={shown}", f"objective.bank.networks={bank}")
     plan = planned(*settings, f"paths.runs_dir={tmp_path}", f"paths.cache_dir={tmp_path}/cache")
     experiment.run(plan, command="")

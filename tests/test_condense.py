@@ -15,11 +15,11 @@ from torch import Tensor
 from hmn import condense as condensing
 from hmn.checkpoint import Checkpoints, Stop
 from hmn.compute import Compute
-from hmn.condense import Report, condense, curve_steps, grid_rows
+from hmn.condense import Report, condense, curve_steps
 from hmn.errors import Diverged, Interrupted
 from hmn.matching import ClassMatching
 from hmn.objectives.gradient import matching_step
-from tests.small_matching import CPU, TIERS, assert_same, build, clone_of, config, lr_at, make_container, make_run
+from tests.small_matching import CPU, TIERS, assert_same, build, clone_of, config, lr_at, make_run
 
 
 def run_all(run: ClassMatching, checkpoints: Checkpoints, **options: Any) -> list[Report]:
@@ -304,9 +304,3 @@ def test_a_stop_that_comes_with_a_bad_step_does_not_keep_it(tmp_path: Path):
     with pytest.raises(Diverged, match="at step 2 "):
         run_all(run, checkpoints, log_every_steps=100)
     assert Checkpoints(tmp_path, 1e9).load("condense")["step"] == 0
-
-
-def test_a_grid_shows_the_first_images_of_every_class():
-    container = make_container()
-    assert list(grid_rows(container, 2)) == [0, 1, 5, 6, 10, 11]
-    assert list(grid_rows(container, 10)) == list(range(15))

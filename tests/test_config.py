@@ -427,6 +427,7 @@ CIRCUMSTANCE: dict[str, dict[str, Any]] = {
         "memory_limit": 7.0,
         "threads": 7,
         "networks_together": 7,
+        "record": False,
         "share_condensed": True,
         "keep_heap": False,
         "checkpoint_every_seconds": 7.0,

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hmn import evaluate as evaluation  # its `test_epochs`, imported by name, would be collected as a test
+from hmn import evaluate as evaluation
 from hmn.checkpoint import Checkpoints, Stop
 from hmn.compute import Compute
 from hmn.config import EvaluationConfig
@@ -74,12 +74,12 @@ TRAIN, TEST = images(12, 1), images(90, 2)
     ],
 )
 def test_networks_are_tested_at_evenly_spaced_epochs(epochs: int, points: int, tested: list[int]):
-    assert evaluation.test_epochs(epochs, points) == tested
+    assert evaluation.tested_epochs(epochs, points) == tested
 
 
 @given(st.integers(1, 2000), st.integers(1, 50))
 def test_the_last_epoch_is_always_tested_and_no_epoch_twice(epochs: int, points: int):
-    tested = evaluation.test_epochs(epochs, points)
+    tested = evaluation.tested_epochs(epochs, points)
     assert tested[-1] == epochs
     assert tested[0] >= 1
     assert len(tested) == min(epochs, points)

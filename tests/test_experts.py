@@ -147,13 +147,13 @@ def test_a_run_that_needs_none_of_those_begun_leaves_them(stopped):
 
 
 def test_what_ends_while_it_writes_its_experts_goes_on_from_their_state(stopped, monkeypatch):
-    def full(tensors: dict[str, Tensor], path: Path, **options: object) -> None:
+    def full(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
         if any(stopped.glob("expert-*.safetensors")):
             raise OSError(28, "No space left on device")
-        save_file(tensors, path, **options)
+        save_file(tensors, path, metadata)
 
     with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
-        patched.setattr(experts, "save_file", full)
+        patched.setattr("hmn.checkpoint.save_file", full)
         make(stopped, count=2)
     trained, run_epoch = [], Training.run_epoch
     monkeypatch.setattr(Training, "run_epoch", lambda training: trained.append(training.epoch) or run_epoch(training))

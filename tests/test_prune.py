@@ -20,7 +20,7 @@ from hmn.data.preprocess import Normalise
 from hmn.data.splits import Split
 from hmn.evaluate import Judge
 from hmn.networks.convnet import ConvNet
-from hmn.prune import area_under_margin, candidates, hardest_count, kept_instances, margins, search_beta
+from hmn.prune import area_under_margin, candidates, hardest_count, kept_images, margins, search_beta
 from hmn.seeding import derived_seed
 from hmn.training import Recipe, Training, logits_of, training_step
 
@@ -200,14 +200,14 @@ def test_random_scores_depend_on_the_seed_alone(tmp_path: Path):
 def test_of_24_the_7_hardest_and_17_easiest_go_at_beta_03():
     """HMN's P2: 231 images per class condensed, 207 kept, k = 24; floor(0.3 * 24) = 7."""
     scores = torch.randperm(231, generator=torch.Generator().manual_seed(0)).float()
-    kept = kept_instances(scores[None], 207, beta=0.3)
+    kept = kept_images(scores[None], 207, beta=0.3)
     assert len(kept) == 207
     assert sorted(scores[kept].tolist()) == list(range(7, 231 - 17))
 
 
 @pytest.mark.parametrize(("beta", "gone"), [(0.0, [5, 6, 7, 8, 9]), (1.0, [0, 1, 2, 3, 4]), (0.4, [0, 1, 7, 8, 9])])
 def test_beta_0_cuts_only_easy_images_and_1_only_hard_ones(beta: float, gone: list[int]):
-    kept = kept_instances(torch.arange(10.0)[None], 5, beta)
+    kept = kept_images(torch.arange(10.0)[None], 5, beta)
     assert sorted(set(range(10)) - set(kept.tolist())) == gone
 
 
@@ -226,18 +226,18 @@ def test_float_error_would_be_off_by_one_without_the_guard():
 
 def test_ties_go_by_index_the_same_in_every_class():
     # Equal scores sort by index: the hard end takes the first ones, the easy end the last ones.
-    kept = kept_instances(torch.zeros(3, 40), 30, beta=0.3)
+    kept = kept_images(torch.zeros(3, 40), 30, beta=0.3)
     expected = [row * 40 + i for row in range(3) for i in range(3, 33)]
     assert kept.tolist() == expected
 
 
 def test_each_class_is_cut_by_its_own_scores():
     scores = torch.tensor([[1.0, 2.0, 3.0, 4.0], [40.0, 10.0, 30.0, 20.0]])
-    assert kept_instances(scores, 2, beta=0.5).tolist() == [1, 2, 4 + 2, 4 + 3]
+    assert kept_images(scores, 2, beta=0.5).tolist() == [1, 2, 4 + 2, 4 + 3]
 
 
 def test_nothing_goes_where_nothing_must():
-    assert kept_instances(torch.rand(2, 5), 5, beta=0.3).tolist() == list(range(10))
+    assert kept_images(torch.rand(2, 5), 5, beta=0.3).tolist() == list(range(10))
 
 
 def naive_kept(scores: list[list[float]], keep: int, tenths: int) -> list[int]:
@@ -259,7 +259,7 @@ def test_kept_instances_are_sorted_class_balanced_and_those_of_a_naive_loop(data
     keep, tenths = data.draw(st.integers(1, count)), data.draw(st.integers(0, 10))
     value = st.integers(-3, 3).map(float)  # few values: many ties
     scores = data.draw(st.lists(st.lists(value, min_size=count, max_size=count), min_size=classes, max_size=classes))
-    kept = kept_instances(torch.tensor(scores), keep, prune.BETAS[tenths])
+    kept = kept_images(torch.tensor(scores), keep, prune.BETAS[tenths])
     assert torch.bincount(kept // count, minlength=classes).tolist() == [keep] * classes
     assert kept.tolist() == sorted(set(kept.tolist()))
     assert kept.tolist() == naive_kept(scores, keep, tenths)
@@ -314,7 +314,7 @@ def test_the_best_beta_on_held_out_images_wins_and_ties_go_to_the_smaller(
     assert found == best
     assert searched == accuracies
     for beta, stream in zip(accuracies, asked, strict=True):
-        kept = kept_instances(scores, 2, beta)
+        kept = kept_images(scores, 2, beta)
         assert asked[stream].images.tolist() == kept.tolist()
         assert asked[stream].labels.tolist() == (kept // 6).tolist()
 

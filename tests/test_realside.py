@@ -34,7 +34,7 @@ from hmn.objectives.distance import all_weights
 from hmn.objectives.distribution import CE_FACTOR, IMAGES, distribution_step
 from hmn.objectives.gradient import matching_step
 from hmn.pool import FIRST, PoolSide
-from hmn.realside import FeatureSide, LiveSide, SyntheticSide
+from hmn.realside import LiveSide, SyntheticSide, UntrainedSide
 from hmn.seeding import derived_seed, generator
 from hmn.training import training_step
 from tests.command import configured
@@ -113,7 +113,7 @@ def make_run(config: ClassMatchingConfig, *, container_seed: int = 0) -> ClassMa
         match = matching_step(build(), config.metric, CPU)
     else:
         pool = config.pool_networks
-        side = PoolSide(REAL, config, train=train, **shared) if pool else FeatureSide(REAL, config, **shared)
+        side = PoolSide(REAL, config, train=train, **shared) if pool else UntrainedSide(REAL, config, **shared)
         match, parts = distribution_step(build(), CPU), 1
     options = {"normalise": side.normalise, "compute": CPU, "seed": SEED}
     return ClassMatching(make_container(container_seed), side, config, match=match, parts=parts, **options)

@@ -156,3 +156,8 @@ def test_without_git_there_is_no_commit(checkout, monkeypatch):
 
 def test_a_cpu_is_named_with_its_threads():
     assert results.device_name(torch.device("cpu")) == f"{results.cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def test_a_package_whose_version_nobody_knows_is_no_reason_not_to_run(monkeypatch):
+    monkeypatch.setattr(results, "PACKAGES", ("numpy", "copied-by-hand"))
+    assert results.provenance()["packages"] == {"numpy": metadata.version("numpy"), "copied-by-hand": None}

@@ -16,7 +16,7 @@ from hmn.checkpoint import Checkpoints
 from hmn.containers.fit import fit_real
 from hmn.containers.image import RawImages, RawShape
 from hmn.data.sampling import repeated_subset
-from hmn.data.source import TrainingImages
+from hmn.data.training_images import TrainingImages
 from hmn.errors import ConfigError, DataError
 from hmn.plan import make_plan
 from hmn.seeding import generator

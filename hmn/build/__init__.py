@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hmn.build import classes, student
+from hmn.build import matching, student
 from hmn.build.starts import fit, how_started, start
 from hmn.build.student import experts
 from hmn.build.workshop import Workshop
@@ -22,11 +22,11 @@ from hmn.containers.base import Container
 __all__ = ["Workshop", "condensation", "experts", "fit", "how_started", "start"]
 
 MAKERS: dict[type[ObjectiveConfig], Callable[[Workshop, Container], Condensation]] = {
-    GradientMatchingConfig: classes.gradient_matching,
+    GradientMatchingConfig: matching.gradient_matching,
     TrajectoryMatchingConfig: student.trajectory_matching,
     BpttConfig: student.bptt,
-    SyntheticGradientConfig: classes.synthetic_gradient,
-    DistributionMatchingConfig: classes.distribution_matching,
+    SyntheticGradientConfig: matching.synthetic_gradient,
+    DistributionMatchingConfig: matching.distribution_matching,
 }
 
 

@@ -14,7 +14,7 @@ from hmn.build.workshop import Workshop
 from hmn.config.containers import KEPT, ContainerConfig
 from hmn.containers.base import Container
 from hmn.containers.fit import fit_real
-from hmn.data.source import TrainingImages
+from hmn.data.training_images import TrainingImages
 from hmn.errors import DataError
 from hmn.networks import initialise
 from hmn.seeding import generator

@@ -9,18 +9,27 @@ from pathlib import Path
 from hmn import experts as expert_training
 from hmn.adversary import StyleAdversary
 from hmn.build.workshop import Workshop
+from hmn.chunks import images_per_chunk
 from hmn.config.containers import HabaConfig
 from hmn.config.identity import digest, experts_identity
 from hmn.containers.base import Container
 from hmn.data.augment import usable
 from hmn.data.sampling import per_class
-from hmn.memory import images_per_chunk
 from hmn.networks import initialise
 from hmn.networks.convnet import ConvNet
 from hmn.objectives.unroll import Unrolled, copies
 from hmn.seeding import generator
+from hmn.through_student import (
+    Batches,
+    ClassifyReal,
+    Goal,
+    LearnedRate,
+    ReachExpert,
+    ThroughStudent,
+    of_every_class,
+    shuffled,
+)
 from hmn.training import Training
-from hmn.unrolled import Batches, ClassifyReal, Goal, LearnedRate, ReachExpert, ThroughStudent, of_every_class, shuffled
 
 
 def experts(shop: Workshop) -> list[Path]:
@@ -84,12 +93,13 @@ def trajectory_matching(shop: Workshop, container: Container) -> ThroughStudent:
 
 
 def bptt(shop: Workshop, container: Container) -> ThroughStudent:
+    """LinBa's own: fresh students of random images of every class, judged by a batch of real ones; their rate stays."""
     objective, data, device = shop.config.objective, shop.data, shop.compute.device
     stream = generator(shop.config.seed, "condense", "real", device=device)
     unrolled = _unrolled(shop)
     goal = ClassifyReal(
         shop.build().to(device),
-        unrolled.cross_entropy,
+        unrolled.loss_and_gradient,
         data.train.images,
         data.train.labels,
         real=per_class(data.train.labels, data.class_names, objective.real_batch, stream),

@@ -235,6 +235,7 @@ class ComputeConfig:
     # GiB, of each process: classes are condensed in chunks that fit; null: 20 at once on a GPU, one by one on a CPU
     memory_limit: float | None = unscientific(None)
     threads: int | None = unscientific(None)  # CPU threads; null: torch's own choice
+    record: bool = unscientific(True)  # GPU: steps as CUDA graphs, which are replayed; false: launched kernel by kernel
     # Trained at once, by other random numbers of the same distribution; null: all on a GPU, one on a CPU
     networks_together: int | None = unscientific(None)
     # Runs that condense the same, and differ in how they prune or evaluate, do it once: the first keeps what it

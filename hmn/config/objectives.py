@@ -91,6 +91,10 @@ class ClassMatchingConfig(ObjectiveConfig):
         """How many of a class's ``images`` a step shows."""
         return images if self.synthetic_batch is None else min(self.synthetic_batch, images)
 
+    def group(self, classes: int) -> int:
+        """How many of ``classes`` a step compares."""
+        return min(self.classes_per_step or classes, classes)
+
 
 @dataclass(kw_only=True)
 class BankConfig:

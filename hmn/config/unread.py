@@ -20,6 +20,7 @@ from hmn.config.objectives import (
     TrajectoryMatchingConfig,
     UnrolledConfig,
 )
+from hmn.config.overrides import key_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ def unread(config: Config, condensed: Condensed | None) -> dict[str, str]:
 def keys_not_read(reasons: Mapping[str, str], typed: Sequence[str]) -> tuple[str, ...]:
     """Of the keys that were ``typed`` those that are not read, each with its reason: its own or its section's."""
     told = {}
-    for key in (override.split("=")[0].lstrip("+") for override in typed):
+    for key in map(key_of, typed):
         above = [key.rsplit(".", dots)[0] for dots in range(key.count(".") + 1)]
         reason = next((reasons[name] for name in above if name in reasons), None)
         if reason is not None:

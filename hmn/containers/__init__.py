@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from hmn.budget import budget_floats, images_that_fit
+from hmn.budget import budget_floats, instances_that_fit
 from hmn.config import ContainerConfig
 from hmn.containers import coreset, fred, haba, image, linba, multiformation, presets, speed
-from hmn.containers.base import Container, ImageShape
+from hmn.containers.base import Container, ContainerShape
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
 
 
@@ -21,12 +21,12 @@ class Kind(NamedTuple):
     """
 
     container: type[Container]
-    shape: type[ImageShape]
+    shape: type[ContainerShape]
     fill: Callable[..., ContainerConfig]
 
 
 KINDS = {
-    "hmn": Kind(HierarchicalMemory, HmnShape, presets.with_preset),
+    "hmn": Kind(HierarchicalMemory, HmnShape, presets.fill),
     "image": Kind(image.RawImages, image.RawShape, image.fill),
     "coreset": Kind(image.RawImages, image.RawShape, coreset.fill),
     "multiformation": Kind(
@@ -66,11 +66,11 @@ class Storage:
         return self.shared_floats + classes * self.instances * self.instance_floats
 
 
-def storage(shape: ImageShape, images_per_class: int, over_budget: float) -> Storage:
+def storage(shape: ContainerShape, images_per_class: int, over_budget: float) -> Storage:
     """Raises ``ConfigError`` if the budget of ``images_per_class`` does not pay for one instance of every class."""
     budget = budget_floats(images_per_class, shape.classes, shape.channels, shape.image_size)
     counts = [
-        images_that_fit(budget, shape.shared_floats, shape.instance_floats, shape.classes, over_budget=fraction)
+        instances_that_fit(budget, shape.shared_floats, shape.instance_floats, shape.classes, over_budget=fraction)
         for fraction in (0.0, over_budget)
     ]
     return Storage(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Protocol, Self
 
@@ -23,8 +24,14 @@ class RealImages(Protocol):
         """
 
 
+def parameter_floats(make: Callable[[], nn.Module]) -> int:
+    """The numbers of a module's parameters, counted without storage."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in make().parameters())
+
+
 @dataclass(frozen=True, kw_only=True)
-class ImageShape(ABC):
+class ContainerShape(ABC):
     """What the data set fixes; every container's shape adds what fixes the shapes of its parameters.
 
     It counts in float32 numbers: ``shared_floats``, what the container takes however many images it holds, and
@@ -63,7 +70,7 @@ class ImageShape(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PixelShape(ImageShape):
+class PixelShape(ContainerShape):
     """With the space of the container's own pixels; ``mean`` and ``std`` of the data where they are normalised."""
 
     pixel_space: str = "unit"
@@ -81,7 +88,7 @@ class Container(nn.Module, ABC):
 
     NAME: ClassVar[str]
 
-    shape: ImageShape
+    shape: ContainerShape
     instances: nn.Parameter
 
     @property

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hmn.budget import budget_floats
 from hmn.config.checks import require
 from hmn.config.containers import HabaConfig
-from hmn.containers.base import Container, PixelShape, PixelSpace, RealImages
+from hmn.containers.base import Container, PixelShape, PixelSpace, RealImages, parameter_floats
 
 MOST_STYLES = 5  # the paper's number
 KERNEL = 3
@@ -37,10 +37,7 @@ class HabaShape(PixelShape):
 
     @property
     def shared_floats(self) -> int:
-        """Two convolutions with biases, and scale and shift of the map between them, for every style."""
-        encoder = self.channels * (self.base_channels * KERNEL**2 + 1)
-        decoder = self.channels * (self.channels * KERNEL**2 + 1)
-        return self.styles * (encoder + 2 * self.channels * self.inner_side**2 + decoder)
+        return parameter_floats(lambda: Hallucinators(self))
 
     @property
     def images_per_instance(self) -> int:

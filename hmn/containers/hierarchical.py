@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hmn.config.containers import HmnConfig
-from hmn.containers.base import Container, ImageShape, RealImages
+from hmn.containers.base import Container, ContainerShape, RealImages, parameter_floats
 
 LEAK = 0.2  # negative slope of every LeakyReLU; initialisation and layers must agree on it
 
 
 @dataclass(frozen=True, kw_only=True)
-class HmnShape(ImageShape):
+class HmnShape(ContainerShape):
     """All numbers that fix the parameter shapes, the number of images aside."""
 
     latent_side: int  # s
@@ -42,11 +42,8 @@ class HmnShape(ImageShape):
 
     @property
     def shared_floats(self) -> int:
-        """F, counted on a container without storage."""
-        with torch.device("meta"):
-            container = HierarchicalMemory(self, 1)
-        total = sum(parameter.numel() for parameter in container.parameters())
-        return total - self.classes * self.instance_floats
+        """F: all but the instances."""
+        return parameter_floats(lambda: HierarchicalMemory(self, 0))
 
 
 class HierarchicalMemory(Container):

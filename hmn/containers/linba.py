@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hmn.config import require
 from hmn.config.containers import LinbaConfig
 from hmn.containers.base import Container, PixelShape, PixelSpace, RealImages
-from hmn.containers.nearest import distance, fits
+from hmn.containers.nearest import distance, first_paid
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,9 @@ def fill(config: LinbaConfig, *, classes: int, channels: int, image_size: int, i
     if config.bases is not None:
         return config
 
-    def pays(row: Row) -> bool:
+    def shape(row: Row) -> LinbaShape:
         filled = replace(config, bases=row.bases)
-        shape = LinbaShape.of(filled, classes=classes, channels=channels, image_size=image_size)
-        return fits(shape, images_per_class)
+        return LinbaShape.of(filled, classes=classes, channels=channels, image_size=image_size)
 
     ranked = sorted(ROWS, key=lambda row: distance(row, image_size, classes, images_per_class))
-    return replace(config, bases=next(filter(pays, ranked), ranked[0]).bases)
+    return replace(config, bases=first_paid(ranked, shape, images_per_class).bases)

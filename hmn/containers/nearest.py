@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 from hmn.budget import budget_floats
-from hmn.containers.base import ImageShape
+from hmn.containers.base import ContainerShape
+
+T = TypeVar("T")
 
 
 class MadeFor(Protocol):
@@ -27,7 +30,12 @@ def distance(row: MadeFor, image_size: int, classes: int, images_per_class: int)
     return side, count, memory
 
 
-def fits(shape: ImageShape, images_per_class: int) -> bool:
+def first_paid(ranked: Sequence[T], shape_of: Callable[[T], ContainerShape], images_per_class: int) -> T:
+    """The first row that the budget pays for; where it pays for none, the first of all, whose storage is refused."""
+    return next((row for row in ranked if fits(shape_of(row), images_per_class)), ranked[0])
+
+
+def fits(shape: ContainerShape, images_per_class: int) -> bool:
     """Whether the budget of ``images_per_class`` pays for one instance of every class."""
     needed = shape.shared_floats + shape.classes * shape.instance_floats
     return needed <= budget_floats(images_per_class, shape.classes, shape.channels, shape.image_size)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 
 from hmn.config import HmnConfig, require
 from hmn.containers.hierarchical import HmnShape
-from hmn.containers.nearest import distance, fits
+from hmn.containers.nearest import distance, first_paid
 
 
 @dataclass(frozen=True)
@@ -70,25 +70,21 @@ def latent_side(preset: Preset, image_size: int) -> int:
     return image_size >> doublings
 
 
-def with_preset(
-    config: HmnConfig, *, classes: int, image_size: int, images_per_class: int, channels: int = 3
-) -> HmnConfig:
+def fill(config: HmnConfig, *, classes: int, channels: int, image_size: int, images_per_class: int) -> HmnConfig:
     """``config`` with every null field taken from its preset; ``preset`` becomes the row's name.
 
     ``auto`` is the row of the nearest data that the budget pays for. Raises ``ConfigError`` for an unknown preset or a
     latent side from which doubling cannot reach the image's side.
     """
 
-    def pays(name: str) -> bool:
-        filled = _filled(config, name, image_size)
-        shape = HmnShape.of(filled, classes=classes, channels=channels, image_size=image_size)
-        return fits(shape, images_per_class)
+    def shape(name: str) -> HmnShape:
+        return HmnShape.of(_filled(config, name, image_size), classes=classes, channels=channels, image_size=image_size)
 
-    if config.preset != "auto":
-        require("container.preset", config.preset in PRESETS, config.preset, f"auto or one of {', '.join(PRESETS)}")
-        return _filled(config, config.preset, image_size)
-    ranked = by_distance(image_size, classes, images_per_class)
-    return _filled(config, next(filter(pays, ranked), ranked[0]), image_size)
+    name = config.preset
+    if name == "auto":
+        name = first_paid(by_distance(image_size, classes, images_per_class), shape, images_per_class)
+    require("container.preset", name in PRESETS, name, f"auto or one of {', '.join(PRESETS)}")
+    return _filled(config, name, image_size)
 
 
 def _filled(config: HmnConfig, name: str, image_size: int) -> HmnConfig:

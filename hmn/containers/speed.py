@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from hmn.config import require
 from hmn.config.containers import SpeedConfig
 from hmn.containers import positions as packed
-from hmn.containers.base import Container, PixelShape, PixelSpace, RealImages
-from hmn.containers.nearest import distance, fits
+from hmn.containers.base import Container, PixelShape, PixelSpace, RealImages, parameter_floats
+from hmn.containers.nearest import distance, first_paid
 
 NORM_EPS = 1e-6
 INIT_STD = 0.2  # of tokens and codes
@@ -79,10 +79,7 @@ class SpeedShape(PixelShape):
 
     @property
     def shared_floats(self) -> int:
-        """Tokens and decoder, the latter counted without storage."""
-        with torch.device("meta"):
-            decoder = FReeNet(self)
-        return self.tokens * self.token_dim + sum(parameter.numel() for parameter in decoder.parameters())
+        return self.tokens * self.token_dim + parameter_floats(lambda: FReeNet(self))
 
     @property
     def instance_floats(self) -> int:
@@ -231,15 +228,14 @@ def fill(config: SpeedConfig, *, classes: int, channels: int, image_size: int, i
     for settings that do not go together or not with the images.
     """
 
-    def pays(name: str) -> bool:
+    def shape(name: str) -> SpeedShape:
         filled = _filled(config, name, image_size)
-        shape = SpeedShape.of(filled, classes=classes, channels=channels, image_size=image_size)
-        return fits(shape, images_per_class)
+        return SpeedShape.of(filled, classes=classes, channels=channels, image_size=image_size)
 
     name = config.preset
     if name == "auto":
         ranked = sorted(PRESETS, key=lambda row: distance(PRESETS[row], image_size, classes, images_per_class))
-        name = next(filter(pays, ranked), ranked[0])
+        name = first_paid(ranked, shape, images_per_class)
     require("container.preset", name in PRESETS, name, f"auto or one of {', '.join(PRESETS)}")
     config = _filled(config, name, image_size)
     divides = image_size % config.patch == 0

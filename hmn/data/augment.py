@@ -52,19 +52,18 @@ class Draw:
 
     def repeat(self, count: int) -> Draw:
         """The draw with every image's parameters repeated ``count`` times: one siamese draw for a whole group."""
-        grown = {name: value.repeat_interleave(count, dim=0) for name, value in self.tensors().items()}
-        return Draw(**{**vars(self), **grown})
+        return replace(self, **{name: value.repeat_interleave(count, dim=0) for name, value in self.tensors().items()})
 
     def __getitem__(self, part: slice) -> Draw:
         """The draw of the images ``part``."""
-        return Draw(**{**vars(self), **{name: value[part] for name, value in self.tensors().items()}})
+        return replace(self, **{name: value[part] for name, value in self.tensors().items()})
 
     def applies(self, name: str) -> Tensor | None:
         """Which images (n,) get the operator ``name``; ``None``: all of them, as it is no alternative to another."""
         return self.chosen == self.alternatives.index(name) if name in self.alternatives else None
 
     def tensors(self) -> dict[str, Tensor]:
-        """The parameters that the strategy draws; with :func:`drawn`, all it takes to have the draw again."""
+        """The parameters that the strategy draws; with :func:`draw_of`, all it takes to have the draw again."""
         return {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
 
 
@@ -120,10 +119,10 @@ def draw(
         values["rotate"] = (uniform(n) * 2 - 1) * (MAX_DEGREES * torch.pi / 180)
     if "cutout" in names:
         values["cutout"] = integer(0, size - _cutout_side(size) % 2)
-    return drawn(strategy, values, rule)
+    return draw_of(strategy, values, rule)
 
 
-def drawn(strategy: str, tensors: dict[str, Tensor], rule: str = "idc") -> Draw:
+def draw_of(strategy: str, tensors: dict[str, Tensor], rule: str = "idc") -> Draw:
     """The draw whose :meth:`Draw.tensors` are ``tensors``."""
     return Draw(alternatives=alternatives_of(strategy, rule), **tensors)
 

@@ -20,4 +20,5 @@ class Normalise:
 
 
 def unit_range(images: Tensor) -> Tensor:
+    """uint8 pixels as float32 in [0, 1]; others, which are taken to be there already, as they are."""
     return images.float() / 255 if images.dtype == torch.uint8 else images

@@ -41,6 +41,22 @@ class GroupSampler:
         self.cursors[groups] += self.batch
         return self.order[first[:, None] + self._offsets]
 
+    def batches(self, count: int) -> Tensor:
+        """Indices (count, batch) of ``count`` batches of the only group, as :meth:`draw` gives them one by one.
+
+        Between two shuffles they lie side by side, so a GPU is asked for a copy instead of three kernels for each.
+        """
+        found, size = [], int(self.sizes[0])
+        while count:
+            cursor = int(self.cursors[0])
+            if cursor + self.batch > size:
+                self.order, cursor = self._shuffled(), 0
+            here = min(count, (size - cursor) // self.batch)
+            self.cursors[0] = cursor + here * self.batch
+            found.append(self.order[cursor : cursor + here * self.batch].view(here, self.batch))
+            count -= here
+        return torch.cat(found)
+
     def _shuffled(self) -> Tensor:
         keys = torch.rand(len(self.groups), generator=self.generator, device=self.generator.device, dtype=torch.float64)
         return torch.argsort(self.groups + keys)
@@ -68,24 +84,25 @@ def per_class(labels: Tensor, class_names: tuple[str, ...], batch: int, generato
 
     Raises ``DataError`` naming the first class that has fewer than ``batch`` images.
     """
+    return GroupSampler(class_sizes(labels, batch, class_names, "objective.real_batch"), batch, generator)
+
+
+def whole_split(images: int, batch: int, generator: torch.Generator) -> GroupSampler:
+    """A sampler of batches from all ``images``, at most as large as that; they are its only group."""
+    return GroupSampler(torch.tensor([images]), min(batch, images), generator)
+
+
+def class_sizes(labels: Tensor, least: int, class_names: Sequence[str], key: str = "memory.images_per_class") -> Tensor:
+    """How many images every class has, (C,) on the CPU.
+
+    Raises ``DataError`` naming the first class that has fewer than ``least``, the value of the setting ``key``.
+    """
     sizes = torch.bincount(labels.cpu(), minlength=len(class_names))
-    if (sizes < batch).any():
-        short = int((sizes < batch).nonzero()[0])
+    if (sizes < least).any():
+        short = int((sizes < least).nonzero()[0])
         raise DataError(
-            f"objective.real_batch={batch}: class {class_names[short]} has only {int(sizes[short])} training images; "
+            f"{key}={least}: class {class_names[short]} has only {int(sizes[short])} training images; "
             f"set it to at most {int(sizes.min())}"
-        )
-    return GroupSampler(sizes, batch, generator)
-
-
-def class_sizes(labels: Tensor, per_class_count: int, class_names: Sequence[str]) -> Tensor:
-    """How many images every class has, (C,) on the CPU. Raises ``DataError`` if one has fewer than are asked of it."""
-    sizes = torch.bincount(labels.cpu(), minlength=len(class_names))
-    if (sizes < per_class_count).any():
-        short = int((sizes < per_class_count).nonzero()[0])
-        raise DataError(
-            f"memory.images_per_class={per_class_count}: class {class_names[short]} has only {int(sizes[short])} "
-            "training images to draw from"
         )
     return sizes
 
@@ -103,7 +120,7 @@ def repeated_subset(
     labels: Tensor, per_class_count: int, class_names: tuple[str, ...], generator: torch.Generator
 ) -> Tensor:
     """As :func:`random_subset`, but a class with too few images gives all of them, and then repeats them."""
-    sizes = class_sizes(labels, 1, class_names)
+    sizes = torch.bincount(labels.cpu(), minlength=len(class_names))
     sampler = GroupSampler(sizes, 1, generator)  # its order is shuffled within each class
     positions = sampler.starts[:, None] + torch.arange(per_class_count) % sizes[:, None]
     return sampler.order[positions.flatten().to(sampler.order.device)]

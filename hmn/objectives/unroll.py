@@ -88,7 +88,7 @@ class Unrolled:
         # (theta_t, w_{t+2}, lambda_{t+1}, images, labels, alpha) -> w_{t+1}, lambda_t, dL/dx_t, what dL/dalpha gains
         self.vjp = compute.maybe_compile(vjp)
         # (parameters, images, labels) -> value, its gradient with respect to the parameters
-        self.cross_entropy = compute.maybe_compile(judge)
+        self.loss_and_gradient = compute.maybe_compile(judge)
 
     @torch.no_grad()
     def train(self, parameters: Parameters, batch: Batch, steps: int, lr: Tensor) -> Trail:

@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig
 
-from hmn import condensations, config, results
+from hmn import config, results, shared_condensed
 from hmn.artifacts import CARD, card_file, sha256
 from hmn.checkpoint import write_text
 from hmn.config import CONF, Config, DatasetConfig, require
@@ -179,7 +179,7 @@ def _figures(overrides: Sequence[str], kept: tuple[str, ...] = ()) -> dict[str, 
     found = {"run_id": plan.run_id, "folder": str(plan.folder), **flops, **_stored(plan)}
     found["not_read"] = list(plan.not_read)
     if plan.config.condenses and plan.config.compute.share_condensed:
-        found["condensation"] = digest(condensations.identity_of(plan))
+        found["condensation"] = digest(shared_condensed.identity_of(plan))
     if plan.expert_flops and (plan.config.condenses or plan.config.mode == "experts"):
         found |= {"experts": digest(experts_identity(plan.config)), "expert_flops": float(plan.expert_flops)}
     config = plan.config

@@ -35,6 +35,7 @@ from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Overrid
 from hmn import results
 from hmn.checkpoint import exclusive, write_text
 from hmn.config import require
+from hmn.config.overrides import section_of
 from hmn.errors import ArtifactError, ConfigError, HmnError
 from hmn.explain import explain
 from hmn.plan import Plan, make_plan
@@ -42,7 +43,7 @@ from hmn.report import text_table
 from hmn.sweeps import state
 from hmn.sweeps.cells import Cell
 from hmn.sweeps.planning import compose, plan_cells
-from hmn.sweeps.sweep import OWN, Sweep, launch, of_arguments, section_of
+from hmn.sweeps.sweep import OWN, Sweep, launch, of_arguments
 
 if TYPE_CHECKING:
     import optuna

@@ -29,6 +29,7 @@ from hmn.checkpoint import clear, codes_of, exclusive, write_text
 from hmn.compute import device_of
 from hmn.config import CONF, LauncherConfig, SweepConfig, require, sections
 from hmn.config.identity import digest
+from hmn.config.overrides import key_of, section_of
 from hmn.config.sweeps import LocalConfig
 from hmn.errors import STOP_SIGNALS, Busy, ConfigError, Interrupted
 from hmn.report import percent
@@ -94,11 +95,6 @@ def _check_experiment(named: str) -> None:
     hint = f"; did you mean {near[0]}?" if near else ""
     rule = f"a table, {', '.join(tables)}, or settings, {', '.join(settings)}{hint}"
     require("experiment", set(named.split(",")) <= {*tables, *settings}, named, rule)
-
-
-def section_of(argument: str) -> str:
-    """The section of the configuration that an override is about, or its group."""
-    return argument.lstrip("+~").split("=")[0].split(".")[0]
 
 
 def _sweep(
@@ -215,7 +211,7 @@ def _task(sweep: Sweep, one: Planned) -> Task:
     added = [f"tracking.group={sweep.name}"] if sweep.group is None else []
     if one.cell.labels:
         added.append(labelled(one.cell.labels))
-    if sweep.gives_gpus and not any(map(_says_device, one.overrides)):
+    if sweep.gives_gpus and not {"compute", "compute.device"} & set(map(key_of, one.overrides)):
         added.append("compute.device=cuda")  # or a GPU that broke meanwhile would leave days of steps to the CPU
     return Task(
         run_id=one.run_id,
@@ -224,10 +220,6 @@ def _task(sweep: Sweep, one: Planned) -> Task:
         directory=os.getcwd(),
         max_retries=sweep.settings.max_retries,
     )
-
-
-def _says_device(setting: str) -> bool:
-    return setting.lstrip("+").split("=")[0] in ("compute", "compute.device")
 
 
 def labelled(labels: Mapping[str, str]) -> str:

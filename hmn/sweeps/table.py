@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hmn.config import one_of, require
+from hmn.config.overrides import key_of
 from hmn.errors import ConfigError
 from hmn.report import text_table
 from hmn.results import ROOT
@@ -153,9 +154,9 @@ def _read(path: Path) -> dict[str, Any]:
 def _check_added(file: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """Refuse what would make cells of different labels one run, and what would make several of one."""
     for override in overrides:
-        key, _, value = override.lstrip("+").partition("=")
+        key, value = key_of(override), override.partition("=")[2]
         for axis, labels in _axes(file).items():
-            given = {tuple(one for one in settings if _key(one) == key) for settings in labels.values()}
+            given = {tuple(one for one in settings if key_of(one) == key) for settings in labels.values()}
             if len(given) > 1 and axis not in file.get("over", ()):
                 raise ConfigError(
                     f"{override}: the axis {axis} sets it: {ONLY}{axis}=LABEL,LABEL chooses of its labels"
@@ -164,10 +165,6 @@ def _check_added(file: Mapping[str, Any], overrides: Sequence[str]) -> None:
             (parsed,) = OverridesParser.create().parse_overrides([override])
             one = not parsed.is_sweep_override()
             require(key, one, value, f"one value: a table has its axes in its file, and {ONLY}AXIS=LABEL,LABEL chooses")
-
-
-def _key(override: str) -> str:
-    return override.split("=")[0].lstrip("+")
 
 
 def _axes(file: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
@@ -265,7 +262,7 @@ def last_of_each(overrides: Sequence[str]) -> list[str]:
     """Of several values of one key the last, at the place of the first: Hydra takes an option only once."""
     chosen: dict[str, str] = {}
     for override in overrides:
-        chosen[_key(override)] = override
+        chosen[key_of(override)] = override
     return list(chosen.values())
 
 

@@ -77,7 +77,7 @@ OBJECTIVES = {
         lambda at, unrolled, end: trajectory_loss(end, at.start, at.target), reach_expert, 0.0, stored=8.541090748
     ),
     "bptt": Objective(
-        lambda at, unrolled, end: unrolled.cross_entropy(end, *at.real), classify_real, 0.9, stored=1.684573034
+        lambda at, unrolled, end: unrolled.loss_and_gradient(end, *at.real), classify_real, 0.9, stored=1.684573034
     ),
 }
 
@@ -153,7 +153,7 @@ def of_the_way_back(at: Setting, unrolled: Unrolled) -> Tensor:
 
 def of_the_judgement(at: Setting, unrolled: Unrolled) -> Tensor:
     """The gradient of the cross entropy on real images."""
-    return flat(unrolled.cross_entropy(at.start, *at.real)[1])
+    return flat(unrolled.loss_and_gradient(at.start, *at.real)[1])
 
 
 @pytest.mark.parametrize("gradient", [of_a_step, of_the_way_back, of_the_judgement])

@@ -18,7 +18,7 @@ from hmn.containers import storage
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape, Tangent, UpsamplingConv2d
 from hmn.containers.presets import PRESETS
 from hmn.errors import ConfigError
-from hmn.prune import kept_instances
+from hmn.prune import kept_images
 
 TINY = HmnShape(
     classes=3,
@@ -390,7 +390,7 @@ def test_any_shape_budget_and_pruning_ends_within_the_budget_and_with_equal_clas
         numbers = torch.arange(shape.classes * container.images_per_class, dtype=torch.float32)
         container.instances.copy_(numbers.view(shape.classes, -1, 1, 1, 1))
     scores = torch.rand(shape.classes, container.images_per_class, generator=generator(seed))
-    container.keep(kept_instances(scores, stored.images_per_class, beta))
+    container.keep(kept_images(scores, stored.images_per_class, beta))
     assert container.storage_floats() == stored.stored_floats(shape.classes) <= budget
     assert container.storage_floats() + one_more > budget
     survivors = container.instances[:, :, 0, 0, 0]

@@ -12,7 +12,7 @@ from hmn.budget import budget_floats
 from hmn.config import HmnConfig
 from hmn.containers import Storage, presets, storage
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape, make_decoder
-from hmn.containers.presets import PRESETS, by_distance, latent_side, with_preset
+from hmn.containers.presets import PRESETS, by_distance, fill, latent_side
 from hmn.errors import ConfigError
 
 
@@ -23,14 +23,10 @@ def configured(**changes: object) -> HmnConfig:
 def shape_of(preset: str, **changes: object) -> HmnShape:
     """The preset's shape for the data it was made for, RGB except for digits."""
     row = PRESETS[preset]
-    filled = with_preset(
-        configured(preset=preset, **changes),
-        classes=row.classes,
-        image_size=row.image_size,
-        images_per_class=row.images_per_class,
-    )
     channels = 1 if preset.startswith("digits") else 3
-    return HmnShape.of(filled, classes=row.classes, channels=channels, image_size=row.image_size)
+    data = {"classes": row.classes, "channels": channels, "image_size": row.image_size}
+    filled = fill(configured(preset=preset, **changes), images_per_class=row.images_per_class, **data)
+    return HmnShape.of(filled, **data)
 
 
 def on_meta(shape: HmnShape, images_per_class: int) -> HierarchicalMemory:
@@ -233,7 +229,7 @@ def test_without_over_budget_both_counts_are_the_same():
 def test_auto_takes_the_row_nearest_in_side_then_classes_then_memory(size, classes, rows):
     assert {ipc: by_distance(size, classes, ipc)[0] for ipc in rows} == rows
     for ipc, name in rows.items():
-        filled = with_preset(configured(), classes=classes, image_size=size, images_per_class=ipc)
+        filled = fill(configured(), classes=classes, channels=3, image_size=size, images_per_class=ipc)
         assert filled.preset == name
         assert filled.decoder_width == PRESETS[name].decoder_width
 
@@ -249,9 +245,9 @@ def test_auto_passes_over_rows_that_the_budget_does_not_pay_for(size, classes):
     first, *_ = by_distance(size, classes, 1)
     data = dict(classes=classes, channels=3, image_size=size)
     with pytest.raises(ConfigError, match="over the budget"):
-        named = with_preset(configured(preset=first), images_per_class=1, **data)
+        named = fill(configured(preset=first), images_per_class=1, **data)
         storage(HmnShape.of(named, **data), 1, 0.1)
-    filled = with_preset(configured(), images_per_class=1, **data)
+    filled = fill(configured(), images_per_class=1, **data)
     assert storage(HmnShape.of(filled, **data), 1, 0.1).images_per_class >= 1
 
 
@@ -277,7 +273,7 @@ def test_auto_passes_over_rows_that_the_budget_does_not_pay_for(size, classes):
 )
 def test_the_latent_side_keeps_as_many_doublings_as_divide_the_image(preset, size, side):
     assert latent_side(PRESETS[preset], size) == side
-    filled = with_preset(configured(preset=preset), classes=10, image_size=size, images_per_class=1)
+    filled = fill(configured(preset=preset), classes=10, channels=3, image_size=size, images_per_class=1)
     assert filled.latent_side == side
     shape = HmnShape.of(filled, classes=10, channels=3, image_size=size)
     assert on_meta(shape, 1).decode(torch.tensor([0], device="meta")).shape == (1, 3, size, size)
@@ -297,7 +293,7 @@ def test_the_latent_side_keeps_as_many_doublings_as_divide_the_image(preset, siz
 )
 def test_each_field_can_be_given_and_the_preset_fills_the_others(key, value):
     plain, changed = (
-        with_preset(configured(preset="p1", **given), classes=10, image_size=32, images_per_class=1)
+        fill(configured(preset="p1", **given), classes=10, channels=3, image_size=32, images_per_class=1)
         for given in ({}, {key: value})
     )
     assert getattr(plain, key) != value
@@ -307,7 +303,7 @@ def test_each_field_can_be_given_and_the_preset_fills_the_others(key, value):
 
 def test_settings_that_are_no_shapes_pass_through_a_preset():
     given = dict(decoder="transposed", decoder_norm=True, init="fit_real", instance_init_scale=2.0, fit_steps=7)
-    filled = with_preset(configured(**given), classes=10, image_size=32, images_per_class=1)
+    filled = fill(configured(**given), classes=10, channels=3, image_size=32, images_per_class=1)
     assert {key: getattr(filled, key) for key in given} == given
 
 
@@ -316,13 +312,13 @@ def test_settings_that_are_no_shapes_pass_through_a_preset():
 
 def test_an_unknown_preset_is_told_the_known_ones():
     with pytest.raises(ConfigError, match=r"^container\.preset=p99: must be auto or one of p1, p1b, .*digits_ipc10$"):
-        with_preset(configured(preset="p99"), classes=10, image_size=32, images_per_class=1)
+        fill(configured(preset="p99"), classes=10, channels=3, image_size=32, images_per_class=1)
 
 
 @pytest.mark.parametrize(("side", "size"), [(5, 32), (32, 32), (64, 32), (3, 32), (12, 32), (6, 28)])
 def test_a_latent_side_that_doubling_does_not_lead_to_the_image_is_refused(side, size):
     with pytest.raises(ConfigError) as caught:
-        with_preset(configured(latent_side=side), classes=10, image_size=size, images_per_class=1)
+        fill(configured(latent_side=side), classes=10, channels=3, image_size=size, images_per_class=1)
     assert str(caught.value) == (
         f"container.latent_side={side}: must be the image side divided by a power of two: "
         f"dataset.image_size={size} is not {side} doubled"
@@ -331,7 +327,7 @@ def test_a_latent_side_that_doubling_does_not_lead_to_the_image_is_refused(side,
 
 def test_an_odd_image_side_has_no_latent_side():
     with pytest.raises(ConfigError, match=r"^container\.latent_side=25: .*dataset\.image_size=25"):
-        with_preset(configured(), classes=10, image_size=25, images_per_class=1)
+        fill(configured(), classes=10, channels=3, image_size=25, images_per_class=1)
 
 
 def test_a_budget_too_small_is_told_the_smallest_that_fits_and_that_one_does():

@@ -366,7 +366,7 @@ def test_a_batch_that_a_network_trains_on_shares_the_operator_but_not_its_parame
 
 def test_one_operator_of_all_is_siamese_by_repetition_and_comes_back_from_its_tensors():
     drawn = augment.draw(EVERYTHING, 5, 8, generator(), rule="vico", one_choice=False)
-    again = augment.drawn(EVERYTHING, drawn.tensors(), "vico")
+    again = augment.draw_of(EVERYTHING, drawn.tensors(), "vico")
     images = noise(5, 8)
     expected = torch.stack([naive_one_of_all(image, drawn, i) for i, image in enumerate(images)])
     close(augment.apply(images.repeat_interleave(3, 0), again.repeat(3)), expected.repeat_interleave(3, 0))
@@ -461,7 +461,7 @@ def test_a_whole_strategy_has_the_right_gradient(seed):
 def test_rotating_is_torchvisions(degrees):
     images = noise(3, 32)
     turned = {"chosen": torch.zeros(3, dtype=torch.int64), "rotate": torch.full((3,), math.radians(degrees))}
-    found = augment.apply(images, augment.drawn("rotate", turned))
+    found = augment.apply(images, augment.draw_of("rotate", turned))
     torch.testing.assert_close(found, torchvision_affine(images, angle=-degrees, scale=1.0), rtol=0, atol=1e-4)
 
 
@@ -469,7 +469,7 @@ def test_rotating_is_torchvisions(degrees):
 def test_scaling_both_axes_alike_is_torchvisions(factor):
     images = noise(3, 32)
     scaled = {"chosen": torch.zeros(3, dtype=torch.int64), "scale": torch.full((3, 2), factor)}
-    found = augment.apply(images, augment.drawn("scale", scaled))
+    found = augment.apply(images, augment.draw_of("scale", scaled))
     torch.testing.assert_close(found, torchvision_affine(images, angle=0.0, scale=1 / factor), rtol=0, atol=1e-4)
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hmn.data.sampling import GroupSampler, per_class, permutations, random_subset, repeated_subset
+from hmn.data.sampling import GroupSampler, per_class, permutations, random_subset, repeated_subset, whole_split
 from hmn.errors import DataError
 
 NAMES = ("cat", "dog", "owl")
@@ -167,10 +167,22 @@ def test_every_subset_is_equally_likely():
     assert all(abs(count - tries / 10) < margin for count in counts.values())
 
 
+@given(images=st.integers(1, 12), batch=st.integers(1, 12), counts=st.lists(st.integers(1, 9), max_size=4))
+def test_batches_of_the_whole_split_are_those_that_are_drawn_one_by_one(images, batch, counts):
+    whole, single = (whole_split(images, batch, generator()) for _ in range(2))
+    for count in counts:
+        expected = torch.cat([single.draw(torch.zeros(1, dtype=torch.int64)) for _ in range(count)])
+        assert torch.equal(whole.batches(count), expected)
+        for name, value in single.state_dict().items():
+            assert torch.equal(whole.state_dict()[name], value)
+
+
 def test_a_class_smaller_than_the_subset_is_named():
     with pytest.raises(DataError) as caught:
         random_subset(labels(10, 9, 11), 10, NAMES, generator())
-    assert str(caught.value) == ("memory.images_per_class=10: class dog has only 9 training images to draw from")
+    assert str(caught.value) == (
+        "memory.images_per_class=10: class dog has only 9 training images; set it to at most 9"
+    )
 
 
 def test_a_repeated_subset_of_enough_images_is_a_random_subset():

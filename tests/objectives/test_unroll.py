@@ -81,7 +81,7 @@ def by_autograd(problem: Problem, steps: int, momentum: float, dampening: float)
 def by_hand(problem: Problem, steps: int, momentum: float, dampening: float, segment: int = 1):
     unrolled = Unrolled(problem.network, CPU, momentum=momentum, dampening=dampening, segment=segment)
     trail = unrolled.train(problem.start, problem.batch, steps, problem.lr)
-    _, gradient = unrolled.cross_entropy(trail.end, *problem.outer)
+    _, gradient = unrolled.loss_and_gradient(trail.end, *problem.outer)
     problem.pixels.grad = None
     by_lr = unrolled.backward(trail, gradient, problem.batch, problem.lr)
     return trail.end, problem.pixels.grad, by_lr

@@ -391,7 +391,7 @@ def test_the_order_of_settings_and_where_runs_are_made_are_no_part_of_a_study(ru
 
 def test_trials_of_other_sources_are_kept_only_if_asked_for(runs):
     runs.code = "0123456789ab"
-    assert search(["study=a", "trials=1", *FIXED, *SPACE]) == 0
+    assert search(["study=a", "trials=1", "sweep.other_code=keep", *FIXED, *SPACE]) == 0
     with pytest.raises(ConfigError, match=r"study=a: 1 trials are of other sources \(0123456789ab, now \w+\)"):
         search(["study=a", "trials=2", *FIXED, *SPACE])
     assert search(["study=a", "trials=2", "sweep.other_code=keep", *FIXED, *SPACE]) == 0

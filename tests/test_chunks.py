@@ -10,9 +10,7 @@ import sys
 import pytest
 import torch
 
-from hmn.compute import Compute
-from hmn.errors import ConfigError
-from hmn.memory import (
+from hmn.chunks import (
     classes_per_chunk,
     decoding_bytes,
     feature_bytes,
@@ -21,6 +19,8 @@ from hmn.memory import (
     matching_bytes,
     saved_bytes,
 )
+from hmn.compute import Compute
+from hmn.errors import ConfigError
 from hmn.objectives.distance import all_weights
 from tests.small_matching import CLASSES, PER_CLASS, build, clone_of, config, make_container, make_run
 
@@ -108,7 +108,7 @@ IMAGE = 4 * 3 * 8 * 8  # bytes
 @pytest.mark.parametrize(("real_bytes", "step"), [(GIB // 64, 3 * GIB / 16), (GIB // 4, 5 * GIB / 4)])
 def test_a_chunk_of_classes_takes_what_the_parts_of_a_step_add_up_to(monkeypatch, real_bytes: int, step: float):
     """Three synthetic and five real images per class, two classes per call; 1 GiB is in use already."""
-    monkeypatch.setattr("hmn.memory.decoding_bytes", lambda *_: (GIB // 8, GIB // 32))
+    monkeypatch.setattr("hmn.chunks.decoding_bytes", lambda *_: (GIB // 8, GIB // 32))
     compute = Holding(torch.device("cpu"), classes_per_call=2)
     settings = config(real_batch=5, synthetic_batch=3)
 
@@ -126,8 +126,8 @@ def test_a_chunk_of_classes_takes_what_the_parts_of_a_step_add_up_to(monkeypatch
 
 def test_a_chunk_of_images_takes_what_a_students_step_adds_up_to(monkeypatch):
     """Seven images per step and two copies of the network; all images and their derivatives stay."""
-    monkeypatch.setattr("hmn.memory.decoding_bytes", lambda *_: (GIB // 8, GIB // 32))
-    monkeypatch.setattr("hmn.memory.matching_bytes", lambda *_: GIB // 16)
+    monkeypatch.setattr("hmn.chunks.decoding_bytes", lambda *_: (GIB // 8, GIB // 32))
+    monkeypatch.setattr("hmn.chunks.matching_bytes", lambda *_: GIB // 16)
     container, network, compute = make_container(), build(), Holding(torch.device("cpu"))
     parameters = sum(value.numel() for value in network.parameters())
 

@@ -65,7 +65,7 @@ class ClassifyReal:
     def __init__(
         self,
         network: nn.Module,
-        cross_entropy: Callable[[Parameters, Tensor, Tensor], tuple[Tensor, Parameters]],
+        loss_and_gradient: Callable[[Parameters, Tensor, Tensor], tuple[Tensor, Parameters]],
         images: Tensor,
         labels: Tensor,
         *,
@@ -73,7 +73,7 @@ class ClassifyReal:
         normalise: Normalise,
         seed: int,
     ) -> None:
-        self.network, self.cross_entropy, self.normalise, self.seed = network, cross_entropy, normalise, seed
+        self.network, self.loss_and_gradient, self.normalise, self.seed = network, loss_and_gradient, normalise, seed
         self.images, self.labels, self.real = images, labels, real
         self.networks = torch.Generator(images.device)  # seeded anew for every student
 
@@ -84,7 +84,7 @@ class ClassifyReal:
 
     def judge(self, end: Parameters) -> tuple[Tensor, Parameters]:
         index = self.real.draw(torch.arange(len(self.real.sizes))).flatten()
-        return self.cross_entropy(end, as_seen(self.normalise(self.images[index])), self.labels[index])
+        return self.loss_and_gradient(end, as_seen(self.normalise(self.images[index])), self.labels[index])
 
     def state_dict(self) -> dict[str, Any]:
         return self.real.state_dict()
@@ -204,6 +204,7 @@ class ThroughStudent(Condensation):
             if parameter.grad is None:  # of what no batch took
                 parameter.grad = torch.zeros_like(parameter)
         norms = self.norms({id(p): p.grad.norm().square() for p in self.optimizer.parameters})
+        self.clip(norms)
         self.optimizer.step()
         if self.adversary is not None:
             self.adversary.learn(self._seen)

@@ -10,15 +10,15 @@ from torch import nn
 
 from hmn import bank, distributed
 from hmn.build.workshop import Workshop
+from hmn.chunks import ImageBytes, classes_per_chunk, feature_bytes, gradient_bytes, matching_bytes
 from hmn.config.identity import bank_identity, digest
 from hmn.containers.base import Container
 from hmn.matching import ClassMatching
-from hmn.memory import ImageBytes, classes_per_chunk, feature_bytes, gradient_bytes, matching_bytes
 from hmn.objectives.distance import all_weights
 from hmn.objectives.distribution import distribution_step
 from hmn.objectives.gradient import MatchingStep, matching_step, real_gradients, stored_step
 from hmn.pool import PoolSide
-from hmn.realside import FeatureSide, LiveSide, RealSide, SyntheticSide
+from hmn.realside import LiveSide, RealSide, SyntheticSide, UntrainedSide
 
 KEPT_ON_GPU = 8 << 30  # bytes of a snapshot bank at most: 200 snapshots of ten classes take 2.6e9
 
@@ -34,9 +34,8 @@ def gradient_matching(shop: Workshop, container: Container) -> ClassMatching:
     network = shop.build().to(compute.device)
     folder = Path(config.paths.cache_dir) / "banks" / digest(bank_identity(config) | shop.arithmetic)
     banked = objective.bank.networks and all(path.exists() for path in bank.files(folder, objective.bank))
-    # Of a bank that is there only real gradients are read.
-    in_step, real_batch = partial(matching_bytes, metric=objective.metric), 0 if banked else objective.real_batch
-    chunk = _chunk(shop, container, network, in_step, real_batch=real_batch)
+    real_batch = 0 if banked else objective.real_batch  # of a bank that is there only real gradients are read
+    chunk = _chunk(shop, container, network, partial(matching_bytes, metric=objective.metric), real_batch=real_batch)
 
     def live(seed: int, stream: str) -> LiveSide:
         return LiveSide(shop.data, objective, train=shop.train_step, stream=stream, **shop.side_of(seed))
@@ -68,6 +67,7 @@ def gradient_matching(shop: Workshop, container: Container) -> ClassMatching:
 
 
 def synthetic_gradient(shop: Workshop, container: Container) -> ClassMatching:
+    """DC and DSA: networks train on the synthetic set, and gradients of all weights are matched."""
     compute, objective = shop.compute, shop.config.objective
     network = shop.build().to(compute.device)
     chunk = _chunk(shop, container, network, partial(matching_bytes, metric=objective.metric, matched=all_weights))
@@ -84,6 +84,7 @@ def synthetic_gradient(shop: Workshop, container: Container) -> ClassMatching:
 
 
 def distribution_matching(shop: Workshop, container: Container) -> ClassMatching:
+    """DM on fresh networks, or IDM on a pool of trained ones; the distance is one number."""
     compute, objective = shop.compute, shop.config.objective
     network = shop.build().to(compute.device)
     chunk = _chunk(shop, container, network, feature_bytes, of_real=None)
@@ -91,7 +92,7 @@ def distribution_matching(shop: Workshop, container: Container) -> ClassMatching
     if objective.pool_networks:
         side = PoolSide(shop.data, objective, train=shop.train_step, **shared)
     else:
-        side = FeatureSide(shop.data, objective, **shared)
+        side = UntrainedSide(shop.data, objective, **shared)
     return _class_matching(shop, container, side, distribution_step(network, compute), chunk, 1)
 
 

@@ -30,8 +30,8 @@ from hmn.networks import initialise
 from hmn.networks.convnet import ConvNet
 from hmn.objectives.unroll import Unrolled
 from hmn.seeding import derived_seed, generator
+from hmn.through_student import ClassifyReal, LearnedRate, ReachExpert, ThroughStudent, of_every_class, shuffled
 from hmn.training import Training, training_step
-from hmn.unrolled import ClassifyReal, LearnedRate, ReachExpert, ThroughStudent, of_every_class, shuffled
 from tests.command import configured
 from tests.small_matching import (
     CLASSES,
@@ -111,7 +111,7 @@ def bptt_run(settings: BpttConfig, container: Container | None = None, **parts: 
     student, train = unrolled(settings), REAL.train
     real = per_class(train.labels, REAL.class_names, settings.real_batch, generator(SEED, "real"))
     options = {"real": real, "normalise": Normalise(MEAN, STD), "seed": SEED}
-    goal = ClassifyReal(build(), student.cross_entropy, train.images, train.labels, **options)
+    goal = ClassifyReal(build(), student.loss_and_gradient, train.images, train.labels, **options)
     batches = of_every_class(container.classes, container.matched_per_class, settings.class_batch)
     rate = LearnedRate(settings.student_lr, lr=0.0, momentum=0.0, least=0.0, device=CPU.device)
     return ThroughStudent(

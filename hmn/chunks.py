@@ -103,7 +103,7 @@ def classes_per_chunk(
     ``real_batch``, by default the objective's. With a limit of ``None``, as many as go into one call, and on a GPU up
     to ``GPU_CLASSES``. Raises ``ConfigError`` with the least limit if one class does not fit.
     """
-    group = min(config.classes_per_step or container.classes, container.classes)
+    group = config.group(container.classes)
     real_batch = config.real_batch if real_batch is None else real_batch
     if limit is None:
         alone = evenly(group, GPU_CLASSES) if compute.device.type == "cuda" else 1

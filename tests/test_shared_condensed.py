@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from hmn import condensations
+from hmn import shared_condensed
 from hmn.checkpoint import Stop, exclusive
 from hmn.config.identity import condensation_identity
 from hmn.errors import Interrupted
@@ -86,16 +86,16 @@ def test_the_recipe_of_evaluation_is_part_of_it_where_a_curve_is_measured():
 
 def test_other_images_and_other_sources_have_folders_of_their_own(tmp_path):
     plan = planned(*TINY, f"paths.cache_dir={tmp_path}")
-    folders = {condensations.folder_of(plan, data, code, "fp32") for data in "ab" for code in "cd"}
-    assert len(folders | {condensations.folder_of(plan, "a", "c", "bf16")}) == 5
+    folders = {shared_condensed.folder_of(plan, data, code, "fp32") for data in "ab" for code in "cd"}
+    assert len(folders | {shared_condensed.folder_of(plan, "a", "c", "bf16")}) == 5
 
 
 def test_the_kept_set_that_a_container_starts_from_is_part_of_it(tmp_path):
     plan = planned(*TINY, f"paths.cache_dir={tmp_path}")
     none, one, other = (dataclasses.replace(plan, artifact=checksum) for checksum in (None, "a", "b"))
-    assert condensations.identity_of(one) != condensations.identity_of(other)
-    assert condensations.identity_of(one) != condensations.identity_of(none)
-    assert len({condensations.folder_of(start, "data", "code", "fp32") for start in (none, one, other)}) == 3
+    assert shared_condensed.identity_of(one) != shared_condensed.identity_of(other)
+    assert shared_condensed.identity_of(one) != shared_condensed.identity_of(none)
+    assert len({shared_condensed.folder_of(start, "data", "code", "fp32") for start in (none, one, other)}) == 3
 
 
 def test_runs_that_share_a_condensation_end_as_if_each_had_made_its_own(tmp_path):
@@ -213,8 +213,8 @@ def test_the_first_condensation_that_is_offered_stays(tmp_path):
     first, second = (plan.container(plan.storage.instances) for _ in range(2))
     for number, container in enumerate((first, second)):
         container.initialise(torch.Generator().manual_seed(number), plan.config.container, None)
-        condensations.offer(tmp_path, container, {"condensed_by": str(number)})
-    assert condensations.load(tmp_path, second) == {"condensed_by": "0"}
+        shared_condensed.offer(tmp_path, container, {"condensed_by": str(number)})
+    assert shared_condensed.load(tmp_path, second) == {"condensed_by": "0"}
     assert torch.equal(second.instances, first.instances)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hmn.data.source import TrainingImages
+from hmn.data.training_images import TrainingImages
 
 LABELS = torch.tensor([0] * 4 + [1] * 6)
 

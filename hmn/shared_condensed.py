@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from hmn.checkpoint import atomic_write
+from hmn.checkpoint import write_tensors
 from hmn.config.identity import condensation_identity, digest
 from hmn.containers.base import Container
 from hmn.errors import ArtifactError
@@ -36,11 +35,8 @@ def folder_of(plan: Plan, fingerprint: str, code: str, precision: str) -> Path:
 
 def offer(folder: Path, container: Container, made: dict[str, Any]) -> None:
     """Keep ``container`` with ``made``, plain values that tell what condensing it was like, unless one is there."""
-    if (folder / TENSORS).exists():
-        return
-    tensors = {name: value.detach().cpu().contiguous() for name, value in container.state_dict().items()}
-    with atomic_write(folder / TENSORS) as temporary:
-        save_file(tensors, temporary, metadata={"made": json.dumps(made)})
+    if not (folder / TENSORS).exists():
+        write_tensors(folder / TENSORS, container.state_dict(), {"made": json.dumps(made)})
 
 
 def load(folder: Path, container: Container) -> dict[str, Any] | None:
