@@ -221,6 +221,8 @@ def _detail(found: state.State, one: Planned) -> str:
         return accuracy(found.result)
     if found.error:
         return found.error
+    if found.bar and not found.bar.startswith("condense "):
+        return found.bar
     if found.stage is None:
         return ""
     if found.stage != "condense":

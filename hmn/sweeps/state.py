@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 from hmn import results
 from hmn.checkpoint import held
 from hmn.errors import Damaged
-from hmn.sweeps.attempt import FAILURE
+from hmn.sweeps.attempt import FAILURE, LOG
 from hmn.tracking import METRICS_FILE
 
 TAIL_BYTES = 1 << 16
+BAR = re.compile(r"[\r\n]([^\r\n:]+): +\d+%\|[^|]*\| (\d+)/(\d+) \[[\d:]+<([\d:?]+),")  # as tqdm writes it
 STAGES = ("fit", "condense", "curve", "prune", "redundancy", "evaluate")
 
 
@@ -26,6 +28,7 @@ class State:
     stage: str | None = None  # of one that runs, or was interrupted
     step: int | None = None
     steps_per_second: float | None = None
+    bar: str | None = None  # of one that runs: what its last progress bar shows, a stage without records maybe
 
     def seconds_left(self, of_steps: int | None) -> float | None:
         """Of condensing, at the rate of its last steps."""
@@ -48,7 +51,7 @@ def read(folder: Path | None) -> State:
     if result is not None:
         return State("done", result)
     if held(folder):
-        return State("running", **_progress(folder / METRICS_FILE))
+        return State("running", **_progress(folder / METRICS_FILE), bar=_bar(folder / LOG))
     if (failure := _failure(folder / FAILURE)) is not None:
         return State("failed", error=failure["error"], command=failure["command"])
     if any((folder / "checkpoints").glob("*.pt")):
@@ -63,14 +66,25 @@ def _failure(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def _bar(log: Path) -> str | None:
+    """What is done, how much of it and how long it will take, by the last progress bar at the end of ``log``."""
+    if not log.exists():
+        return None
+    found = BAR.findall(_end(log))
+    return None if not found else "{} {} of {}, {} left".format(*found[-1])
+
+
+def _end(path: Path) -> str:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        return file.read().decode(errors="replace")
+
+
 def _progress(metrics: Path) -> dict[str, Any]:
     """Stage, step and rate by the last records, from the end of the file alone."""
     if not metrics.exists():
         return {}
-    with metrics.open("rb") as file:
-        file.seek(max(0, metrics.stat().st_size - TAIL_BYTES))
-        lines = file.read().decode(errors="replace").split("\n")[:-1]  # the last may be half written
-    for line in reversed(lines):
+    for line in reversed(_end(metrics).split("\n")[:-1]):  # the last may be half written
         try:
             record = json.loads(line)
         except ValueError:  # the first may have been cut

@@ -11,8 +11,10 @@ import pytest
 from hmn import results
 from hmn.checkpoint import LOCK, exclusive
 from hmn.errors import ArtifactError
-from hmn.sweeps import state
-from hmn.sweeps.attempt import FAILURE
+from hmn.sweeps import cli, state
+from hmn.sweeps.attempt import FAILURE, LOG
+from hmn.sweeps.cells import Cell
+from hmn.sweeps.planning import Planned
 from hmn.tracking import METRICS_FILE
 
 RESULT = {"accuracy": {"mean": 0.5, "std": None}}
@@ -148,3 +150,34 @@ def test_an_end_that_cuts_its_only_line_tells_nothing(tmp_path, monkeypatch):
     records(tmp_path, {"prune/aum": "x" * 200})
     monkeypatch.setattr(state, "TAIL_BYTES", 100)
     assert state.read(tmp_path) == state.State("interrupted")
+
+
+BANK = "snapshot bank:  30%|███       | 3/10 [10:46<24:40, 211.49s/network]"
+
+
+@pytest.mark.parametrize(
+    ("log", "bar"),
+    [
+        (f"fit real images\n\r  \r{BANK}", "snapshot bank 3 of 10, 24:40 left"),
+        (f"\r{BANK}\nfit real images:   0%|          | 0/4000 [00:00<?, ?step/s]", "fit real images 0 of 4000, ? left"),
+        (
+            f"\rcondense:   2%|▏         | 9/600 [00:07<05:12,  1.89step/s, loss=3]\r{BANK[:40]}",
+            "condense 9 of 600, 05:12 left",
+        ),
+        ("W&B: http://server/run-1\n", None),
+    ],
+)
+def test_what_runs_shows_its_last_bar(tmp_path, log, bar):
+    (tmp_path / LOG).write_text(log)
+    assert state.read(tmp_path).bar is None  # nobody works on it
+    with exclusive(tmp_path):
+        assert state.read(tmp_path) == state.State("running", bar=bar)
+
+
+def test_status_shows_the_bar_of_a_stage_that_records_nothing(tmp_path):
+    one = Planned(Cell("a", {}, ()), (), "a", tmp_path)
+    shown = [
+        cli._detail(state.State("running", bar=bar, stage="condense", step=3), one)
+        for bar in ("b 1 of 2", "condense 4")
+    ]
+    assert shown == ["b 1 of 2", "condense 3"]
