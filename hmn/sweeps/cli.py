@@ -26,7 +26,7 @@ from hmn.sweeps.launchers import local
 from hmn.sweeps.pace import flops_per_second
 from hmn.sweeps.planning import Planned, by_run, work
 from hmn.sweeps.search import search
-from hmn.sweeps.sweep import Sweep, accuracy, axes_not_read, counts, launch, of_arguments, status_command
+from hmn.sweeps.sweep import Sweep, accuracy, counts, launch, of_arguments, status_command, varied_not_read
 
 COMMANDS = ("launch", "plan", "status", "results", "search", "tables")
 DAY_SECONDS = 86400
@@ -136,7 +136,7 @@ def plan_text(sweep: Sweep, planned: Sequence[Planned]) -> str:
     lines.append(f"left: about {_shown(left)} hours of one slot, at {rate / 1e9:,.1f} GFLOP/s, {whence}")
     if any(one.run_id is None for one in planned):
         lines.append("beside those of runs that read kept sets which are not there yet")
-    lines += [f"not read, though it varies: {text}" for text in axes_not_read(planned)]
+    lines += [f"not read, though it varies: {text}" for text in varied_not_read(planned)]
     if sweep.table is not None:
         expected = ", ".join(f"{key} {value}" for key, value in sweep.table.expects.items())
         lines.append(f"experiments/tables/{sweep.table.name}.yaml expects: {expected}")

@@ -159,7 +159,7 @@ def status_command(sweep: Sweep) -> str:
 def _launch(sweep: Sweep, planned: Sequence[Planned]) -> Counter[str]:
     if _set_aside_others(sweep, planned):
         planned = sweep.plan()  # cells that read them wait now
-    for text in axes_not_read(planned):
+    for text in varied_not_read(planned):
         print(f"not read, though it varies: {text}")
     tried: set[str] = set()
     while True:
@@ -323,10 +323,14 @@ def counts(planned: Sequence[Planned]) -> Counter[str]:
     return +found
 
 
-def axes_not_read(planned: Sequence[Planned]) -> list[str]:
-    """The settings that the sweep varies and some of its runs do not read, each with the reason: alike but by name."""
-    told = (text for one in planned for text in one.not_read if text.split(" (")[0] in one.cell.labels)
-    return list(dict.fromkeys(told))
+def varied_not_read(planned: Sequence[Planned]) -> list[str]:
+    """The settings that differ between runs none of which reads them, each with the reason: alike but by name."""
+    values: dict[str, set[str]] = {}
+    for one in planned:
+        given = {key_of(override): override for override in one.overrides}
+        for text in one.not_read:
+            values.setdefault(text, set()).add(given[text.split(" (")[0]])
+    return [text for text, found in values.items() if len(found) > 1]
 
 
 def description(sweep: Sweep, planned: Sequence[Planned]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from hmn.data import datasets
 from hmn.errors import STOP_SIGNALS, ConfigError, Interrupted
 from hmn.sweeps import cli, planning
 from hmn.sweeps import sweep as sweep_module
+from hmn.sweeps.cells import Cell
 from hmn.sweeps.launchers import local
 from hmn.sweeps.planning import Planned
 from hmn.sweeps.sweep import of_arguments
@@ -477,7 +479,10 @@ def test_an_axis_that_runs_do_not_read_is_told(tmp_path, monkeypatch, capsys):
     sweep = of_arguments(asked, "")
     told = "not read, though it varies: pruning.beta (pruning.over_budget=0)"
     assert cli.plan_text(sweep, sweep.plan()).splitlines().count(told) == 1
-    assert sweep_module.axes_not_read(of_arguments([*asked[:1], "pruning.beta=0,0.5"], "").plan()) == []
+    assert sweep_module.varied_not_read(of_arguments([*asked[:1], "pruning.beta=0,0.5"], "").plan()) == []
+    alike = [Planned(Cell(name, {}, ()), (f"seed={name}",), name, None, not_read=("seed (a)",)) for name in "12"]
+    assert sweep_module.varied_not_read(alike) == ["seed (a)"]  # of a table, too, whose axes have other names
+    assert sweep_module.varied_not_read([alike[0], dataclasses.replace(alike[1], not_read=("seed (b)",))]) == []
     monkeypatch.setattr(sweep_module.launchers, "launch", lambda *_: (outcome for outcome in ()))
     sweep_module.launch(sweep)
     assert capsys.readouterr().out == f"{told}\n"
