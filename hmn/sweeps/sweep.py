@@ -324,13 +324,13 @@ def counts(planned: Sequence[Planned]) -> Counter[str]:
 
 
 def varied_not_read(planned: Sequence[Planned]) -> list[str]:
-    """The settings that differ between runs none of which reads them, each with the reason: alike but by name."""
-    values: dict[str, set[str]] = {}
+    """The settings in which alone runs differ that do not read them, each with the reason: they are alike."""
+    values: dict[tuple[str, frozenset[str]], set[str]] = {}
     for one in planned:
-        given = {key_of(override): override for override in one.overrides}
         for text in one.not_read:
-            values.setdefault(text, set()).add(given[text.split(" (")[0]])
-    return [text for text, found in values.items() if len(found) > 1]
+            own = {override for override in one.overrides if key_of(override) == text.split(" (")[0]}
+            values.setdefault((text, frozenset(one.overrides) - own), set()).update(own)
+    return list(dict.fromkeys(text for (text, _), found in values.items() if len(found) > 1))
 
 
 def description(sweep: Sweep, planned: Sequence[Planned]) -> dict[str, Any]:

@@ -483,6 +483,8 @@ def test_an_axis_that_runs_do_not_read_is_told(tmp_path, monkeypatch, capsys):
     alike = [Planned(Cell(name, {}, ()), (f"seed={name}",), name, None, not_read=("seed (a)",)) for name in "12"]
     assert sweep_module.varied_not_read(alike) == ["seed (a)"]  # of a table, too, whose axes have other names
     assert sweep_module.varied_not_read([alike[0], dataclasses.replace(alike[1], not_read=("seed (b)",))]) == []
+    other = dataclasses.replace(alike[1], overrides=("seed=2", "artifact=b"))
+    assert sweep_module.varied_not_read([alike[0], other]) == []  # they differ in more than that
     monkeypatch.setattr(sweep_module.launchers, "launch", lambda *_: (outcome for outcome in ()))
     sweep_module.launch(sweep)
     assert capsys.readouterr().out == f"{told}\n"
