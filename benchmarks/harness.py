@@ -408,11 +408,10 @@ def report(
     return found
 
 
-def finished(options: argparse.Namespace, head: Mapping[str, Any], measured: Iterable[Row]) -> None:
-    """Write what was timed before the long processes that tell its memory, and whether a GPU replayed it."""
-    if torch.cuda.is_available():
-        for row in measured:
-            row.extra["launched_anew"] = sorted(capture._told) or "nothing"
+def finished(options: argparse.Namespace, head: dict[str, Any], measured: Iterable[Row]) -> None:
+    """Write what was timed before the long processes that tell its memory; ``head`` tells what a GPU did not replay."""
+    if head["device"] == "cuda":
+        head["launched_anew"] = "; ".join(sorted(capture.launched_anew)) or "nothing"
     if options.json:
         write_json(options.json, _found(head, measured) | {"not_measured": ["peak memory: was being measured"]})
 

@@ -197,7 +197,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> tuple[dict, li
     }
     chosen = harness.chosen(planned(harness.kind_of(options), options), options)
     whole = variants(chosen, at, options)
-    last = [form for form in chosen if not form.stored][-1]
+    last = next((form for form in reversed(chosen) if not form.stored), REFERENCE)
     parts = decoding_variants(last, at, options) if last != REFERENCE else []
     times = harness.interleave(
         [*whole, *parts], device, rounds=options.rounds, least_seconds=options.least_seconds, title=PART

@@ -16,7 +16,7 @@ Tensors = dict[str, Tensor]
 # Before it, a failed recording leaves a generator that believes itself recorded still: there is no going on without.
 RECOVERS = "2.13.0a0"
 _enabled = True
-_told: set[str] = set()  # why something was not recorded, once for all networks and steps
+launched_anew: set[str] = set()  # why something was not recorded, once for all networks and steps
 WARM_UP = 3  # calls before recording: they compile, choose algorithms and make optimiser state
 
 
@@ -75,8 +75,8 @@ class Replay:
             cannot = f"a step cannot be recorded as a CUDA graph, and PyTorch {torch.__version__} cannot go on"
             raise HmnError(f"{cannot}: compute.record=false launches every step anew ({reason})")
         self.plain = True
-        if reason not in _told:
-            _told.add(reason)
+        if reason not in launched_anew:
+            launched_anew.add(reason)
             print(f"a step cannot be recorded as a CUDA graph, so it is launched anew: {reason}", file=sys.stderr)
 
     def _warm_up(self, inputs: Tensors) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import functools
 import itertools
 import multiprocessing
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection, forkserver, popen_forkserver
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import hydra
 import torch
@@ -227,3 +228,14 @@ def _run(program: str, folder: str, arguments: list[str], outputs: str, environm
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(ValueError):
                 stream.flush()
+
+
+def changed(config: Config, **values: Any) -> Config:
+    """``config`` with other values; a key ``section__field`` is the dotted ``section.field``."""
+    sections: dict[str, Any] = {}
+    for key, value in values.items():
+        section, _, name = key.partition("__")
+        if name:
+            value = dataclasses.replace(sections.get(section, getattr(config, section)), **{name: value})
+        sections[section] = value
+    return dataclasses.replace(config, **sections)

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as everything
-from benchmarks import condensation, evaluation, forms, harness, outer_step, problem, reference
+from benchmarks import condensation, evaluation, forms, harness, matching, outer_step, problem, reference
 from benchmarks.harness import Row, Times, Variant
+from hmn import capture
 from hmn.compute import Compute
 from hmn.data import augment
 from hmn.networks import initialise
@@ -243,6 +244,35 @@ def test_forms_are_chosen_by_name_and_the_reference_stays():
     assert [form.name for form in chosen] == ["reference", "compiled bf16"]
     with pytest.raises(SystemExit, match="compiled fp16"):
         harness.chosen(planned, options("--forms", "compiled fp16"))
+
+
+def test_without_the_reference_only_what_is_named_is_left():
+    given = options("--forms", "loop fp32", "--without-reference")
+    assert [form.name for form in harness.chosen(forms.matching("cpu", 10), given)] == ["loop fp32"]
+    variant = Variant("loop fp32", lambda: None, 1.0)
+    assert matching.compare([variant], {"loop fp32": Times(0.0, [1.0], 1)}) == {"loop fp32": {}}
+
+
+def test_what_was_timed_is_written_before_memory_is_measured(tmp_path, monkeypatch):
+    given = options("--json", str(tmp_path / "rows.json"))
+    monkeypatch.setattr(capture, "launched_anew", {"no such kernel"})
+    for device in ("cpu", "cuda"):
+        harness.finished(given, {"device": device}, [Row(part="p", name="a", median_ms=2.0)])
+        found = json.loads((tmp_path / "rows.json").read_text())
+        assert [(row["name"], row["median_ms"], row["peak_bytes"]) for row in found["rows"]] == [("a", 2.0, None)]
+        assert found["not_measured"] == ["peak memory: was being measured"]
+        assert found["header"].get("launched_anew") == (None if device == "cpu" else "no such kernel")
+
+
+def test_a_form_that_computes_something_else_ends_the_benchmark_once_all_is_written():
+    ones, other = torch.ones(3), 2 * torch.ones(3)
+    variants = [Variant(name, lambda: None, 1.0) for name in ("reference", "same", "other")]
+    results = {"reference": ones, "same": ones, "other": other}
+    found = matching.compare(variants, {name: Times(0.0, [1.0], 1, (value, ones)) for name, value in results.items()})
+    rows = [Row(part="p", name=name, extra=extra) for name, extra in found.items()]
+    matching.deviating(rows[:2])
+    with pytest.raises(SystemExit, match="^other: the distance differs"):
+        matching.deviating(rows)
 
 
 @pytest.mark.parametrize("has", [False, True])

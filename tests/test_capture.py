@@ -57,7 +57,7 @@ def cannot_record(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setattr(Replay, "_warm_up", lambda s, inputs: warm_up(s.function, inputs, s.state, s.generators))
     monkeypatch.setattr(Replay, "_record", fail)
     monkeypatch.setattr(capture, "RECOVERS", "0")  # whichever is installed
-    monkeypatch.setattr(capture, "_told", set())
+    monkeypatch.setattr(capture, "launched_anew", set())
 
 
 def test_a_step_that_cannot_be_recorded_is_called_as_it_is_and_says_so_once(capsys, monkeypatch):
