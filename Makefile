@@ -1,9 +1,9 @@
 PYTHON ?= python3
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
-# What `make lock` must not raise by itself: results are compared across runs of one torch.
+# Pins that `make lock` must not raise by itself, as results are compared across runs of one torch.
 HELD := torch==2.13.0 torchvision==0.28.0
 
-# One line instead of a resolver's page of "no matching distribution"; old Pythons run it too, to say what they are.
+# Fails with one line instead of a resolver's page of "no matching distribution". Old Pythons must be able to run it.
 define CHECK_PYTHON
 @$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("hmn needs Python >= 3.11, found " \
 	+ sys.version.split()[0] + " as $(PYTHON): name a newer one with PYTHON=, as in make setup PYTHON=python3.12")'
@@ -28,12 +28,12 @@ setup: .venv/.installed ## make .venv with the locked packages (PYTHON=python3 c
 demo: setup ## condense, prune and evaluate the embedded digits
 	.venv/bin/python run.py experiment=demo
 
-# Hiding the devices gives every machine the same run; `.venv/bin/python -m pytest -m gpu` runs what needs one. Two
-# processes of one thread are quicker than one of two. Files stay whole: their tests share finished runs.
+# GPUs are hidden so that all machines run the same tests; `.venv/bin/python -m pytest -m gpu` runs those that need one.
+# Two processes with one thread are faster than one with two. Files are not split, as their tests share finished runs.
 test: setup ## run the test suite on the CPU
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-# Nothing else should run meanwhile. BENCH="--rounds 3 --data DIR" and the like are handed on.
+# Nothing else should run at the same time. Options are passed on, as in make bench BENCH="--rounds 3 --data DIR".
 bench: setup ## time all formulations against the plain loop: 25 minutes on two cores
 	.venv/bin/python -m benchmarks $(BENCH)
 
@@ -41,8 +41,8 @@ lint: setup ## check style and formatting
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
 
-# On the oldest supported Python, since newer ones get releases that it cannot install. Left out: torch's build suffix
-# (+cpu, +cu...) and the CUDA packages that torch's own metadata pins.
+# Use the oldest supported Python: newer ones get releases that it cannot install. The suffix of torch's build (+cpu,
+# +cu...) and the CUDA packages that torch's own metadata pins are left out.
 lock: ## rewrite requirements.lock from a fresh environment (with Python 3.11)
 	$(CHECK_PYTHON)
 	rm -rf build/lock

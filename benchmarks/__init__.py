@@ -1,1 +1,1 @@
-"""How fast and how large: every formulation against the plain class loop, measured in turns on one machine."""
+"""Speed and memory of every formulation against the plain class loop, measured in turns on one machine."""

@@ -1,7 +1,7 @@
-"""All benchmarks of this machine's kind in one table: ``make bench``, or ``python -m benchmarks``.
+"""Run all benchmarks for this kind of machine into one table: ``make bench``, or ``python -m benchmarks``.
 
-Every part is a process of its own, one after another; they share a compile cache that starts empty. The result goes to
-``benchmarks/results/cpu.json`` and ``cpu.md``, or ``gpu.*`` where there is a GPU. Options are handed on to all parts.
+Parts run one after another, each in its own process; they share a compile cache that starts empty. The result goes to
+``benchmarks/results/cpu.json`` and ``cpu.md``, or ``gpu.*`` where there is a GPU. Options are passed on to all parts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PARTS = {
 
 
 def planned(kind: str, options: argparse.Namespace) -> list[str]:
-    """The names of all rows of a ``kind`` of device."""
+    """The names of all rows for a ``kind`` of device."""
     found = []
     for module in (matching, outer_step, evaluation):
         found += [f"{module.PART}: {form.name}" for form in module.planned(kind, options)]
@@ -44,7 +44,7 @@ def planned(kind: str, options: argparse.Namespace) -> list[str]:
 
 
 def merge(parts: dict[str, dict[str, Any]], failed: Sequence[str], absent: Sequence[str]) -> dict[str, Any]:
-    """One report of the parts' reports: the first header, what another part has otherwise under its name, all rows."""
+    """Merge the parts' reports: the first header, another part's differing values under its name, and all rows."""
     head: dict[str, Any] = {}
     found: dict[str, Any] = {"schema_version": harness.SCHEMA_VERSION, "header": head, "rows": []}
     for name, report in parts.items():
@@ -62,7 +62,7 @@ def main() -> int:
     arguments = sys.argv[1:]
     if options.forms or options.forms_of or options.json:
         raise SystemExit(
-            "--forms, --forms-of and --json belong to the single parts: python -m benchmarks.matching --forms ..."
+            "--forms, --forms-of and --json belong to single parts, as in python -m benchmarks.matching --forms ..."
         )
     kind = harness.kind_of(options)
     parts = {name: own for name, own in PARTS.items() if not options.no_memory or name not in ("memory", "chunks")}
@@ -82,7 +82,7 @@ def main() -> int:
             else:
                 reports[name] = json.loads(kept.read_text(encoding="utf-8"))
     if not reports:
-        raise SystemExit("no part has ended well: see their messages; what was measured before is kept")
+        raise SystemExit("every part has failed: see their messages; earlier results are kept")
     absent = (
         [] if kind == "cuda" or torch.cuda.is_available() else [f"GPU, {name}" for name in planned("cuda", options)]
     )

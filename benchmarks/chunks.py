@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.chunks [--width 32] [--real 16] [--limit 2] [--json FILE]``
 
-Every row is a process of its own: one plain matching step of HMN under the preset of that data, on noise. With a limit,
+Every row is a process of its own: one plain matching step of HMN with the preset for that data, on noise. With a limit,
 classes are decoded in the chunks that ``compute.memory_limit`` chooses; the peak shows whether its estimate holds.
 """
 
@@ -27,11 +27,11 @@ from hmn.containers import presets, storage
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
 from hmn.data.datasets import RealData, Split
 from hmn.matching import ClassMatching
+from hmn.network_update import training_step
 from hmn.networks.convnet import ConvNet, default_depth
 from hmn.objectives.gradient import matching_step
 from hmn.realside import LiveSide
 from hmn.seeding import generator
-from hmn.training import training_step
 
 PART = "memory: chunks"
 # (classes, side, synthetic images per class and step): each line grows one of them
@@ -42,7 +42,7 @@ LIMIT = 2.0  # GiB
 
 
 def jobs(limit: float) -> list[tuple[tuple[int, int, int], float | None]]:
-    """Every case without a limit and with it."""
+    """Every case, without a limit and with it."""
     return [(case, given) for case in CASES for given in (None, limit)]
 
 
@@ -86,7 +86,7 @@ def child(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         seed=0,
         chunk=chunk,
     )
-    if device.type == "cuda":  # launched, not recorded; its first step chooses algorithms
+    if device.type == "cuda":  # launched instead of replayed; the first step chooses algorithms
         run.replay = None
         run.run_step()
         harness.wait(device)
@@ -122,7 +122,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> tuple[dict, li
 def main() -> None:
     parser = harness.parser(__doc__, rounds=1)
     parser.set_defaults(width=32, real=16)
-    parser.add_argument("--limit", type=float, default=LIMIT, help="GiB of the limited rows")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="memory limit of the limited rows, in GiB")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--case", type=int, nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()

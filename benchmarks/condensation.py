@@ -1,10 +1,11 @@
-"""Condensing from nothing: a process per formulation, compile time and snapshot bank included.
+"""Condensing from scratch: a process per formulation, compile time and snapshot bank included.
 
 ``python -m benchmarks.condensation [--steps 4] [--json FILE]``
 
-Every formulation runs twice: with an empty compile cache (cold) and with the cache that left behind (warm). The clock
-starts when libraries are imported and images are loaded. Runs follow one another, so these are single measurements;
-steps are told apart from what comes before them, and a job of 20,000 steps is extrapolated unless ``--steps`` runs it.
+Every compiled formulation runs twice: with an empty compile cache (cold), then with the cache that this leaves behind
+(warm). The clock starts once libraries are imported and images are loaded. Runs follow one another, so these are single
+measurements. Steps are timed apart from what comes before them, and a job of 20,000 steps is extrapolated unless
+``--steps`` runs it.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from hmn.config import BankConfig
 
 PART = "condensation"
 JOB_STEPS = 20_000
-# Real runs share a bank of many networks, which train longer between snapshots: of this one, only steps count.
+# Real runs share a bank of many networks, which train longer between snapshots. With this one, only steps count.
 BANK = BankConfig(networks=1, snapshots=5)
 
 
 def planned(kind: str, options: argparse.Namespace) -> list[Form]:
-    """Those of the outer step; on a CPU, where a run takes a minute, one of each precision."""
+    """The forms of the outer step; on a CPU, where a run takes a minute, one of each precision."""
     left_out = ("compiled bf16",) if kind == "cpu" else ()
     return [form for form in forms.outer_step(kind, options.classes) if form.name not in left_out]
 
@@ -62,7 +63,7 @@ def child(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             harness.wait(device)
             marks.append(time.perf_counter())
     return {
-        "preparation_seconds": marks[0] - start,  # of which the bank is nearly all, where there is one
+        "preparation_seconds": marks[0] - start,  # nearly all of it the bank, if there is one
         "first_step_seconds": marks[1] - marks[0],
         "steady_seconds": (marks[-1] - marks[1]) / (options.steps - 1),
         "total_seconds": marks[-1] - start,
@@ -79,11 +80,11 @@ def run(form: Form, options: argparse.Namespace, cache: Path) -> dict[str, Any]:
 
 
 def rows(form: Form, runs: list[dict[str, Any]], plain: dict[str, Any] | None, steps: int) -> list[Row]:
-    """A row for every run of ``form``; speed-ups are of the whole run, against the reference's ``plain``."""
+    """A row for every run of ``form``; speed-ups are of the whole run, against ``plain``, the reference's."""
     measured = []
     for name, found in zip(names(form), runs, strict=True):
         row = Row(part=PART, name=name, note=form.note, rounds=1, calls_per_round=steps)
-        if plain:  # of the few steps that were run: compiling and all
+        if plain:  # of the few steps that were run, compiling included
             row.speedup_median = row.speedup_min = row.speedup_max = plain["total_seconds"] / found["total_seconds"]
         row.median_ms = row.min_ms = row.max_ms = 1000 * found["steady_seconds"]
         row.first_call_seconds = found["first_step_seconds"]
@@ -91,7 +92,7 @@ def rows(form: Form, runs: list[dict[str, Any]], plain: dict[str, Any] | None, s
         row.extra = dict(found)
         if plain and form != REFERENCE:
             row.extra["steady_speedup"] = plain["steady_seconds"] / found["steady_seconds"]
-        if not form.stored:  # a bank for so many steps takes other, longer trainings
+        if not form.stored:  # a bank for so many steps needs other, longer trainings
             job = found["preparation_seconds"] + found["first_step_seconds"] + (JOB_STEPS - 1) * found["steady_seconds"]
             row.extra[f"extrapolated_seconds_of_{JOB_STEPS}_steps"] = job
             if plain and form != REFERENCE:
@@ -101,7 +102,7 @@ def rows(form: Form, runs: list[dict[str, Any]], plain: dict[str, Any] | None, s
 
 
 def break_even(found: dict[str, Any], plain: dict[str, Any]) -> float | None:
-    """Steps after which preparing and compiling have paid; null if they never do."""
+    """The number of steps after which preparing and compiling pay off; ``None`` if they never do."""
     ahead, plain_ahead = (run["preparation_seconds"] + run["first_step_seconds"] for run in (found, plain))
     saved = plain["steady_seconds"] - found["steady_seconds"]
     return max(0.0, ahead - plain_ahead) / saved if saved > 0 else None
@@ -136,7 +137,7 @@ def main() -> None:
     device = harness.prepare(options)
     options.steps = options.steps or (4 if device.type == "cpu" else 200)
     if options.steps < 2:
-        parser.error(f"--steps {options.steps}: at least 2, the first one compiles")
+        parser.error(f"--steps {options.steps}: must be at least 2, as the first one compiles")
     if options.child:
         print(json.dumps(child(options, device)))
         return

@@ -20,8 +20,9 @@ from benchmarks.forms import REFERENCE, Form
 from benchmarks.harness import Row, Variant
 from benchmarks.problem import Problem, work
 from hmn.data.sampling import random_subset
+from hmn.network_update import training_step
 from hmn.seeding import generator
-from hmn.training import Recipe, Training, training_step
+from hmn.training import Recipe, Training
 
 PART = "evaluation"
 BATCH = 64
@@ -43,7 +44,7 @@ def planned(kind: str, options: argparse.Namespace) -> list[Form]:
 
 
 def networks_of(kind: str, options: argparse.Namespace) -> int:
-    """How many networks a call trains: on a CPU, which takes them one after another, one tells it all."""
+    """How many networks a call trains; on a CPU, which trains them one after another, one is enough."""
     return options.networks or (1 if kind == "cpu" else 10)
 
 
@@ -78,7 +79,7 @@ def plain_networks(
 def our_networks(
     at: Problem, images: Tensor, labels: Tensor, recipe: Recipe, count: int, form: Form
 ) -> tuple[list[Training], Callable[[], None]]:
-    """Ours: one compiled step for all, ``form.networks`` networks at a time."""
+    """Our trainings, ``form.networks`` networks at a time with one compiled step, and a call of an epoch of each."""
     step = training_step(at.network(channels_last=True), form.compute(at.device))
     streams = [generator(0, "network", number, device=at.device) for number in range(count)]
     groups = [streams[start : start + form.networks] for start in range(0, count, form.networks)]
@@ -141,7 +142,7 @@ def check(kind: str) -> dict[str, float]:
 
 
 def weights(networks: Sequence[nn.Module], training: Training) -> list[tuple[tuple[Tensor, ...], Tensor]]:
-    """Every parameter of all plain networks, beside ours, which may be stacked."""
+    """Each parameter of all plain networks beside ours, which may be stacked."""
     plain = zip(*(network.parameters() for network in networks), strict=True)
     return list(zip(plain, training.network.parameters(), strict=True))
 

@@ -35,7 +35,7 @@ class Form:
         return STORED if self.stored else ""
 
 
-# The class loop in benchmarks/reference.py. On a GPU its convolutions run in PyTorch's default, tf32.
+# The class loop in benchmarks/reference.py. On a GPU its convolutions run in tf32, PyTorch's default.
 REFERENCE = Form(name="reference")
 ONE_CLASS = " one class per call"
 STORED = "stored real gradients: another objective, to be read beside the accuracy it costs"
@@ -62,7 +62,7 @@ def matching(kind: str, classes: int) -> list[Form]:
                     stored=stored,
                 )
             )
-    if kind == "cuda":  # what batching the classes is worth: together, their convolutions become grouped ones
+    if kind == "cuda":  # to see what batching classes is worth: it makes their convolutions grouped ones
         alone = {"precision": "bf16", "compiled": True}
         forms += [Form(name=f"{name} bf16{ONE_CLASS}", matching=name, **alone) for name in ("compiled", "r_operator")]
     return forms

@@ -24,12 +24,12 @@ from tqdm import tqdm
 
 from hmn import capture
 from hmn.checkpoint import write_text
-from hmn.compute import has_bf16, keep_heap_pages
+from hmn.compute import bf16_pays, keep_heap_pages
 from hmn.results import cpu_name, provenance
 from hmn.seeding import set_deterministic
 
 SCHEMA_VERSION = 1
-COMPILE_CACHE = "HMN_BENCHMARK_COMPILE_CACHE"  # what `make bench` says of the cache it gives its parts
+COMPILE_CACHE = "HMN_BENCHMARK_COMPILE_CACHE"  # the variable in which `make bench` describes the cache of its parts
 DEFAULT = "default"  # a GPU's precision by PyTorch's own choice: tf32 in convolutions, fp32 in matrix products
 
 
@@ -40,24 +40,26 @@ def parser(description: str, *, rounds: int) -> argparse.ArgumentParser:
     """The options that all benchmarks share; ``description``'s first line is shown."""
     options = argparse.ArgumentParser(description=description.splitlines()[0])
     options.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    options.add_argument("--forms-of", choices=("cpu", "cuda"), help="try the other kind's forms on this device")
+    options.add_argument("--forms-of", choices=("cpu", "cuda"), help="run the forms of this kind of device instead")
     options.add_argument("--width", type=int, default=128, help="channels of ConvNet-D3")
-    options.add_argument("--classes", type=int, default=10, help="of the noise images")
+    options.add_argument("--classes", type=int, default=10, help="number of classes of the noise images")
     options.add_argument("--real", type=int, default=64, help="real images per class and step")
     options.add_argument("--synthetic", type=int, default=64, help="synthetic images per class and step")
     options.add_argument("--samples", type=int, default=2000, help="real images per network update")
-    options.add_argument("--images-per-class", type=int, default=1, help="memory size that HMN's preset is for")
-    options.add_argument("--networks", type=int, help="that an evaluation trains; default: 1 on a CPU, 10 on a GPU")
-    options.add_argument("--chunk", type=int, help="classes that our outer step decodes at a time; default: as a run")
+    options.add_argument("--images-per-class", type=int, default=1, help="storage that HMN's preset is for")
+    options.add_argument("--networks", type=int, help="networks of an evaluation; default: 1 on a CPU, 10 on a GPU")
+    options.add_argument("--chunk", type=int, help="classes that our outer step decodes at once; default: as in a run")
     options.add_argument("--data", type=Path, help="a tree of class folders; default: structured noise")
     options.add_argument("--rounds", type=int, default=rounds)
     options.add_argument("--least-seconds", type=float, default=0.5, help="a round repeats a call at least this long")
-    options.add_argument("--forms", nargs="+", help="only these rows, beside the reference")
-    options.add_argument("--without-reference", action="store_true", help="with --forms: not even the reference")
-    options.add_argument("--deterministic", action="store_true", help="GPU: algorithms as runs have them by default")
+    options.add_argument("--forms", nargs="+", help="only these rows and the reference")
+    options.add_argument("--without-reference", action="store_true", help="with --forms: leave out the reference, too")
+    options.add_argument("--deterministic", action="store_true", help="GPU: deterministic algorithms, runs' default")
     options.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
-    options.add_argument("--system-allocator", action="store_true", help="do not keep heap pages, on either side")
-    options.add_argument("--no-memory", action="store_true", help="leave out the peak memory of processes of their own")
+    options.add_argument("--system-allocator", action="store_true", help="do not keep heap pages, for any form")
+    options.add_argument(
+        "--no-memory", action="store_true", help="leave out peak memory, which takes a process per form"
+    )
     options.add_argument("--json", type=Path, help="write the rows to this file, too")
     return options
 
@@ -66,7 +68,7 @@ SHAPES = ("width", "classes", "real", "synthetic", "samples", "images_per_class"
 
 
 def shape_arguments(options: argparse.Namespace) -> list[str]:
-    """The options that a child process must share to compute the same."""
+    """The options that a child process needs to compute the same."""
     arguments = ["--device", str(device_of(options))]
     for name in SHAPES:
         arguments += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
@@ -81,7 +83,7 @@ def shape_arguments(options: argparse.Namespace) -> list[str]:
 
 
 def in_a_process(title: str, module: str, *arguments: str, **environment: str) -> dict[str, Any]:
-    """What ``python -m MODULE ARGUMENTS`` prints as JSON in its last line. Ends the program where that fails."""
+    """What ``python -m MODULE ARGUMENTS`` prints as JSON in its last line. Exits if that fails."""
     command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
     if done.returncode:
@@ -96,35 +98,37 @@ def device_of(options: argparse.Namespace) -> torch.device:
 
 
 def kind_of(options: argparse.Namespace) -> str:
-    """Whose forms are run: a GPU's batch classes and networks, a CPU's do not."""
+    """The kind of device whose forms are run: a GPU's forms batch classes and networks, a CPU's do not."""
     return options.forms_of or device_of(options).type
 
 
 def chosen(planned: Sequence[Any], options: argparse.Namespace) -> list[Any]:
-    """Those of the ``planned`` forms that ``--forms`` names, and always the reference; else all this machine is for."""
+    """The ``planned`` forms that ``--forms`` names, and the reference; by default, all that suit this machine."""
     if not options.forms:
-        left = [form for form in planned if form.precision != "bf16" or has_bf16(device_of(options))]
+        left = [form for form in planned if form.precision != "bf16" or bf16_pays(device_of(options))]
         if len(left) < len(planned):
-            print("bf16 is left out, which this machine only imitates: name it in --forms to wait", file=sys.stderr)
+            print("bf16 is left out: it is no faster than fp32 here; --forms runs it anyway", file=sys.stderr)
         return left
     unknown = set(options.forms) - {form.name for form in planned}
     if unknown:
-        raise SystemExit(f"--forms: no {', '.join(sorted(unknown))}; there are {', '.join(f.name for f in planned)}")
+        raise SystemExit(
+            f"--forms: unknown {', '.join(sorted(unknown))}; there are {', '.join(f.name for f in planned)}"
+        )
     beside = () if options.without_reference else ("reference",)
     return [form for form in planned if form.name in (*options.forms, *beside)]
 
 
 def prepare(options: argparse.Namespace) -> torch.device:
-    """Allocator, threads and algorithms, the same for both sides; before the first large allocation."""
+    """Set allocator, threads and algorithms, the same for all forms, before the first large allocation."""
     options.heap_kept = not options.system_allocator and keep_heap_pages()
     if options.threads:
         torch.set_num_threads(options.threads)
-    set_deterministic(options.deterministic)  # without, as IDC's own code: fixed algorithms would slow both sides down
-    # Every form is one more version of the same functions. PyTorch 2.7 calls it recompile_limit, too.
+    set_deterministic(options.deterministic)  # off by default, as in IDC's code: it slows all forms down
+    # Every form compiles the same functions once more. PyTorch 2.7 also calls this recompile_limit.
     torch._dynamo.config.cache_size_limit = 64
     device = device_of(options)
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # streams and graphs are made on the current one
+        torch.cuda.set_device(device)  # streams and graphs are made on the current device
     return device
 
 
@@ -133,7 +137,7 @@ def prepare(options: argparse.Namespace) -> torch.device:
 
 @dataclass(frozen=True)
 class Variant:
-    """One form at work. ``flops`` is what the job needs, not what the form spends: the same for all forms of a job."""
+    """One form, ready to be timed. ``flops`` is what the job needs, the same for all forms, not what one spends."""
 
     name: str
     call: Callable[[], object]
@@ -144,7 +148,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds per call of every round, and of the first call ever, which compiles; what a warm call returned."""
+    """Seconds per call of every round and of the very first call, which compiles; the result of a warm call."""
 
     first: float
     rounds: list[float]
@@ -158,7 +162,7 @@ def wait(device: torch.device) -> None:
 
 
 def use_precision(precision: str, device: torch.device) -> None:
-    """Switch a GPU's fp32 units to what ``precision`` means; the modes of other forms must not leak into this one."""
+    """Set a GPU's tf32 switches for ``precision``, so that the modes of other forms do not leak into this one."""
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = precision in ("tf32", DEFAULT)
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
@@ -184,8 +188,8 @@ def interleave(
 ) -> dict[str, Times]:
     """Time ``variants`` in turns: a first call, a warm-up that also decides how many calls fill a round, then rounds.
 
-    Whoever shares the machine slows neighbours alike, so ratios within a round stand where times across do not. Each
-    round starts one variant later, so nobody always follows the same one.
+    Other work on the machine slows neighbours alike, so ratios within a round hold even if times across rounds do not.
+    Each round starts one variant later, so that no variant always follows the same one.
     """
     first, calls, results = {}, {}, {}
     with progress(None, title, "turn", total=len(variants) * (rounds + 2)) as bar:
@@ -209,7 +213,7 @@ def interleave(
 
 
 def progress(items: Iterable[Any] | None, title: str, unit: str, *, total: int | None = None) -> tqdm:
-    """A bar on a terminal; elsewhere a line now and then."""
+    """A progress bar on a terminal; elsewhere a line now and then."""
     if sys.stderr.isatty():
         return tqdm(items, desc=title, unit=unit, total=total)
     return _Lines(items, desc=title, unit=unit, total=total, mininterval=30, ascii=True)
@@ -230,14 +234,14 @@ def calls_per_round(warm_seconds: float, least_seconds: float, most: int = 500) 
 
 @dataclass(kw_only=True)
 class Row:
-    """One measured form. Speed-ups are the reference's seconds over this form's of the same round; null: no ratio."""
+    """One measured form. Speed-ups are the reference's seconds over this form's in a round; ``None``: no ratio."""
 
     part: str
     name: str
     speedup_median: float | None = None
     speedup_min: float | None = None
     speedup_max: float | None = None
-    peak_bytes: int | None = None  # of a process of its own; on a GPU the most that was allocated at once
+    peak_bytes: int | None = None  # in a process of its own; on a GPU the most that was allocated at once
     reserved_bytes: int | None = None  # GPU: the allocator's pool, captured graphs included
     idle_bytes: int | None = None  # the process before its first step: libraries, images, parameters
     median_ms: float | None = None
@@ -297,7 +301,7 @@ def difference(expected: Tensor, found: Tensor) -> float:
 
 
 def require_exact(differences: Mapping[str, float]) -> dict[str, float]:
-    """``differences`` as they are. Ends the program if one is not that of rounding."""
+    """Return ``differences`` unchanged. Exits if one is more than rounding."""
     for name, value in differences.items():
         if not value <= EXACT:
             raise SystemExit(f"{name} differs from the reference by {value:.1e} in float64: nothing is timed")
@@ -308,7 +312,7 @@ def require_exact(differences: Mapping[str, float]) -> dict[str, float]:
 
 
 def ceilings(device: torch.device) -> dict[str, dict[str, float]]:
-    """FLOP/s of one large matrix product and one of the network's convolutions, by precision, random numbers.
+    """FLOP/s of one large matrix product and one of the network's convolutions, by precision, on random numbers.
 
     The convolution is the second layer's on ten batches of 64 (GPU) or on one (CPU), channels_last.
     """
@@ -359,7 +363,7 @@ def machine(device: torch.device) -> str:
 
 
 def header(options: argparse.Namespace, device: torch.device, images: str) -> dict[str, Any]:
-    """What a reader needs to judge the rows, and to measure them again."""
+    """What a reader needs to judge the rows and to measure them again."""
     code = provenance()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -373,7 +377,7 @@ def header(options: argparse.Namespace, device: torch.device, images: str) -> di
         "device": device.type,
         "machine": machine(device),
         "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],  # before we start: how busy others keep the machine
+        "load_average": os.getloadavg()[0],  # before the start: how busy other work keeps the machine
         "allocator": allocator(options, device),
         "algorithms": "deterministic" if options.deterministic else "the fastest, chosen by trial",
         "network": f"ConvNet-D3-W{options.width}, instance norm",
@@ -385,7 +389,7 @@ def header(options: argparse.Namespace, device: torch.device, images: str) -> di
 
 
 def command() -> str:
-    """This process's command, to be given in the repository."""
+    """The command of this process, to be run in the repository."""
     main = sys.modules["__main__"]
     module = main.__spec__.name.removesuffix(".__main__") if main.__spec__ else Path(sys.argv[0]).name
     return shlex.join(["python", "-m", module, *sys.argv[1:]])
@@ -409,7 +413,7 @@ def report(
 
 
 def finished(options: argparse.Namespace, head: dict[str, Any], measured: Iterable[Row]) -> None:
-    """Write what was timed before the long processes that tell its memory; ``head`` tells what a GPU did not replay."""
+    """Write the times before the long processes that measure memory, and note in ``head`` what a GPU did not replay."""
     if head["device"] == "cuda":
         head["launched_anew"] = "; ".join(sorted(capture.launched_anew)) or "nothing"
     if options.json:
@@ -474,7 +478,7 @@ def text(found: Mapping[str, Any]) -> str:
 
 
 def table(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    """Markdown with padded columns, so that a terminal shows it as well."""
+    """A Markdown table with padded columns, so that it is readable in a terminal."""
     widths = [max(len(line[i]) for line in (columns, *lines)) for i in range(len(columns))]
 
     def padded(values: Sequence[str]) -> str:

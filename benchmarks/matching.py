@@ -25,7 +25,7 @@ from hmn.compute import Compute
 from hmn.objectives.gradient import matching_step, real_gradients, stored_step
 
 PART = "matching"
-# Of the distance, at full width: rounding flips the sign of a few of millions of activations.
+# For the distance at full width, where rounding flips the sign of a few of millions of activations.
 TOLERANCE = {"fp32": 0.01, "tf32": 0.03, harness.DEFAULT: 0.03, "bf16": 0.1}
 
 
@@ -34,7 +34,7 @@ def planned(kind: str, options: argparse.Namespace) -> list[Form]:
 
 
 def variants(chosen: Sequence[Form], at: Problem, options: argparse.Namespace) -> list[Variant]:
-    """The forms at work on one problem. Real gradients for those that store them are made here, untimed."""
+    """The forms, ready to be timed on one problem. Stored real gradients are computed here, untimed."""
     real, synthetic = at.batches(options.real, "real"), at.batches(options.synthetic, "synthetic")
     labels = torch.arange(at.classes, device=at.device)
     needed = work(at.build)
@@ -57,7 +57,7 @@ def variants(chosen: Sequence[Form], at: Problem, options: argparse.Namespace) -
             distances, gradients = step(parameters, side, synthetic, labels)
             return {"distances": distances, "pixel_gradients": gradients}
 
-        # On a GPU recorded, as the steps of a run are.
+        # Recorded on a GPU, as the steps of a run are.
         call = Replay(match, lambda: [], []) if at.device.type == "cuda" else match
         return Variant(form.name, lambda: tuple(call({}).values()), flops, form.precision, form.note)
 
@@ -114,7 +114,7 @@ def compare(chosen: Sequence[Variant], times: dict[str, Times]) -> dict[str, dic
 
 
 def deviating(found: Sequence[Row]) -> None:
-    """End the program, once all is written, if a form computes something else than the reference."""
+    """Exit if a form computes something other than the reference; called once everything is written."""
     if differing := [row.name for row in found if "differs" in row.extra]:
         raise SystemExit(f"{', '.join(differing)}: the distance differs from the reference's by more than rounding")
 

@@ -3,8 +3,8 @@
 ``python -m benchmarks.memory [--parts matching outer_step evaluation hmn] [--json FILE]``
 
 ``hmn`` is the outer step of HMN in the storage of up to 50 images per class, with up to 128 synthetic images per class
-and step. On a CPU the peak is the resident set's, libraries included; on a GPU the most that was allocated at once,
-beside the allocator's pool.
+and step. On a CPU the peak is that of the resident set, libraries included. On a GPU it is the most that was allocated
+at once, beside the allocator's pool.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from benchmarks.harness import Row
 from hmn.compute import Compute
 
 MODULES = {name: f"benchmarks.{name}" for name in ("matching", "outer_step", "evaluation")}
-# Images per class. On a CPU the outer step's own row stands for 1.
+# Images per class. On a CPU, the row of outer_step covers 1.
 MEMORY_SIZES = {"cpu": (10, 50), "cuda": (1, 10, 50)}
 HMN_SYNTHETIC = 128
 CHUNKED = ", decoding a class at a time"  # which a CPU does anyway
 
 
 def fill(rows: Sequence[Row], options: argparse.Namespace) -> None:
-    """Put into ``rows`` the peak memory of their forms."""
+    """Add to ``rows`` the peak memory of their forms."""
     if options.no_memory:
         return
     for row in harness.progress(rows, f"{rows[0].part} memory", "form"):
@@ -38,7 +38,7 @@ def fill(rows: Sequence[Row], options: argparse.Namespace) -> None:
 
 
 def peak(part: str, form: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """What a process that computes ``form`` twice needs, in bytes."""
+    """The bytes that a process needs to compute ``form`` twice."""
     given = ("--child", part, "--forms", form, *arguments)
     return harness.in_a_process(f"{part}, {form}", "benchmarks.memory", *given)
 
@@ -48,7 +48,7 @@ def child(options: argparse.Namespace, device: torch.device) -> dict[str, int | 
     (form,) = (form for form in part.planned(harness.kind_of(options), options) if form.name == options.forms[0])
     (variant,) = part.variants([form], problem.make(options, device), options)
     compute = Compute(device)
-    compute.begin_peak()  # what a bank took to be made is none of the form's
+    compute.begin_peak()  # what making a bank took does not count for the form
     idle = compute.current_bytes()
     for _ in range(2):
         harness.timed(variant, device)
@@ -57,7 +57,7 @@ def child(options: argparse.Namespace, device: torch.device) -> dict[str, int | 
 
 
 def used(device: torch.device) -> tuple[int, int | None]:
-    """Peak bytes so far, and those that a GPU's allocator holds."""
+    """Peak bytes so far, and the most that a GPU's allocator has reserved."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
     return Compute(device).peak_bytes(), None

@@ -3,8 +3,8 @@
 ``python -m benchmarks.outer_step [--images-per-class 1] [--json FILE]``
 
 Both sides start from the same container and network, but draw their own random numbers. With stored real gradients
-there is no network update: the networks were trained when the bank was made, which is not timed here. Also: what
-decoding and its backward pass take of the matching part.
+there is no network update: the networks were trained when the bank was made, which is not timed here. The share of the
+matching part that decoding and its backward pass take is measured, too.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from hmn.compute import Compute
 from hmn.config import BankConfig, GradientMatchingConfig
 from hmn.containers.hierarchical import HierarchicalMemory
 from hmn.matching import ClassMatching
+from hmn.network_update import training_step
 from hmn.objectives.gradient import matching_step, real_gradients, stored_step
 from hmn.realside import LiveSide
-from hmn.training import training_step
 
 PART = "outer_step"
 DECODING = "HMN decoding and its backward pass"
@@ -56,9 +56,9 @@ def condensation(
     chunk: int | None,
     bank_compute: Compute | None = None,
 ) -> ClassMatching:
-    """A run of ours that decodes ``chunk`` classes at a time, or as many as a run without a memory limit.
+    """Our run, which decodes ``chunk`` classes at a time; by default, as many as a run without a memory limit.
 
-    A form that stores real gradients has its bank made here, by ``bank_compute`` if that is given.
+    The bank of a form that stores real gradients is made here, by ``bank_compute`` if that is given.
     """
     compute = form.compute(at.device)
     network = at.network(channels_last=True)
@@ -88,12 +88,12 @@ def condensation(
     )
     keep = kept_on(at.device)
     side = bank.BankSide(paths, config.bank, config.strategy, at.device, 0, keep_bytes=keep)
-    side.folder = folder  # removed with the side that reads it
+    side.folder = folder  # deleted together with the side that reads it
     return ClassMatching(container, side, config, match=stored_step(network, config.metric, compute), **shared)
 
 
 def variants(chosen: Sequence[Form], at: Problem, options: argparse.Namespace) -> list[Variant]:
-    """One whole outer step of each form, a container each."""
+    """One whole outer step of each form, each with its own container."""
     config = problem.matching_config(options, bank=BankConfig(networks=1, snapshots=2), inner_steps=100)
     needed = work(at.build)
 
@@ -108,7 +108,7 @@ def variants(chosen: Sequence[Form], at: Problem, options: argparse.Namespace) -
             run = reference.Condensation(container, at.data, config, at.build, seed=0)
             precision = harness.reference_precision(at.device)
             return Variant(form.name, run.run_step, flops, precision)
-        # A bank that is only timed from is made the plain way, of the fewest steps.
+        # A bank that only serves timing is made by the plain loop, with as few steps as possible.
         quick = dataclasses.replace(config, inner_steps=config.bank.snapshots) if form.stored else config
         run = condensation(form, at, quick, container, chunk=options.chunk, bank_compute=Compute(at.device))
         return Variant(form.name, run.run_step, flops, form.precision, form.note)
@@ -117,7 +117,7 @@ def variants(chosen: Sequence[Form], at: Problem, options: argparse.Namespace) -
 
 
 def decoding_variants(form: Form, at: Problem, options: argparse.Namespace) -> list[Variant]:
-    """The matching part of ``form``'s outer step, and what decoding alone takes of it."""
+    """The matching part of ``form``'s outer step, and the decoding in it alone."""
     config = problem.matching_config(options, network_samples=0)
     container = at.container(options.images_per_class)
     run = condensation(form, at, config, container, chunk=options.chunk)
@@ -138,7 +138,7 @@ def decoding_variants(form: Form, at: Problem, options: argparse.Namespace) -> l
 
     with FlopCounterMode(display=False) as counter:
         decode()
-    # On a GPU recorded, as the step it is a part of is.
+    # Recorded on a GPU, as is the step that it is a part of.
     recorded = Replay(lambda _: decode() or {}, lambda: [], []) if at.device.type == "cuda" else None
     return [
         Variant(f"{form.name}, {MATCHING_PART}", run.run_step, flops, form.precision),
@@ -147,7 +147,7 @@ def decoding_variants(form: Form, at: Problem, options: argparse.Namespace) -> l
 
 
 def decoding_share(times: dict[str, Times], form: Form) -> dict[str, float]:
-    """Of the matching part, within rounds."""
+    """The share of the matching part that decoding takes, within rounds."""
     whole = times[f"{form.name}, {MATCHING_PART}"].rounds
     shares = [own / all_of_it for own, all_of_it in zip(times[DECODING].rounds, whole, strict=True)]
     return {
@@ -161,7 +161,7 @@ def check(at: Problem, options: argparse.Namespace) -> dict[str, float]:
     """Greatest difference from the reference of the distance and of each tier's gradient norm, float64, width 8.
 
     Whole steps of both programs, container included: without augmentation and with exactly as many real images as a
-    batch takes, what is drawn no longer matters.
+    batch takes, random draws no longer matter.
     """
     device = torch.device("cpu")
     usual = torch.get_default_dtype()
@@ -205,7 +205,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> tuple[dict, li
     found = harness.rows(PART, whole, times, harness.greatest(head["ceilings"]))
     harness.finished(options, head, found)
     memory.fill(found, options)
-    if parts:  # no ratios to the reference's whole step: they are less work
+    if parts:  # they are less work than the reference's whole step, so there are no ratios to it
         beside = harness.rows(PART, parts, times, harness.greatest(head["ceilings"]), baseline="none")
         beside[-1].extra = decoding_share(times, last)
         found += beside

@@ -1,4 +1,4 @@
-"""What is computed: images, network, container, and the arithmetic that each job needs."""
+"""What benchmarks compute: images, network, container, and the arithmetic that each job needs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Problem:
         return Normalise(self.data.mean, self.data.std, self.device)
 
     def network(self, *, channels_last: bool, name: str | int = 0) -> nn.Module:
-        """A network freshly drawn; the same one in either memory format."""
+        """A freshly initialised network, the same in either memory format."""
         layout = torch.channels_last if channels_last else torch.contiguous_format
         stream = generator(0, "network", name, device=self.device)
         return initialise(self.build().to(self.device), stream).to(memory_format=layout)
@@ -64,7 +64,7 @@ class Problem:
         return self.normalise(data.train.images[index]).unflatten(0, (self.classes, per_class))
 
     def container(self, images_per_class: int = 1) -> HierarchicalMemory:
-        """HMN by the preset for this memory size, condensed over its budget, newly initialised."""
+        """HMN by the preset for this storage, newly initialised, with as many images as are condensed over budget."""
         data = {"classes": self.classes, "channels": CHANNELS, "image_size": SIZE}
         shape = HmnShape.of(presets.fill(HmnConfig(name="hmn"), images_per_class=images_per_class, **data), **data)
         count = storage(shape, images_per_class, OVER_BUDGET).over_budget_images_per_class
@@ -96,7 +96,7 @@ def describe(options: argparse.Namespace) -> str:
 
 
 def noise(classes: int, per_class: int = NOISE_PER_CLASS) -> RealData:
-    """Smooth random images: coarse and fine noise in the proportions of photographs, a pattern common to each class.
+    """Smooth random images: coarse and fine noise in the proportions of photographs, and a pattern for each class.
 
     Timings depend on shapes alone, but zeros or constants would run faster, and white noise has gradients unlike any
     image's.
@@ -104,7 +104,7 @@ def noise(classes: int, per_class: int = NOISE_PER_CLASS) -> RealData:
     stream = generator(0, "noise")
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (MEAN, STD))
     pixels = []
-    for _ in range(classes):  # one at a time: making the images must not be what a process's peak memory shows
+    for _ in range(classes):  # one at a time, so that making images does not set the process's peak memory
         images = torch.zeros(per_class, CHANNELS, SIZE, SIZE)
         for side in (2, 4, 8, 16, 32):  # twice the frequency at half the amplitude: 1/f
             common = torch.randn(1, CHANNELS, side, side, generator=stream)
@@ -117,7 +117,7 @@ def noise(classes: int, per_class: int = NOISE_PER_CLASS) -> RealData:
 
 
 def of_noise(train: Split, classes: int) -> RealData:
-    """``train`` as a data set that is nothing but training images."""
+    """``train`` as a dataset that is nothing but training images."""
     nothing = Split(train.images[:0], train.labels[:0])
     return RealData(
         name="noise",
@@ -133,7 +133,7 @@ def of_noise(train: Split, classes: int) -> RealData:
 
 
 def class_folders(root: Path) -> RealData:
-    """A tree of class folders, with a test folder or without."""
+    """Load a tree of class folders, with a test folder or without."""
     try:
         folder.find(root, None)
         share = None
@@ -145,9 +145,9 @@ def class_folders(root: Path) -> RealData:
 
 @dataclass(frozen=True)
 class Work:
-    """FLOP per image that a job cannot do without, convolutions and linear layers only, a multiply-add as 2.
+    """FLOP per image that a job cannot do without, counting only convolutions and linear layers, a multiply-add as 2.
 
-    The same number divides the time of every form, so a form that does more arithmetic than needed shows it.
+    The same number is divided by the time of every form, so a form that does more arithmetic than needed shows it.
     """
 
     forward: int
@@ -161,7 +161,7 @@ class Work:
 
     @property
     def matched(self) -> int:
-        """A synthetic image: a forward and a backward pass with a tangent beside each (Pearlmutter, 1994).
+        """For a synthetic image: a forward and a backward pass with a tangent beside each (Pearlmutter, 1994).
 
         Four passes over the layers (forward, input gradients, their two tangents), of which those that would need the
         pixels' own tangent or gradient leave out the first, and three over the convolutions for the direction.
@@ -173,7 +173,7 @@ class Work:
 
 
 def work(build: Builder) -> Work:
-    """Counted on a network without storage."""
+    """Count the work of a network, without allocating it."""
     found: list[tuple[nn.Module, int]] = []
 
     def count(module: nn.Module, _inputs: tuple[Tensor], output: Tensor) -> None:

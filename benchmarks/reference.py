@@ -25,7 +25,7 @@ from hmn.seeding import generator
 
 
 class Random(NamedTuple):
-    """Where augmentation draws from: pixels' parameters on the device, decisions that Python takes on the host."""
+    """What augmentation draws from: pixels' parameters on the device, decisions taken in Python on the host."""
 
     device: torch.Generator
     host: torch.Generator
@@ -35,7 +35,7 @@ def random_of(seed: int, device: torch.device) -> Random:
     return Random(torch.Generator(device).manual_seed(seed), torch.Generator().manual_seed(seed))
 
 
-# Augmentation: parameters (n, ...) for an image each, or (1, ...) for all alike
+# Augmentation: parameters (n, ...) for each image, or (1, ...) for all images
 
 
 def brightness(images: Tensor, u: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def resample(images: Tensor, theta: Tensor) -> Tensor:
 
 
 def scale(images: Tensor, factors: Tensor) -> Tensor:
-    """``factors`` are (x, y)."""
+    """Zoom by ``factors``, which are (x, y)."""
     return resample(images, torch.diag_embed(factors) @ _no_shift(images))
 
 
@@ -89,7 +89,7 @@ def _no_shift(images: Tensor) -> Tensor:
 
 
 def cutout(images: Tensor, centres: Tensor) -> Tensor:
-    """A zero square of half the side; ``centres`` are (y, x)."""
+    """Set a square of half the side to zero; ``centres`` are (y, x)."""
     n, size = len(images), images.shape[-1]
     side = int(0.5 * size + 0.5)
     centres = centres.expand(n, 2)
@@ -102,9 +102,9 @@ def cutout(images: Tensor, centres: Tensor) -> Tensor:
 
 
 def augment(images: Tensor, strategy: str, random: Random, *, alike: bool) -> Tensor:
-    """Flip, colours, one random geometric operator, cutout: those that ``strategy`` names.
+    """Apply flip, colours, one random geometric operator and cutout, as far as ``strategy`` names them.
 
-    ``alike``: one draw for the whole batch, so that real and synthetic images of a class meet the same transform.
+    ``alike``: one draw for the whole batch, so that real and synthetic images of a class get the same transform.
     """
     n, size = 1 if alike else len(images), images.shape[-1]
     names = strategy.split("_")
@@ -134,7 +134,7 @@ def augment(images: Tensor, strategy: str, random: Random, *, alike: bool) -> Te
 
 
 def cutmix(images: Tensor, labels: Tensor, random: Random) -> tuple[Tensor, Tensor, float]:
-    """A box of a random partner's pixels: images, partners' labels, own share of the area."""
+    """Paste a box of a random partner's pixels: images, partners' labels, and the area share that is an image's own."""
     size = images.shape[-1]
     keep, y, x = torch.rand(3, generator=random.host).tolist()
     half = int(size * math.sqrt(1 - keep)) // 2
@@ -189,7 +189,7 @@ def training_step(
     cutmix_probability: float,
     random: Random,
 ) -> float:
-    """One SGD step on normalised images; returns the loss, which a plain trainer reads every time."""
+    """One SGD step on normalised images; returns the loss, which a plain trainer reads at every step."""
     partners, share = labels, 1.0
     with torch.no_grad():
         images = augment(images, strategy, random, alike=False)
@@ -257,7 +257,7 @@ class Condensation:
         batches, count = math.ceil(config.network_samples / config.network_batch), len(images)
         order = torch.randperm(count, generator=self.random.device, device=self.device)
         for batch in range(batches):
-            # Past the end of a small set, its order is gone through again.
+            # Past the end of a small set, its order starts again.
             places = torch.arange(batch * config.network_batch, (batch + 1) * config.network_batch, device=self.device)
             index = order[places % count]
             training_step(

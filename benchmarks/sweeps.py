@@ -1,7 +1,8 @@
-"""What sweeping itself costs: ``python -m benchmarks.sweeps [--json FILE] [--rounds N] [--runs N]``.
+"""Measure what sweeping itself costs: ``python -m benchmarks.sweeps [--json FILE] [--rounds N] [--runs N]``.
 
-Seconds, medians over rounds with minimum and maximum: a run that does nothing, through the launcher and without it, and
-a sweep of finished runs (made up, one in three of another seed) planned for the first time, again, and tabulated.
+Times are medians over rounds in seconds, with minimum and maximum, of a run that does nothing, through the launcher and
+without it, and of a sweep of made-up finished runs, in threes that differ only in the seed: planned for the first time,
+planned again, and tabulated.
 """
 
 from __future__ import annotations
@@ -51,13 +52,13 @@ def launched(program: Path, folder: Path, runs: int) -> Callable[[], object]:
 
 
 def finished_sweep(runs: int) -> tuple[Cell, ...]:
-    """As many cells; a third of them differ in more than the seed."""
+    """About ``runs`` cells, in threes that differ only in the seed."""
     rates = ",".join(str(round(0.001 * number, 3)) for number in range(1, runs // 3 + 1))
     return grid(["dataset=cifar10", "memory=ipc10", f"objective.memory_lr={rates}", "seed=0,1,2"])
 
 
 def fabricate(planned: list[Any]) -> None:
-    """A result of the usual size for each run."""
+    """Write a result of the usual size for each run."""
     for one in by_run(planned).values():
         accuracy = {"mean": 0.5, "std": 0.01, "best_mean": 0.5, "by_network": [[0.5] * 4] * 10}
         curve = [{"step": step, "held_out_accuracy": 0.4} for step in range(0, 20000, 1000)]
@@ -75,7 +76,7 @@ def measure(rounds: int, runs: int) -> list[dict[str, Any]]:
 
     home = os.getcwd()
     with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)  # runs are kept there
+        os.chdir(folder)  # runs are written there
         try:
             nothing = Path(folder) / "nothing.py"
             nothing.write_text(NOTHING)

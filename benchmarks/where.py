@@ -1,4 +1,4 @@
-"""Where one class's matching step spends its time: ``python -m benchmarks.where [--form "compiled fp32"]``."""
+"""Profile where one class's matching step spends its time: ``python -m benchmarks.where [--form "compiled fp32"]``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main() -> None:
     known = [form for form in forms.matching(harness.kind_of(options), at.classes) if not form.stored]
     named = {form.name: form for form in known if form != forms.REFERENCE}
     if options.form not in named:
-        parser.error(f"--form: one of {', '.join(named)}")
+        parser.error(f"--form: must be one of {', '.join(named)}")
     form = named[options.form]
     network = at.network(channels_last=True)
     parameters = {name: value.detach() for name, value in network.named_parameters()}

@@ -1,6 +1,6 @@
-"""Run folders side by side: what each says of its run, how they differ, and names for people.
+"""Read run folders side by side: what each records of its run, how the runs differ, and readable names for them.
 
-Finished or not, whole or damaged: what cannot be read is left out, as a page of the others is worth more.
+Runs may be unfinished and folders damaged. What cannot be read is left out, so that the page still shows the rest.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ CONFIG = "config.yaml"
 
 @dataclass(frozen=True)
 class Run:
-    """A run of the page: its place in the sweep, and all that its folder says."""
+    """One run on the page: its place in the sweep, and everything that its folder records."""
 
-    cell: str  # its name in the sweep; of other runs the run id
+    cell: str  # its name in the sweep; the run id for a run outside any sweep
     labels: dict[str, str]  # by axis
-    run_id: str | None  # None: it reads kept sets that are not there yet
+    run_id: str | None  # None: it reads condensed sets that do not exist yet
     folder: Path | None
     overrides: tuple[str, ...] = ()
-    name: str = ""  # short, that of no other run of the page
+    name: str = ""  # short, and unique on the page
 
     @cached_property
     def state(self) -> state.State:
@@ -50,7 +50,7 @@ class Run:
 
     @cached_property
     def config(self) -> dict[str, str]:
-        """Its settings by dotted key, as JSON; none before it has started."""
+        """Settings by dotted key, with values as JSON; empty before the run has started."""
         found = self.result.get("config")
         if found is None and self.folder is not None and (self.folder / CONFIG).exists():
             try:
@@ -60,7 +60,7 @@ class Run:
                 ValueError,
                 yaml.YAMLError,
                 OmegaConfBaseException,
-            ):  # cut short: its state says what became of the run
+            ):  # cut short: ``state`` tells what became of the run
                 found = None
         return dict(flat(found)) if isinstance(found, Mapping) else {}
 
@@ -68,12 +68,12 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         try:
             return read_metrics(self.folder / METRICS_FILE) if self.folder else []
-        except ArtifactError:  # a page of the other runs is worth more than a complaint
+        except ArtifactError:  # one damaged file must not cost the page of the other runs
             return []
 
     @property
     def command(self) -> str | None:
-        """What repeats it."""
+        """The command that repeats the run."""
         return self.state.command or (shlex.join(["python", "run.py", *self.overrides]) if self.overrides else None)
 
 
@@ -81,13 +81,13 @@ class Run:
 class Collection:
     title: str
     runs: list[Run]
-    axes: list[str]  # along which labels differ
-    alike: dict[str, str]  # labels of all other axes
+    axes: list[str]  # those along which labels differ
+    alike: dict[str, str]  # the label of every other axis
     command: str | None = None  # of the sweep
 
 
 def collect(folder: Path) -> Collection:
-    """The runs of a sweep's folder or of a folder of runs. Raises ``ConfigError`` if there are none."""
+    """Collect the runs of a sweep's folder, or of a folder of runs. Raises ``ConfigError`` if there are none."""
     if (folder / SWEEP_FILE).exists():
         return _of_sweep(folder)
     found = sorted(path.parent for name in (results.FILE, CONFIG, FAILURE, LOG) for path in folder.glob(f"*/{name}"))
@@ -104,7 +104,7 @@ def _of_sweep(folder: Path) -> Collection:
         cells = [_cell(one, folder.resolve().parent.parent) for one in sweep["cells"]]
     except (ValueError, KeyError, TypeError) as error:
         what = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{folder / SWEEP_FILE}: damaged ({what}); the sweep's own command writes it anew") from None
+        raise ConfigError(f"{folder / SWEEP_FILE}: damaged ({what}); run the sweep's command to rewrite it") from None
     runs: dict[str, Run] = {}
     for run in cells:
         key = run.run_id or f"cell {run.cell}"
@@ -114,13 +114,13 @@ def _of_sweep(folder: Path) -> Collection:
 
 def _cell(one: Mapping[str, Any], runs_dir: Path) -> Run:
     run_id = one["run_id"]
-    # The sweep's own folder lies in that of its runs, wherever both were moved to.
+    # The sweep's folder is RUNS/sweeps/NAME, so its runs are found even after RUNS has been moved.
     folder = None if run_id is None else runs_dir / Path(run_id).name
     return Run(one["name"], dict(one["labels"]), run_id, folder, tuple(one["overrides"]))
 
 
 def _joined(run: Run, other: Run) -> Run:
-    """The run of two cells that are the same one."""
+    """One run for two cells that share a run id, with the names and labels of both."""
     labels = {
         axis: " = ".join(dict.fromkeys(one.labels[axis] for one in (run, other) if axis in one.labels))
         for axis in dict.fromkeys([*run.labels, *other.labels])
@@ -129,7 +129,7 @@ def _joined(run: Run, other: Run) -> Run:
 
 
 def _labels(config: Mapping[str, str]) -> dict[str, str]:
-    """What a run outside of a sweep is told apart by at first sight."""
+    """Labels for a run outside any sweep: the settings that tell runs apart at first sight."""
     mode = json.loads(config.get("mode", '"run"'))
     name, kind = (json.loads(config.get(f"dataset.{key}", "null")) for key in ("name", "kind"))
     method = config.get("container.name") if mode == "run" else json.dumps(mode)
@@ -145,7 +145,7 @@ def _labels(config: Mapping[str, str]) -> dict[str, str]:
 
 
 def _named(runs: Sequence[Run]) -> tuple[list[Run], list[str], dict[str, str]]:
-    """The runs with names for people, the axes along which their labels differ, and the labels of the other axes."""
+    """The runs with readable names, the axes along which their labels differ, and the labels of the other axes."""
     labels: dict[str, set[str]] = {}
     for axis, label in (item for run in runs for item in run.labels.items()):
         labels.setdefault(axis, set()).add(label)
@@ -158,17 +158,17 @@ def _named(runs: Sequence[Run]) -> tuple[list[Run], list[str], dict[str, str]]:
 
 
 def _told_apart(run: Run, name: str) -> str:
-    """A name that other runs have too, with the hash of the run's settings."""
+    """Tell runs of one name apart: by the hash of the run's settings, or else by the cell's name."""
     return f"{name} · {run.run_id.rpartition('-')[2]}" if name and run.run_id else run.cell
 
 
 def _words(axis: str, label: str) -> str:
-    """A label that says what it is: a number does not."""
+    """The label, with its axis before it if it is a number, which would mean nothing by itself."""
     return f"{axis.rpartition('.')[2]} {label}" if leading_number(label) is not None else label
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    """Dotted keys and their values as JSON; an empty section is a value."""
+    """Yield dotted keys and their values as JSON; an empty section counts as a value."""
     for key, value in settings.items():
         if isinstance(value, Mapping) and value:
             yield from flat(value, f"{prefix}{key}.")
@@ -177,13 +177,13 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, s
 
 
 def bare(value: str) -> str:
-    """JSON without the quotes of a mere string."""
+    """A JSON value as text, without quotes if it is a string."""
     loaded = json.loads(value)
     return loaded if isinstance(loaded, str) else value
 
 
 def shared_settings(configs: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """What all configurations have alike."""
+    """The settings that all configurations share; empty configurations are ignored."""
     configs = [config for config in configs if config]
     if not configs:
         return {}
@@ -191,6 +191,6 @@ def shared_settings(configs: Sequence[Mapping[str, str]]) -> dict[str, str]:
 
 
 def leading_number(text: str | None) -> float | None:
-    """The number that ``text`` starts with, such as 36 of "36-40": what it is sorted by."""
+    """The number that ``text`` starts with, such as 36 of "36-40", to sort by; ``None`` if there is none."""
     found = re.match(r"\d+(\.\d+)?(e[+-]?\d+)?(?=$|-)", str(text or ""))
     return float(found[0]) if found else None

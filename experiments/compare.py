@@ -1,7 +1,7 @@
 """Compare finished runs: ``python experiments/compare.py RUN_FOLDER... --json OUTPUT.json`` prints a Markdown table.
 
-Runs that differ in nothing but the seed are one row: test accuracy as mean and standard deviation over seeds (ddof 1)
-of each run's mean over its networks, and the medians of what they took.
+Runs that differ only in the seed form one row. Its test accuracy is the mean and standard deviation (ddof 1) over seeds
+of each run's mean over its networks; its condensing and evaluation times are medians.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from hmn.checkpoint import write_text
 from hmn.explain import in_one_line
 from hmn.tracking import read_metrics
 
-# What a way to compute may change; anything else that differs makes another experiment.
+# What separates rows: ways to compute one experiment. Runs of a row that differ in anything else are refused.
 WAYS = {
     "precision": results.precision_of,
     "matching": lambda result: result["config"]["compute"]["matching"],
     "bank": lambda result: _bank(result["config"]["objective"].get("bank", {"networks": 0})),
     "steps": lambda result: result["condense_steps"],
 }
-# What the same experiment may have otherwise; of images, the fingerprint is compared instead of the place.
+# Settings in which runs of a row may differ. Images are compared by fingerprint instead of by path.
 NOT_COMPARED = ("seed", "compute", "tracking", "paths", "dataset.root", "dataset.download")
 
 
@@ -35,7 +35,7 @@ def _bank(settings: dict[str, int]) -> str:
 
 
 def row(folders: list[Path], found: list[dict[str, Any]]) -> dict[str, Any]:
-    """One row of runs that differ in their seed alone, in its order."""
+    """One row for runs that differ only in their seed, ordered by seed."""
     pairs = sorted(zip(folders, found, strict=True), key=lambda pair: pair[1]["config"]["seed"])
     folders, found = map(list, zip(*pairs, strict=True))
     accuracies = [100 * result["accuracy"]["mean"] for result in found]
@@ -60,7 +60,7 @@ def row(folders: list[Path], found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _curve_seconds(folders: list[Path]) -> list[float]:
-    """Median of the condensing seconds at each point of the curve, of the runs that condensed themselves."""
+    """Median condensing seconds at each point of the curve, over the runs that condensed their own set."""
     seconds = [
         [
             record["curve/condense_seconds"]
@@ -84,15 +84,15 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _alike(members: list[tuple[Path, dict[str, Any]]]) -> None:
-    """End the program unless all are of the same settings but for the seed and how they were computed."""
+    """Exit unless all runs have the same settings, apart from the seed and the way to compute."""
     first, reference = members[0]
     for folder, result in members:
         if differing := _differing(result, reference):
-            sys.exit(f"{folder} and {first}: no seeds of one experiment, they differ in {', '.join(differing)}")
+            sys.exit(f"{folder} and {first}: not seeds of one experiment: they differ in {', '.join(differing)}")
 
 
 def _differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """The settings that differ; what only one of two versions of the code has is none."""
+    """The settings that differ, not counting those that only one of the two versions of the code has."""
     own, others = ({**_flat(found["config"]), "images": found["data"]["fingerprint"]} for found in (one, other))
     return sorted(key for key in own.keys() & others.keys() if own[key] != others[key])
 

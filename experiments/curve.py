@@ -1,6 +1,7 @@
 """Draw a run's learning curve: ``python experiments/curve.py RUN_FOLDER OUTPUT.png`` (needs the extra ``figures``).
 
-Above, the held-out accuracy while condensing and after pruning; below, the matching loss of every logged step.
+The upper plot shows the held-out accuracy while condensing and after pruning, the lower plot the matching loss of every
+logged step.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from hmn.tracking import read_metrics
 
 
 def draw(folder: Path, output: Path) -> None:
-    """Raises ``SystemExit`` with one line for a folder that holds no finished run with a curve."""
+    """Draw the run of ``folder``. Raises ``SystemExit`` with one line if it holds no finished run with a curve."""
     result = results.read(folder)
     if result is None or not result.get("curve"):
         sys.exit(f"{folder}: no finished run with evaluation.curve_points set")

@@ -1,4 +1,4 @@
-"""Pictures as text for a page without files beside it: re-encoded as far as their share of the page's size asks."""
+"""Embed pictures in a self-contained page, re-encoded to fit their share of the page's size."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from PIL import Image
 from hmn.errors import ArtifactError
 
 QUALITIES = (85, 60, 35)
-LOSSLESS_GAIN = 1.5  # that WebP has over a PNG at most, about: beyond it trying is lost time
+LOSSLESS_GAIN = 1.5  # about the most that WebP saves over a PNG; beyond it, trying wastes time
 SMALLEST = 96  # pixels of the shorter side: smaller pictures show nothing
 
 
 @dataclass(frozen=True)
 class Embedded:
     uri: str
-    width: int  # pixels of the file on disk: what it is shown at, whatever was embedded
+    width: int  # pixels of the file on disk, the size it is shown at whatever was embedded
     height: int
     lossy: bool
 
 
 def embed(path: Path, bytes_allowed: int) -> Embedded:
-    """The picture of ``path`` as a ``data:`` address of about ``bytes_allowed`` characters.
+    """The picture at ``path`` as a ``data:`` URI of about ``bytes_allowed`` characters.
 
-    As it is, if that fits; else as WebP, first without loss, then of falling quality, at last at half the side and so
-    on down to ``SMALLEST`` pixels. Raises ``ArtifactError`` naming a file that is not a picture.
+    A PNG that fits is embedded unchanged. Otherwise the picture becomes a WebP: lossless, then at falling quality, then
+    at half the side and so on down to ``SMALLEST`` pixels. Raises ``ArtifactError`` if the file is not a picture.
     """
     try:
         with Image.open(path) as opened:
@@ -52,7 +52,7 @@ def embed(path: Path, bytes_allowed: int) -> Embedded:
 
 
 def _webp(picture: Image.Image, **settings: int | bool) -> bytes:
-    """Quickly: a page may hold hundreds, and trying harder takes ten times as long for a tenth fewer bytes."""
+    """Encode quickly: a page may hold hundreds, and more effort takes ten times as long for a tenth fewer bytes."""
     stream = io.BytesIO()
     picture.save(stream, "WEBP", method=0, **settings)
     return stream.getvalue()

@@ -1,14 +1,16 @@
-"""Figures out of finished runs: ``python -m experiments.figures NAME ... --output DIR [KEY=VALUE ...]``.
+"""Draw figures of finished runs: ``python -m experiments.figures NAME ... --output DIR [KEY=VALUE ...]``.
 
-NAME is a file of experiments/tables/ with ``kind: figure``, KEY=VALUE are settings over its cells' as of sweep.py.
-Writes DIR/NAME.png and DIR/NAME.svg: the first of ``columns`` is the x axis, a row of the table is a line, the first of
-``shows`` is y; points are means, bars the standard deviation that tables show. With ``--against condense_hours`` (or
-another value of experiments/filling.py) any table is drawn as its first value against that one, as
-DIR/NAME-condense_hours.png and .svg. With ``--bars held_out_end,held_out`` a table with one column is drawn as what its
-rows gain or lose against the first of them, the best on top, as DIR/NAME-bars.png and .svg.
+NAME is a file of experiments/tables/ with ``kind: figure``. KEY=VALUE settings override those of its cells, as in
+sweep.py. The figure is written to DIR/NAME.png and DIR/NAME.svg. The x axis is the first of ``columns``, y is the first
+of ``shows``, and each row of the table is a line. Points are means; bars are the standard deviation that tables show.
 
-What is reported is a hollow grey marker, on no line. The same results give the same bytes of SVG. Needs the extra
-``figures``.
+- ``--against condense_hours`` (or another value of experiments/filling.py) draws the first value of any table against
+  that one, as DIR/NAME-condense_hours.png and .svg.
+- ``--bars held_out_end,held_out`` draws what the rows of a table with one column gain or lose against its first row,
+  the best on top, as DIR/NAME-bars.png and .svg.
+
+Reported numbers are hollow grey markers that no line joins. The same results give the same bytes of SVG. Needs the
+extra ``figures``.
 """
 
 from __future__ import annotations
@@ -39,12 +41,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 150
-# Okabe & Ito's colours, which the colour-blind tell apart; yellow, too light on white, is left out.
+# Okabe & Ito's palette, which the colour-blind can tell apart, without yellow, which is too light on white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#7a7a7a"
 STYLE = {
-    "font.family": "DejaVu Sans",  # that matplotlib brings
+    "font.family": "DejaVu Sans",  # ships with matplotlib
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -62,10 +64,10 @@ STYLE = {
     "lines.markersize": 5,
     "errorbar.capsize": 2.5,
     "figure.constrained_layout.use": True,
-    "svg.hashsalt": "hmn",  # else ids are drawn at random
+    "svg.hashsalt": "hmn",  # otherwise ids are random
     "svg.fonttype": "path",
 }
-REPORTED = ", reported"  # after the name of a line
+REPORTED = ", reported"  # suffix of a line's name
 
 
 @contextlib.contextmanager
@@ -77,7 +79,7 @@ def styled() -> Iterator[None]:
 
 
 def draw(panels: Sequence[Panel], title: str, note: str, *, stacked: bool = False) -> Figure:
-    """All panels in one look: a row has the same colour and marker in each."""
+    """Draw all panels alike: a row has the same colour and marker in each."""
     from matplotlib.figure import Figure
 
     down, across = (len(panels), 1) if stacked else (1, len(panels))
@@ -138,13 +140,13 @@ def _draw_panel(axes: Axes, panel: Panel, names: Sequence[str]) -> None:
 
 
 def _head_and_foot(figure: Figure, title: str, note: str) -> None:
-    letters = int(figure.get_figwidth() / 0.1)  # of the title, a tenth of an inch each
+    letters = int(figure.get_figwidth() / 0.1)  # that fit on a line of the title, at a tenth of an inch each
     figure.suptitle(textwrap.fill(title, letters), x=0.02, ha="left", fontsize=11, fontweight="bold")
     figure.supxlabel(note, x=0.02, ha="left", fontsize=7, color=GREY)
 
 
 def _legend(figure: Figure, every: Any) -> None:
-    """One for all panels, what is reported last."""
+    """Draw one legend for all panels, with reported numbers last."""
     known = {}
     for axes in every:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -154,20 +156,20 @@ def _legend(figure: Figure, every: Any) -> None:
 
 
 def bars(filled: Filled, keys: Sequence[str], title: str) -> Figure:
-    """A bar for each row but the first: the mean over ``keys`` of its difference from the first, and a mark for each.
+    """Draw a bar for each row but the first: its difference from the first, averaged over ``keys``, and a mark per key.
 
-    Raises ``ConfigError`` for a table of several columns and for one whose first row is not measured.
+    Raises ``ConfigError`` if the table has several columns, or if its first row is not measured.
     """
     from matplotlib.figure import Figure
 
     if len({entry.column for entry in filled.entries}) > 1:
         raise ConfigError(
-            f"{filled.table.name}: --bars compares the rows of a single column; settle one with only.AXIS=LABEL"
+            f"{filled.table.name}: --bars compares the rows of a single column; choose one with only.AXIS=LABEL"
         )
     (first, base), *others = _differences(filled, keys)
     if len(base) < len(keys):
         raise ConfigError(
-            f"{filled.table.name}: {first}, which others are compared with, is not measured: {filled.command}"
+            f"{filled.table.name}: {first}, which others are compared with, is not measured; run {filled.command}"
         )
     rows = sorted((row for row in others if row[1]), key=lambda row: statistics.fmean(row[1]))
     with styled():
@@ -187,13 +189,13 @@ def bars(filled: Filled, keys: Sequence[str], title: str) -> Figure:
         names = " and ".join(VALUES[key].title for key in keys)
         note = f"marks: {names}; bars: their mean{_of_what(filled)}"
         if missing := sum(len(values) < len(keys) for _, values in others):
-            note += f"\n{missing} of {len(others)} rows not or not wholly measured yet"
+            note += f"\n{missing} of {len(others)} rows not yet fully measured"
         _head_and_foot(figure, title, note)
     return figure
 
 
 def _differences(filled: Filled, keys: Sequence[str]) -> list[tuple[str, list[float]]]:
-    """By row what is measured of ``keys``, less the first row's; of the first row nothing where one is missing."""
+    """Each row's measured values of ``keys`` less the first row's, without the keys that either of the two lacks."""
     found: dict[str, dict[str, float]] = {}
     for entry in filled.entries:
         values = found.setdefault(named(filled.table.rows, entry.row), {})
@@ -207,19 +209,19 @@ def _differences(filled: Filled, keys: Sequence[str]) -> list[tuple[str, list[fl
 
 
 def galleries(sweep: Sweep) -> Figure:
-    """The kept pictures: a row of the table is a row, a column a column. Raises ``ConfigError`` if none is there."""
+    """The runs' pictures, laid out by rows and columns of the table. Raises ``ConfigError`` if there is none."""
     from matplotlib.figure import Figure
 
     table = sweep.table
     folders = {one.cell.name: one.folder for one in sweep.plan()}
     cells = {}
-    for cell in shown(table):  # the first of those that are averaged over
+    for cell in shown(table):  # of cells that are averaged over, the first
         place = tuple(named(axes, [cell.labels.get(axis, "") for axis in axes]) for axes in (table.rows, table.columns))
         cells.setdefault(place, folders[cell.name])
     rows, columns = (list(dict.fromkeys(place[part] for place in cells)) for part in (0, 1))
     pictures = {place: picture for place, folder in cells.items() if (picture := _picture(folder)) is not None}
     if not pictures:
-        raise ConfigError(f"{table.name}: none of its {len(cells)} runs is finished: {sweep.command}")
+        raise ConfigError(f"{table.name}: none of its {len(cells)} runs is finished; run {sweep.command}")
     with styled():
         figure = Figure(figsize=(0.6 + 2.3 * len(columns), 0.8 + 2.3 * len(rows)))
         grid = figure.subplots(len(rows), len(columns), squeeze=False)
@@ -238,13 +240,13 @@ def galleries(sweep: Sweep) -> Figure:
 
 
 def _picture(folder: Path | None) -> Image.Image | None:
-    """The upper square of a finished run's picture."""
+    """The top of a finished run's picture: a square, or half of its height if that is more."""
     try:
         if folder is None or results.read(folder) is None:
             return None
         with Image.open(folder / "condensed.png") as opened:
             picture = opened.convert("RGB")
-    except (ArtifactError, OSError):  # another command tells of a damaged run
+    except (ArtifactError, OSError):  # another command reports damaged runs
         return None
     return picture.crop((0, 0, picture.width, min(picture.height, max(picture.width, picture.height // 2))))
 
@@ -261,7 +263,7 @@ def _draw_picture(axes: Axes, picture: Image.Image | None, expected: bool) -> No
         axes.text(0.5, 0.5, "not measured", ha="center", va="center", color=GREY, transform=axes.transAxes)
 
 
-# From a table file to its two files
+# From a table file to its PNG and SVG
 
 SPECIAL: Mapping[str, Callable[[Filled], tuple[Panel, ...]]] = {
     "instance_memory": instance_memory,
@@ -278,32 +280,32 @@ def figure_of(
     mix: bool = False,
     kept: Path | None = None,
 ) -> tuple[Figure, str]:
-    """The figure of a sweep's table, and what it shows in words; ``compared`` are the values of bars.
+    """The figure of a sweep's table, and a description of what it shows; ``compared`` are the values of ``--bars``.
 
-    Raises ``ConfigError`` for a table that is none, and for one of which nothing is measured.
+    Raises ``ConfigError`` if the table is not a figure, or if nothing of it is measured.
     """
     table = sweep.table
     if compared:
         for value in compared:
             one_of("--bars", value, tuple(VALUES))
         if len({VALUES[value].unit for value in compared}) > 1:
-            raise ConfigError(f"--bars={','.join(compared)}: has no mean: give values of one unit")
+            raise ConfigError(f"--bars={','.join(compared)}: must be values of one unit, as it draws their mean")
         sweep = replace(sweep, table=replace(table, shows=tuple(compared)))
     elif against is not None:
         one_of("--against", against, tuple(VALUES))
         sweep = replace(sweep, table=replace(table, shows=(table.shows[0], against)))
     elif table.kind != "figure":
         raise ConfigError(
-            f"{table.name}: a table: python -m experiments.tables {table.name}, or --against condense_hours here"
+            f"{table.name}: is a table; run python -m experiments.tables {table.name}, or add --against condense_hours"
         )
     elif table.shows[0] == "gallery":
         if kept is not None or mix:
             option = "--mix" if kept is None else "--results"
-            raise ConfigError(f"{option}: of numbers, and a gallery is drawn from the sets in run folders")
+            raise ConfigError(f"{option}: applies to numbers, and a gallery is drawn from the sets in run folders")
         return galleries(sweep), sweep.command
     filled = fill(sweep, mix=mix, kept=kept)
     if not any(entry.measured for entry in filled.entries):
-        raise ConfigError(f"{table.name}: nothing is measured yet: {sweep.command}")
+        raise ConfigError(f"{table.name}: nothing is measured yet; run {sweep.command}")
     if compared:
         return bars(filled, compared, _title(sweep)), "\n".join(filled.footer)
     if against is not None:
@@ -321,13 +323,13 @@ def _of_what(filled: Filled) -> str:
 
 
 def note_of(filled: Filled, labelled_by: str = "") -> str:
-    """How many runs a point is of, what is missing, and who reports what is reported."""
+    """The note below a figure: runs behind a point, number of missing points, sources of reported numbers."""
     parts = [f"mean ± standard deviation{_of_what(filled)}"]
     first = [entry for entry in filled.entries if entry.value == filled.table.shows[0]]
     if missing := sum(entry.measured is None or bool(entry.gaps) for entry in first):
-        parts.append(f"{missing} of {len(first)} points not or not wholly measured yet")
+        parts.append(f"{missing} of {len(first)} points not yet fully measured")
     if labelled_by:
-        parts.append(f"at the points: {NAMES.get(labelled_by, labelled_by.replace('_', ' '))}")
+        parts.append(f"points are labelled by {NAMES.get(labelled_by, labelled_by.replace('_', ' '))}")
     if sources := sorted({entry.reported[0].source for entry in first if reports(entry)}):
         parts.append(f"grey, hollow: reported by {' · '.join(sources)}")
     return "\n".join(parts)
@@ -339,7 +341,7 @@ def _title(sweep: Sweep) -> str:
 
 
 def save(figure: Figure, stem: Path, description: str) -> list[Path]:
-    """PNG and SVG beside each other. Neither holds a date."""
+    """Write the figure as PNG and SVG, neither of which holds a date, and return their paths."""
     paths = []
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
         paths.append(stem.with_name(f"{stem.name}.{kind}"))
@@ -353,24 +355,24 @@ def save(figure: Figure, stem: Path, description: str) -> list[Path]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="+", metavar="NAME|KEY=VALUE", help="files of experiments/tables; settings")
+    parser.add_argument("names", nargs="+", metavar="NAME|KEY=VALUE", help="files of experiments/tables, and settings")
     parser.add_argument("--output", type=Path, required=True, help="the folder to write to")
-    parser.add_argument("--against", metavar="VALUE", help="the x axis: a value of experiments/filling.py")
+    parser.add_argument("--against", metavar="VALUE", help="the value on the x axis, of experiments/filling.py")
     parser.add_argument(
-        "--bars", metavar="VALUE[,VALUE]", help="rows against the first: values of experiments/filling.py"
+        "--bars", metavar="VALUE[,VALUE]", help="compare rows with the first by values of experiments/filling.py"
     )
     parser.add_argument(
-        "--results", type=Path, help="a folder that keeps results, and has those of runs that are not finished here"
+        "--results", type=Path, help="a folder to keep results in, and to read those of runs unfinished here"
     )
     parser.add_argument("--mix", action="store_true", help="draw results of several code versions together")
     given = parser.parse_intermixed_args(arguments)
     if given.against is not None and given.bars is not None:
-        raise ConfigError("--against and --bars: draw one after the other")
+        raise ConfigError("--against and --bars: cannot be combined; draw one after the other")
     compared = given.bars.split(",") if given.bars is not None else ()
     overrides = [name for name in given.names if "=" in name]
     names = [name for name in given.names if "=" not in name]
     if not names:
-        raise ConfigError(f"{' '.join(overrides)}: of which table? Name a file of experiments/tables, without .yaml")
+        raise ConfigError(f"{' '.join(overrides)}: no table is named; add a file of experiments/tables, without .yaml")
     for name in names:
         figure, description = figure_of(
             sweep_of(name, overrides), against=given.against, compared=compared, mix=given.mix, kept=given.results

@@ -23,8 +23,8 @@ from hmn.sweeps.sweep import Sweep, of_arguments
 from hmn.sweeps.table import Table, table_names
 
 REPORTED = Path(__file__).resolve().parent / "reported.csv"
-PAPER = "Zheng et al., ECCV 2024"  # whose number is shown where several sources have one
-UNVERIFIED = "unverified"  # a note: recalled, not looked up
+PAPER = "Zheng et al., ECCV 2024"  # whose number is shown if several sources report one
+UNVERIFIED = "unverified"  # a note: the number was recalled, not looked up
 MATCHED = ("method", "dataset", "ipc", "network")  # axes that are columns of reported.csv
 NO_VALUE = "–"
 SMOKE = "Smoke variant: digits and tiny settings for every cell; its accuracies mean nothing"
@@ -33,16 +33,16 @@ REENCODED = " (re-encoded as JPEG, not the original)"
 
 @dataclass(frozen=True)
 class Value:
-    """What a table can show of a run."""
+    """A value that a table can show for a run."""
 
     title: str
     unit: str
     digits: int
-    samples: Callable[[Mapping[str, Any]], list[float] | None]  # of one run's result; None: it has no such value
-    better: Callable[..., Any] | None = None  # max or min of a column is its best
-    exact: bool = False  # a count: equal ones have no spread worth showing
-    per_network: bool = False  # one sample for every network
-    of_machine: bool = False  # compares runs of one machine alone
+    samples: Callable[[Mapping[str, Any]], list[float] | None]  # from one run's result; None if it has no such value
+    better: Callable[..., Any] | None = None  # max or min: which of a column is best
+    exact: bool = False  # a count: its spread is shown only if counts differ
+    per_network: bool = False  # one sample per network
+    of_machine: bool = False  # comparable only among runs of one machine
 
 
 def _networks(result: Mapping[str, Any]) -> list[float]:
@@ -56,7 +56,7 @@ def _held_out(result: Mapping[str, Any]) -> list[float] | None:
 
 
 def _of_curve(point: int) -> Callable[[Mapping[str, Any]], list[float] | None]:
-    """The learning curve's ``point``, of the set over budget, in percent."""
+    """Samples of held-out accuracy in percent at ``point`` of the learning curve, where the set is over budget."""
 
     def found(result: Mapping[str, Any]) -> list[float] | None:
         curve = result.get("curve")
@@ -66,7 +66,7 @@ def _of_curve(point: int) -> Callable[[Mapping[str, Any]], list[float] | None]:
 
 
 def _images_per_class(result: Mapping[str, Any]) -> list[float] | None:
-    text = result["images_per_class"]  # "4193-12534" for real classes of several sizes
+    text = result["images_per_class"]  # "4193-12534" for real classes of unequal size
     return [float(text)] if text.isdecimal() else None
 
 
@@ -82,7 +82,7 @@ def _stored_bytes(result: Mapping[str, Any]) -> list[float]:
 
 
 def _condense_hours(result: Mapping[str, Any]) -> list[float] | None:
-    """Of condensing and of the fit before it; a bank or experts, which many runs share, are none of it."""
+    """Hours of condensing and of the fit before it, without the bank or experts, which many runs share."""
     if "condense_seconds" not in result:
         return None
     fit = result.get("fit_seconds", result["wall_seconds"].get("fit", 0.0))
@@ -108,7 +108,7 @@ VALUES = {
     "condense_hours": Value("condensing time", "hours", 3, _condense_hours, min, of_machine=True),
     "wall_hours": Value("time of the whole run", "hours", 3, lambda result: [_hours(result)], min, of_machine=True),
 }
-# A published unit in that of the value it is compared with. GPU tools call 2^20 bytes an MB.
+# Factors from published units to those of measured values. GPU tools call 2^20 bytes an MB.
 CONVERTED = {("MB", "GiB"): 1 / 1024, ("days", "hours"): 24.0}
 
 
@@ -122,7 +122,7 @@ class Reported:
 
     number: float | None  # None: there is none, and ``note`` says why
     std: float | None
-    text: str  # as published where the unit is the same
+    text: str  # as published if the unit is the same
     source: str
     protocol: str
     note: str
@@ -130,10 +130,10 @@ class Reported:
 
 @dataclass(frozen=True)
 class Measured:
-    """Over condensations where there are several, else over the networks of one."""
+    """Mean and spread over condensations if there are several, else over the networks of one."""
 
     mean: float
-    std: float | None  # ddof 1; None: of one sample
+    std: float | None  # ddof 1; None for one sample
     n: str  # condensations x networks
 
 
@@ -142,22 +142,22 @@ class Gap:
     """A run that is not finished."""
 
     status: str
-    told: str | None  # one line, where it failed
+    told: str | None  # the error in one line, if it failed
     command: str
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One place of a table."""
+    """One place in a table."""
 
     value: str
     row: tuple[str, ...]
     column: tuple[str, ...]
     measured: Measured | None
     run_ids: tuple[str, ...]
-    reported: tuple[Reported, ...]  # the one that is shown first
+    reported: tuple[Reported, ...]  # the shown one comes first
     gaps: tuple[Gap, ...]
-    reference: bool = False  # trained on all real images: no competitor
+    reference: bool = False  # trained on all real images, so it does not compete
     best: bool = False
 
     @property
@@ -169,10 +169,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Filled:
-    """A table with all that is known of its runs."""
+    """A table with everything that is known of its runs."""
 
     table: Table
-    command: str  # that makes what is missing
+    command: str  # runs what is missing
     entries: tuple[Entry, ...]
     footer: tuple[str, ...]
 
@@ -185,19 +185,19 @@ def read_reported(path: Path = REPORTED) -> list[dict[str, str]]:
 def reported_for(
     rows: Sequence[Mapping[str, str]], table: str | None, labels: Mapping[str, str], unit: str
 ) -> tuple[Reported, ...]:
-    """What is published of the cell ``labels``: the paper's own first, what was not looked up last."""
+    """Published numbers of the cell with ``labels``: the paper's first, those that were not looked up last."""
     axes = [axis for axis in MATCHED if axis in labels]
     found = [row for row in rows if row["table"] == table and all(_same(row, axis, labels[axis]) for axis in axes)]
-    found.sort(key=lambda row: (row["note"] == UNVERIFIED, row["source"] != PAPER))  # stable: then as in the file
+    found.sort(key=lambda row: (row["note"] == UNVERIFIED, row["source"] != PAPER))  # stable: then in file order
     return tuple(one for row in found if (one := _reported(row, unit)) is not None)
 
 
 def _same(row: Mapping[str, str], axis: str, label: str) -> bool:
-    return row[axis] == label or (axis == "ipc" and not row[axis])  # of any budget, or it is not said of which
+    return row[axis] == label or (axis == "ipc" and not row[axis])  # for any budget, or for one that is not stated
 
 
 def _reported(row: Mapping[str, str], unit: str) -> Reported | None:
-    """``None`` for a number of something else, hours say."""
+    """The published number of ``row`` in ``unit``; ``None`` if it is of something else, such as hours."""
     factor = 1.0 if row["unit"] == unit else CONVERTED.get((row["unit"], unit))
     if factor is None:
         return None
@@ -208,14 +208,14 @@ def _reported(row: Mapping[str, str], unit: str) -> Reported | None:
 
 
 def shown(table: Table) -> list[Cell]:
-    """The cells that have a place: of an axis that is neither a row, a column nor averaged over, the last label's."""
+    """The cells that have a place. On an axis that is no row, no column and not averaged over, the last label has."""
     placed = {*table.rows, *table.columns, *table.over}
     last = {axis: list(labels)[-1] for axis, labels in table.axes.items() if axis not in placed}
     return [cell for cell in table.cells if all(cell.labels.get(axis, one) == one for axis, one in last.items())]
 
 
 def measure(value: Value, results: Sequence[Mapping[str, Any]]) -> Measured | None:
-    """Mean and spread of ``results``, one for each condensation; ``None`` where none has such a value."""
+    """Mean and spread over ``results``, one per condensation; ``None`` if none of them has the value."""
     samples = [found for result in results if (found := value.samples(result)) is not None]
     if not samples:
         return None
@@ -232,19 +232,19 @@ def measure(value: Value, results: Sequence[Mapping[str, Any]]) -> Measured | No
 def fill(
     sweep: Sweep, *, mix: bool = False, kept: Path | None = None, check: Callable[[Filled], None] = lambda filled: None
 ) -> Filled:
-    """Read every run of the sweep's table once.
+    """Fill the sweep's table, reading every run once.
 
-    Finished runs leave their results in ``kept``, as ``<run id>/result.json``, with the card of a set that other cells
-    read, unless ``check`` refuses the table. What a run has left there stands in for it where its folder is gone or on
+    Results of finished runs are copied to ``kept``, as ``<run id>/result.json``, with the cards of sets that other
+    cells read, unless ``check`` refuses the table. A result in ``kept`` stands in for a run whose folder is gone or on
     another machine.
 
-    Raises ``ConfigError`` for runs of several code versions or on images that were changed between them, or a key of
-    ``shows`` that is none of ``VALUES``.
+    Raises ``ConfigError`` for a key of ``shows`` that is not in ``VALUES`` and, without ``mix``, for runs of several
+    code versions or on images that changed between them.
     """
     table, planned = sweep.table, {one.cell.name: one for one in sweep.plan(kept)}
     if unknown := [key for key in table.shows if key not in VALUES]:
         raise ConfigError(
-            f"shows={unknown[0]}: no number; {table.name} is drawn: python -m experiments.figures {table.name}"
+            f"shows={unknown[0]}: is not a number; draw {table.name} with python -m experiments.figures {table.name}"
         )
     states = {run_id: state.read(one.folder) for run_id, one in by_run([*planned.values()]).items()}
     here = {run_id: found.result for run_id, found in states.items() if found.result is not None}
@@ -255,7 +255,7 @@ def fill(
         _refuse_mixture(table.name, results)
     command = sweep.command
     smoke = any(override.startswith("debug=") for cell in table.cells for override in cell.overrides)
-    reported = [] if smoke else read_reported()  # of digits nothing is, whatever the columns are called
+    reported = [] if smoke else read_reported()  # none is for digits, whatever the columns are called
 
     def entry(key: str, row: tuple[str, ...], column: tuple[str, ...], cells: Sequence[Cell]) -> Entry:
         runs = {one.run_id or one.cell.name: one for one in (planned[cell.name] for cell in cells)}
@@ -279,7 +279,7 @@ def fill(
         tuple([*([SMOKE] if smoke else []), *_footer([*results.values()], command)]),
     )
     check(filled)
-    if kept is not None:  # only now: a refusal leaves what was published as it was
+    if kept is not None:  # last, so that a refused table leaves ``kept`` unchanged
         for name in {name for cell in table.cells for name in cell.reads}:
             _keep_card(planned[name], kept)
         for run_id, result in here.items():
@@ -304,7 +304,7 @@ def _keep(folder: Path, result: Mapping[str, Any]) -> None:
 
 
 def _places(table: Table) -> dict[tuple[tuple[str, ...], tuple[str, ...]], list[Cell]]:
-    """The shown cells by their labels of rows and of columns: those of one place differ in what is averaged over."""
+    """The shown cells by their row and column labels; cells of one place differ only in what is averaged over."""
     places: dict[tuple[tuple[str, ...], tuple[str, ...]], list[Cell]] = {}
     for cell in shown(table):
         row, column = (tuple(cell.labels.get(axis, "") for axis in axes) for axes in (table.rows, table.columns))
@@ -313,7 +313,7 @@ def _places(table: Table) -> dict[tuple[tuple[str, ...], tuple[str, ...]], list[
 
 
 def _gap(one: Planned, states: Mapping[str, state.State], command: str) -> Gap:
-    if one.run_id is None:  # what it reads is missing, too
+    if one.run_id is None:  # the sets that it reads are missing, too
         return Gap("waiting", None, command)
     found = states[one.run_id]
     return Gap(found.status, found.error, shlex.join(["python", "run.py", *one.overrides]))
@@ -324,7 +324,7 @@ def _refuse_mixture(name: str, results: Mapping[str, Mapping[str, Any]]) -> None
     if len(codes) > 1:
         listed = ", ".join(f"{code} ({count} runs)" for code, count in codes.most_common())
         raise ConfigError(f"{name}: results of {len(codes)} code versions, {listed}: --mix shows them in one table")
-    images: dict[str, set[str]] = {}  # by what should have given the same ones
+    images: dict[str, set[str]] = {}  # fingerprints by the settings that should give the same images
     for result in results.values():
         settings = result["config"].get("dataset", {})
         same = json.dumps({key: settings[key] for key in sorted(settings) if key not in ("root", "download")})
@@ -335,7 +335,7 @@ def _refuse_mixture(name: str, results: Mapping[str, Mapping[str, Any]]) -> None
 
 
 def _with_best(entries: Sequence[Entry], machines: int) -> Iterator[Entry]:
-    """Mark the best of every column that has at least two to compare, and what of one of several machines is none."""
+    """Mark the best of every column with two or more to compare, except values of a machine if there are several."""
     best: dict[tuple[str, tuple[str, ...]], float] = {}
     for key in {(entry.value, entry.column) for entry in entries}:
         means = [e.measured.mean for e in entries if (e.value, e.column) == key and e.measured and not e.reference]
@@ -357,7 +357,7 @@ def _footer(results: Sequence[Mapping[str, Any]], command: str) -> Iterator[str]
         yield "Data: " + "; ".join(f"{name}{REENCODED if 'q75' in name else ''}, {digits}" for name, digits in data)
         yield "Device: " + "; ".join(sorted({result["device"] for result in results}))
         precisions = Counter(map(precision_of, results))
-        if len(precisions) > 1:  # a machine without bf16 computes what asks for it in fp32
+        if len(precisions) > 1:  # where bf16 does not pay, a run that asks for it uses fp32
             yield "Precision: " + ", ".join(f"{name} ({count} of the runs)" for name, count in precisions.most_common())
         yield f"Code: {', '.join(codes)}; commit {', '.join(commits)}"
         hours = sum(map(_hours, results))
@@ -370,8 +370,8 @@ def _commit(result: Mapping[str, Any]) -> str:
 
 
 def sweep_of(name: str, overrides: Sequence[str]) -> Sweep:
-    """The sweep of a table file. Raises ``ConfigError`` that names all files where there is none of this name."""
+    """The sweep of a table file. Raises ``ConfigError``, naming all files, if there is none of this name."""
     if name not in (known := table_names()):
-        raise ConfigError(f"{name}: no file of experiments/tables; there are {', '.join(known)}")
+        raise ConfigError(f"{name}: must be a file of experiments/tables: one of {', '.join(known)}")
     arguments = [f"experiment={name}", *overrides]
     return of_arguments(arguments, shlex.join(["python", "sweep.py", *arguments]))

@@ -1,14 +1,14 @@
-"""What kept sets are like inside: ``python -m experiments.inside RUN_FOLDER... [--real DIR] [--json FILE]``.
+"""Measure condensed sets from inside: ``python -m experiments.inside RUN_FOLDER... [--real DIR] [--json FILE]``.
 
-Of every finished run one row: the matching loss of each layer and the gradient norm of each tier, as means over the
-first and the last quarter of its logged steps, and measures of the decoded images. ``--real`` adds a row of as many
+Every finished run gives one row: the matching loss of each layer and the gradient norm of each tier, as means over the
+first and the last quarter of its logged steps, and measures of its decoded images. ``--real`` adds a row for as many
 real images of every class, from a tree DIR/<class>/*, to compare with.
 
 - contrast: standard deviation of pixels within an image, mean over images
-- detail: share of that variance in differences from the 2 x 2 mean around each pixel, which smooth images lack
+- detail: share of an image's variance that lies in differences from 2 x 2 means, which smooth images lack
 - spread: root mean square distance of an image's pixels from its class's mean image
-- repeats: root mean square distance to the nearest other image of its class, over the spread: 0 for copies
-- apart: root mean square distance of class means from their mean, over the spread
+- repeats: root mean square distance to the nearest other image of its class, divided by the spread; 0 for copies
+- apart: root mean square distance of class means from their mean, divided by the spread
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from hmn.tracking import read_metrics
 
 
 def measures(images: Tensor, labels: Tensor) -> dict[str, float]:
-    """Of ``images`` (N, channels, H, W) in [0, 1] with ``labels`` (N,), at least two of every class."""
+    """Measures of ``images`` (N, channels, H, W) in [0, 1] with ``labels`` (N,), at least two of every class."""
     even = images.shape[-1] // 2 * 2
     images = images[..., :even, :even]
     smooth = F.avg_pool2d(images, 2).repeat_interleave(2, -1).repeat_interleave(2, -2)
@@ -71,24 +71,24 @@ def logged(folder: Path) -> dict[str, tuple[float, float]]:
 
 
 def of_run(folder: Path) -> dict[str, Any]:
-    """Raises ``ArtifactError`` for a folder without a finished run."""
+    """The row of a run. Raises ``ArtifactError`` for a folder without a finished run or with a class of one image."""
     result = results.read(folder)
     if result is None:
         raise ArtifactError(f"{folder}: no finished run there")
     images, labels = artifacts.load_condensed(folder).tensors()
     row = {"set": result["run_id"], "images_per_class": len(images) // len(labels.unique())}
     if labels.bincount().min() < 2:
-        raise ArtifactError(f"{folder}: has one image of a class; what is measured lies between those of a class")
+        raise ArtifactError(f"{folder}: has only one image of a class, and the measures compare those of a class")
     return row | measures(images.clamp(0, 1), labels) | {"logged": logged(folder)}
 
 
 def of_real(folder: Path, count: int, side: int, channels: int) -> dict[str, Any]:
-    """The same of ``count`` images of every class, evenly spread over the sorted files of DIR/<class>/."""
+    """The row of ``count`` real images of every class, evenly spread over the sorted files of DIR/<class>/."""
     names = class_folders(folder)
     chosen: list[Path] = []
     for name, files in zip(names, class_files(folder, names).per_class, strict=True):
         if len(files) < count:
-            raise DataError(f"{folder / name}: {len(files)} images, {count} are compared")
+            raise DataError(f"{folder / name}: has {len(files)} images, fewer than the {count} that are compared")
         chosen += [files[position * len(files) // count] for position in range(count)]
     images, _ = stack_files(chosen, side, channels, "real images")
     row = {"set": f"real, {folder}", "images_per_class": count}

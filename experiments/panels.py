@@ -1,4 +1,4 @@
-"""What figures show, before anything is drawn: the points and lines of their panels, out of filled tables."""
+"""Turn filled tables into what figures show, before anything is drawn: panels of lines and points."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from experiments.filling import VALUES, Entry, Filled, Value
 
-# Title of an axis of labels, and by what its numbers are multiplied.
+# Title of the axis, and the factor that its numbers are multiplied by.
 AXES = {
     "beta": ("β: share of the cut taken from the hardest images", 1.0),
     "classes": ("classes seen so far", 1.0),
@@ -18,7 +18,7 @@ AXES = {
     "over_budget": ("storage condensed beyond the budget, %", 100.0),
 }
 NAMES = {"ipc": "IPC"}
-MOST_LINES = 7  # of a panel: as many as figures.py has colours
+MOST_LINES = 7  # in a panel, as many as figures.py has colours
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Point:
 @dataclass(frozen=True)
 class Line:
     name: str
-    points: tuple[Point, ...]  # where nothing is measured, y is NaN: no line leads across
+    points: tuple[Point, ...]  # y is NaN where nothing is measured, so that no line crosses the gap
     reported: tuple[Point, ...] = ()
 
     @property
@@ -49,7 +49,7 @@ class Panel:
     x_title: str
     y_title: str
     lines: tuple[Line, ...]
-    ticks: tuple[str, ...] = ()  # of an x axis of words, which are at 0, 1, ...
+    ticks: tuple[str, ...] = ()  # the labels at 0, 1, ... of an x axis of words
     log_x: bool = False
 
 
@@ -66,9 +66,9 @@ def labelled(value: Value) -> str:
 
 
 def panels_of(filled: Filled, key: str) -> tuple[Panel, ...]:
-    """The value ``key`` over the first axis of the columns; the labels of further ones have a panel each.
+    """The value ``key`` over the first column axis, with a panel for each label of further column axes.
 
-    So have those of the first axis of the rows, where one panel would have more lines than there are colours.
+    Labels of the first row axis have panels of their own, too, if one panel had more lines than there are colours.
     """
     entries = [entry for entry in filled.entries if entry.value == key]
     axis = filled.table.columns[0]
@@ -98,7 +98,7 @@ def panels_of(filled: Filled, key: str) -> tuple[Panel, ...]:
 
 
 def panels_against(filled: Filled, key: str, against: str) -> tuple[Panel, ...]:
-    """The value ``key`` against ``against`` of the same runs; a point for each of the last column labels."""
+    """The value ``key`` against the value ``against`` of the same runs, a point per label of the last column axis."""
     xs = {(entry.row, entry.column): entry.measured for entry in filled.entries if entry.value == against}
     entries = [entry for entry in filled.entries if entry.value == key]
 
@@ -130,8 +130,7 @@ def instance_memory(filled: Filled) -> tuple[Panel, ...]:
 
 
 def continual(filled: Filled) -> tuple[Panel, ...]:
-    """Accuracy over the classes seen, and in the legend its average over all steps of each panel where all are
-    measured."""
+    """Accuracy over the classes seen. The legend tells its averages over all steps if every panel has all of them."""
     panels = panels_of(filled, filled.table.shows[0])
     averages: dict[str, list[str]] = {}
     for line in (line for panel in panels for line in panel.lines):
@@ -146,7 +145,7 @@ def continual(filled: Filled) -> tuple[Panel, ...]:
 
 
 def named(axes: Sequence[str], labels: Sequence[str]) -> str:
-    """Labels that say what they are: a number does not."""
+    """The labels as text, numbers with their axis before them, as they would mean nothing by themselves."""
     return ", ".join(
         label if numbers([label]) is None else f"{NAMES.get(axis, axis.replace('_', ' '))} {label}"
         for axis, label in zip(axes, labels, strict=True)
@@ -157,7 +156,7 @@ def named(axes: Sequence[str], labels: Sequence[str]) -> str:
 def _lines(
     axes: Sequence[str], entries: Sequence[Entry], line: Callable[[str, Sequence[Entry]], Line]
 ) -> tuple[Line, ...]:
-    """A line for each of the rows, named by the last of their labels, those of ``axes``."""
+    """A line for each row, named by its labels of ``axes``, which are the last of the row axes."""
     rows = _grouped(entries, lambda entry: entry.row[-len(axes) :])
     return tuple(line(named(axes, row), own) for row, own in rows)
 
@@ -165,7 +164,7 @@ def _lines(
 def _grouped(
     entries: Sequence[Entry], key: Callable[[Entry], tuple[str, ...]]
 ) -> list[tuple[tuple[str, ...], list[Entry]]]:
-    """In the order in which keys first appear."""
+    """Group entries by ``key``, in the order in which keys first appear."""
     found: dict[tuple[str, ...], list[Entry]] = {}
     for entry in entries:
         found.setdefault(key(entry), []).append(entry)

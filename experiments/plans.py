@@ -1,7 +1,7 @@
-"""What every container holds in every budget: ``python -m experiments.plans [--output FILE] [KEY=VALUE ...]``.
+"""Tabulate what every container holds in every budget: ``python -m experiments.plans [--output FILE] [KEY=VALUE ...]``.
 
-A Markdown table of every container's own settings for every official data set at 1, 10 and 50 images per class, and of
-what condensing costs, as ``mode=plan`` counts them: no data are read. KEY=VALUE are settings as of run.py.
+Prints a Markdown table of every container's own settings for every official dataset at 1, 10 and 50 images per class,
+and of what condensing costs, as counted by ``mode=plan``. No data are read. KEY=VALUE are settings as of run.py.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def numbers(plan: Plan) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, help="written instead of printed")
+    parser.add_argument("--output", type=Path, help="the file to write the table to, instead of printing it")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings, as of run.py")
     given = parser.parse_args()
     head = [

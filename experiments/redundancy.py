@@ -1,8 +1,8 @@
-"""Draw how redundant kept sets are: ``python -m experiments.redundancy OUTPUT.png FILE_OR_RUN...``.
+"""Draw how redundant condensed sets are: ``python -m experiments.redundancy OUTPUT.png FILE_OR_RUN...``.
 
-What ``mode=redundancy`` measured: accuracy without the images of every class that networks find easiest. Every argument
-is such a run's folder, its ``result.json``, or a ``redundancy.json`` of experiments/redundancy, which an older command
-wrote. Needs the extra ``figures``.
+The figure shows what ``mode=redundancy`` measured: accuracy without the images of every class that networks find
+easiest. Every argument is the folder of such a run, its ``result.json``, or a ``redundancy.json`` of
+experiments/redundancy, which an older command wrote. Needs the extra ``figures``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         measured = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ArtifactError(f"{file}: not there; give a finished run of mode=redundancy") from None
+        raise ArtifactError(f"{file}: does not exist; give a finished run of mode=redundancy") from None
     except ValueError:
         raise ArtifactError(f"{file}: not JSON; give a finished run of mode=redundancy") from None
     if not isinstance(measured, dict) or "rows" not in measured:
@@ -33,12 +33,14 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def draw(measured: Sequence[dict[str, Any]], output: Path) -> None:
-    """Raises ``ArtifactError`` for measurements on data of another name, or other networks, than the first one's."""
+    """Draw a line per measurement. Raises ``ArtifactError`` if data or network are not those of the first."""
     data, network = measured[0]["data"]["name"], measured[0]["network"]
     for one in measured:
         found = (one["data"]["name"], one["network"])
         if found != (data, network):
-            raise ArtifactError(f"{one['set']}: measured on {', '.join(found)}, not {data}, {network}: draw it apart")
+            raise ArtifactError(
+                f"{one['set']}: measured on {', '.join(found)}, not {data}, {network}: draw it separately"
+            )
     import matplotlib
 
     matplotlib.use("Agg")

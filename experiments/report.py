@@ -1,11 +1,11 @@
-"""One self-contained page of a sweep: ``python -m experiments.report DIR [--output FILE.html]``.
+"""Write a self-contained page about a sweep: ``python -m experiments.report DIR [--output FILE.html]``.
 
-DIR is the folder of a sweep (``runs/sweeps/NAME``) or any folder of run folders (``runs``). The page needs nothing but
-itself: no network, no files beside it. It shows what lies in the run folders now, finished or not; nothing in it comes
-from the clock, so the same folders give the same bytes.
+DIR is the folder of a sweep (``runs/sweeps/NAME``) or any folder of run folders (``runs``). The page needs no network
+and no other files. It shows what the run folders hold now, whether runs have finished or not. Nothing in it comes from
+the clock, so the same folders give the same bytes.
 
-Its size: pictures share ``PICTURE_CHARACTERS`` among them and are re-encoded to fit (experiments/embedding.py), curves
-are thinned to ``POINTS`` points. A page of 200 runs stays below 20 MB.
+Pictures share ``PICTURE_CHARACTERS`` and are re-encoded to fit (experiments/embedding.py). Curves are thinned to
+``POINTS`` points. A page of 200 runs stays below 20 MB.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from hmn.results import code_of
 
 PAGE = Path(__file__).with_name("page")
 PICTURE_CHARACTERS = 14_000_000  # all pictures together
-POINTS = 200  # of a curve
+POINTS = 200  # per curve
 OVER_BUDGET, CONDENSED = "over_budget.png", "condensed.png"
 STATUSES = ("done", "running", "interrupted", "failed", "damaged", "waiting")
 SCORES = {
@@ -44,7 +44,7 @@ SCORES = {
 
 
 def accuracy_of(run: Run) -> dict[str, Any] | None:
-    """Percent: mean, ± over networks (None for one), how many."""
+    """Test accuracy in percent: mean, standard deviation over networks (None for one), and how many there are."""
     accuracy = run.result.get("accuracy")
     if not accuracy or accuracy.get("mean") is None:
         return None
@@ -58,7 +58,7 @@ def accuracy_of(run: Run) -> dict[str, Any] | None:
 
 
 def thinned(points: Sequence[tuple[float, float | None]], most: int = POINTS) -> list[list[float | None]]:
-    """At most about ``most`` points, the first and the last among them, of 5 digits."""
+    """At most about ``most`` points, the first and the last among them, rounded to 5 digits."""
     stride = max(1, math.ceil((len(points) - 1) / (most - 1))) if points else 1
     kept = [*points[:-1:stride], *points[-1:]]
     return [[x, None if y is None else float(f"{y:.5g}")] for x, y in kept]
@@ -83,7 +83,7 @@ def curves_of(run: Run) -> dict[str, Any]:
 
 
 def pruning_of(run: Run) -> str:
-    """In words, how many of a class were dropped at which end."""
+    """How many images of a class were dropped at which end, in words."""
     pruning = run.result.get("pruning") or {}
     cut = pruning.get("cut_per_class")
     if not cut:
@@ -96,7 +96,7 @@ def pruning_of(run: Run) -> str:
 
 
 def histograms(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The AUM histogram of every run that has one, all of one kind of score over one range."""
+    """The AUM histogram of every run that has one; those of one kind of score share one range."""
     found = []
     for index, run in enumerate(runs):
         aum = next((row["prune/aum"] for row in reversed(run.metrics) if "prune/aum" in row), None)
@@ -123,7 +123,7 @@ def _bars(counts: Sequence[int], edges: Sequence[float], low: float, high: float
 
 
 def galleries(runs: Sequence[Run]) -> tuple[list[dict[str, Any]], bool]:
-    """The pictures of every run that kept some, and whether any of them lost detail by being embedded."""
+    """The pictures of every run that has any, and whether embedding cost any of them detail."""
     paths = {
         index: [path for name in (OVER_BUDGET, CONDENSED) if run.folder and (path := run.folder / name).exists()]
         for index, run in enumerate(runs)
@@ -149,7 +149,7 @@ def _embedded(path: Path, allowed: int) -> Embedded | None:
 
 
 def sources(run: Run) -> str | None:
-    """Its sources, of results older than their digests the commit."""
+    """The digest of a result's sources, or the commit if the result is older than such digests."""
     if not run.result:
         return None
     if run.result.get("code"):
@@ -202,7 +202,7 @@ def rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _place(accuracy: Mapping[str, Any] | None, low: float, high: float) -> dict[str, float] | None:
-    """Where in a box of 80 a run's accuracy and its spread lie among all."""
+    """Positions of a run's accuracy and its spread in a box of width 80 that spans all runs."""
     if accuracy is None or high <= low:
         return None
     spread = accuracy["std"] or 0.0
@@ -214,7 +214,7 @@ def _place(accuracy: Mapping[str, Any] | None, low: float, high: float) -> dict[
 
 
 def provenance(run: Run) -> list[tuple[str, str]]:
-    """What a run's result was made of and by, in words; what is not known is left out."""
+    """What a run's result was made from and with, in words; unknown facts are left out."""
     found, data = run.result, run.result.get("data") or {}
     commit = found.get("commit")
     seeds = (found.get("accuracy") or {}).get("seeds") or []
@@ -243,7 +243,7 @@ def provenance(run: Run) -> list[tuple[str, str]]:
 
 
 def _without(row: Mapping[str, Any]) -> str:
-    """What ``mode=redundancy`` measured after one share."""
+    """What ``mode=redundancy`` measured without one share of the images, in words."""
     return f"{row['dropped']:.0%} of each class: {percent(row)} %"
 
 
@@ -261,7 +261,7 @@ def size(count: float) -> str:
 
 
 def render(found: Collection) -> str:
-    """The page."""
+    """The page as HTML."""
     runs = found.runs
     shared = shared_settings([run.config for run in runs]) if len(runs) > 1 else {}
     shown, lossy = galleries(runs)
@@ -299,14 +299,14 @@ def render(found: Collection) -> str:
 
 
 def _hash(source: str) -> str:
-    """By which the page's policy knows its own script and style from any that a run's name may smuggle in."""
+    """The hash by which the page's policy tells its own script and style from any that a run's name smuggles in."""
     return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="DIR", help="a sweep's folder, or a folder of run folders")
-    parser.add_argument("--output", type=Path, metavar="FILE.html", help="instead of DIR/report.html")
+    parser.add_argument("--output", type=Path, metavar="FILE.html", help="the file to write; default: DIR/report.html")
     given = parser.parse_args(arguments)
     output = given.output or given.folder / "report.html"
     page = render(collect(given.folder))

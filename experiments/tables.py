@@ -1,9 +1,11 @@
-"""Tables out of finished runs: ``python -m experiments.tables NAME [KEY=VALUE ...] [--output DIR]
-[--results DIR] [--mix]``.
+"""Make tables of finished runs.
 
-NAME is a file of experiments/tables/, KEY=VALUE are settings over its cells' as of sweep.py, ``debug=smoke`` among
-them. Prints Markdown, or writes DIR/NAME.md, NAME.tex (booktabs) and NAME.csv. Beside what was measured stands what
-experiments/reported.csv says of the same cell; a cell that is not measured names the command that measures it.
+``python -m experiments.tables NAME [KEY=VALUE ...] [--output DIR] [--results DIR] [--mix]``
+
+NAME is a file of experiments/tables/. KEY=VALUE settings override those of its cells, as in sweep.py; ``debug=smoke``
+is one of them. The table is printed as Markdown, or written to DIR/NAME.md, NAME.tex (booktabs) and NAME.csv. Measured
+values stand beside the numbers that experiments/reported.csv has for the same cell. A cell that is not measured names
+the command that measures it.
 """
 
 from __future__ import annotations
@@ -25,12 +27,12 @@ from hmn.explain import in_one_line
 
 @dataclass(frozen=True)
 class Block:
-    """Part of a table that is printed as one: a value under all but the last axis of the columns, or all values of a
-    table with a single column, side by side."""
+    """A part of a table that is printed by itself: one value, for one label of each column axis but the last. A table
+    with a single column has all its values side by side instead."""
 
     title: str
     rows: tuple[tuple[str, ...], ...]
-    heads: Mapping[str, str]  # what is printed above each column, by what it has of ``entries``
+    heads: Mapping[str, str]  # what is printed above each column, by its key in ``entries``
     entries: Mapping[tuple[tuple[str, ...], str], Entry]
 
     @property
@@ -39,7 +41,7 @@ class Block:
 
 
 def blocks(filled: Filled) -> Iterator[Block]:
-    """In the order of ``shows``, then of the cells."""
+    """Yield the blocks, in the order of ``shows``, then of the cells."""
     columns = dict.fromkeys(entry.column for entry in filled.entries)
     if len(columns) == 1 and len(filled.table.shows) > 1:
         axes = zip(filled.table.columns, next(iter(columns)), strict=True)
@@ -66,7 +68,7 @@ def _block(title: str, entries: Mapping[tuple[tuple[str, ...], str], Entry], hea
 
 
 class Notes:
-    """Footnotes of what is missing, a letter each, and numbers of sources; equal ones share theirs."""
+    """Footnotes: a letter for each thing missing, a number for each source; equal ones share theirs."""
 
     def __init__(self, command: str) -> None:
         self.command = command
@@ -74,7 +76,7 @@ class Notes:
         self.sources: dict[str, str] = {}
 
     def letter(self, gap: Gap) -> str:
-        if gap.status in ("waiting", "running"):  # the sweep's business
+        if gap.status in ("waiting", "running"):  # the sweep takes care of it
             return self._letter(f"{'not measured' if gap.status == 'waiting' else gap.status}: `{self.command}`")
         return self._letter(f"{gap.status}{f': {gap.told}' if gap.told else ''}: `{gap.command}`")
 
@@ -88,7 +90,7 @@ class Notes:
 
 
 def letters(number: int) -> str:
-    """a to z, aa to zz, and on."""
+    """The footnote letter of ``number``: a to z, then aa to az, and so on."""
     before, last = divmod(number, 26)
     return (letters(before - 1) if before else "") + string.ascii_lowercase[last]
 
@@ -102,7 +104,7 @@ def number(value: Value, measured: Measured) -> str:
 
 
 def _cells(block: Block, entry: Entry | None, notes: Notes, style: Style) -> list[str]:
-    """Measured, and where the block compares, reported and difference."""
+    """The measured cell and, if the block compares, the reported number and the difference."""
     if entry is None:
         return [""] * (3 if block.compared else 1)
     measured = style.text(number(VALUES[entry.value], entry.measured)) if entry.measured else ""
@@ -130,7 +132,7 @@ class Style:
 
 
 def escaped(text: str) -> str:
-    """For LaTeX."""
+    """Escape ``text`` for LaTeX."""
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
     special |= {"–": "--", "`": r"\textasciigrave{}", "<": r"\textless{}", ">": r"\textgreater{}"}
     special |= {character: "\\" + character for character in "&%$#_{}"}
@@ -190,7 +192,7 @@ def markdown(filled: Filled) -> str:
 
 
 def latex(filled: Filled) -> str:
-    """Needs booktabs; one table with a tabular for every block."""
+    """The table in LaTeX, with a tabular for every block. Needs booktabs."""
     table, notes = filled.table, Notes(filled.command)
     parts = [r"\begin{table}", r"\centering", rf"\caption{{{escaped(table.title)}}}", rf"\label{{tab:{table.name}}}"]
     for block in blocks(filled):
@@ -203,7 +205,7 @@ def latex(filled: Filled) -> str:
 
 
 def csv_text(filled: Filled) -> str:
-    """A line for every place, numbers in full, and the command of every run that is missing there."""
+    """The table as CSV: a line for every place, with numbers in full and the commands of runs that are missing."""
     table = filled.table
     axes = [*table.rows, *table.columns]
     fields = ["value", "unit", "mean", "std", "n", "best", "runs", "reported", "reported_std", "reported_source"]
@@ -229,13 +231,13 @@ RENDERED = {"md": markdown, "tex": latex, "csv": csv_text}
 
 
 def _refuse_loss(path: Path, filled: Filled) -> None:
-    """Raises ``ConfigError`` if what is there shows measured values of more runs than are left here."""
+    """Raise ``ConfigError`` if the table at ``path`` shows measured values of more runs than there are here."""
     if not path.exists():
         return
     named = [*filled.table.rows, *filled.table.columns, "value"]
 
     def runs(text: str) -> dict[tuple[str, ...], int]:
-        """How many are behind each measured value."""
+        """The number of runs behind each measured value."""
         lines = csv.DictReader(io.StringIO(text), restval="")
         if missing := {*named, "mean", "runs"} - {*(lines.fieldnames or ())}:
             told = f"has no column {', '.join(sorted(missing))}, so it is another table's"
@@ -246,18 +248,18 @@ def _refuse_loss(path: Path, filled: Filled) -> None:
     there = runs(path.read_text(encoding="utf-8"))
     if lost := sorted(place for place, count in there.items() if count > here.get(place, 0)):
         raise ConfigError(
-            f"{path}: shows {len(lost)} measured values, {', '.join(lost[0])} the first, of runs that are not here: "
-            "name another --output, or --results with theirs; or remove it"
+            f"{path}: shows {len(lost)} measured values of runs that are not here, the first {', '.join(lost[0])}: "
+            "name another --output, name --results that has theirs, or remove it"
         )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", help="a file of experiments/tables, without .yaml")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings over the cells', as of sweep.py")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings that override the cells'")
     parser.add_argument("--output", type=Path, help="the folder to write NAME.md, NAME.tex and NAME.csv to")
     parser.add_argument(
-        "--results", type=Path, help="a folder that keeps results, and has those of runs that are not finished here"
+        "--results", type=Path, help="a folder to keep results in, and to read those of runs unfinished here"
     )
     parser.add_argument("--mix", action="store_true", help="show results of several code versions in one table")
     given = parser.parse_intermixed_args(arguments)

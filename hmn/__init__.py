@@ -1,4 +1,4 @@
-"""Hierarchical Memory Network data set condensation: ``hmn.load_condensed(PATH)`` loads a kept set."""
+"""Dataset condensation with Hierarchical Memory Networks: ``hmn.load_condensed(PATH)`` loads a saved set."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["load_condensed"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: ``import hmn`` alone, as the command line does before it checks anything, stays quick."""
+    """Import on first use, to keep ``import hmn`` fast: the command line does that before it checks any setting."""
     if name == "load_condensed":
         from hmn.artifacts import load_condensed
 

@@ -1,7 +1,7 @@
-"""HaBa's adversary (Liu et al., NeurIPS 2022): it tells which images are the same basis, styles try to hide it.
+"""HaBa's adversary (Liu et al., NeurIPS 2022): it recognises a basis in any style, and the styles try to hide it.
 
-A feature extractor learns features that two styles of one basis share; the container is asked to make those features
-differ, so that its styles do not all show the same.
+A feature extractor learns features that two styles of one basis share. The container is trained to make those features
+differ, so that its styles do not all show the same thing.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ See = Callable[[Tensor], Tensor]
 
 
 class StyleAdversary:
-    """``views`` (styles, n): the images of each style, on the host, of the same bases in the same order.
+    """The feature extractor and its optimiser.
 
-    ``labels`` (n,) are the bases' classes. At most ``batch`` bases are looked at per step, all of them without it.
+    ``views`` (styles, n) holds the indices of each style's images, on the host; every style has the same bases in the
+    same order. ``labels`` (n,) are the bases' classes. A step uses at most ``batch`` bases, or all of them if that is
+    not given.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class StyleAdversary:
         )
 
     def push(self, see: See) -> Tensor:
-        """Add to the container the gradient of how alike two styles' features are; returns that loss, unread."""
+        """Add the gradient of two styles' feature similarity to the container; return that loss as a device tensor."""
         index, _ = self._pair()
         first, second = self._features(see(index)).chunk(2)
         loss = self.config.club_weight * (F.cosine_similarity(first, second) + 1).mean() / 2
@@ -55,7 +57,7 @@ class StyleAdversary:
         return loss.detach()
 
     def learn(self, see: See) -> None:
-        """One step of the extractor, the container as it is: classes, likeness of styles, and contrast."""
+        """Train the extractor for one step on classes, similarity of styles and contrast; the container is fixed."""
         index, labels = self._pair()
         with torch.no_grad():
             images = see(index)
@@ -68,7 +70,7 @@ class StyleAdversary:
         loss = weights.class_weight * F.cross_entropy(logits, labels.repeat(2))
         loss = loss + weights.likeli_weight * (1 - F.cosine_similarity(first, second)).mean() / 2
         loss = loss + weights.contrast_weight * supervised_contrast(features, labels.repeat(2))
-        self.optimizer.zero_grad()  # of what the container's own loss left there
+        self.optimizer.zero_grad()  # clears what push() left there
         loss.backward()
         self.optimizer.step()
 
@@ -77,7 +79,7 @@ class StyleAdversary:
             return wide(self.network.features(images))
 
     def _pair(self) -> tuple[Tensor, Tensor]:
-        """Some bases in one random style and then in another (2 k,), and the bases' labels (k,); on the host."""
+        """Indices of random bases in one random style, then in another (2 k,), and their labels (k,); on the host."""
         rows = torch.randperm(self.views.shape[1], generator=self.generator)[: self.batch]
         first, second = torch.randperm(len(self.views), generator=self.generator)[:2]
         return torch.cat([self.views[first, rows], self.views[second, rows]]), self.labels[rows]
@@ -98,8 +100,8 @@ class StyleAdversary:
 def supervised_contrast(features: Tensor, labels: Tensor) -> Tensor:
     """Supervised contrastive loss (Khosla et al., NeurIPS 2020, eq. 2): a scalar, of features (n, f) and labels (n,).
 
-    Every image's log-probability of picking one of its class among all others, by the cosine of their features; a
-    class must have two images at least.
+    It is the mean negative log-probability that an image picks one of its own class among all others, by the cosine of
+    their features. Every class must have at least two images.
     """
     unit = F.normalize(features)
     itself = torch.eye(len(unit), dtype=torch.bool, device=unit.device)

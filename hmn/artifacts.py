@@ -1,4 +1,4 @@
-"""Kept condensed sets: tensors in ``condensed.safetensors``, everything else in ``card.json`` beside it."""
+"""Saved condensed sets: tensors in ``condensed.safetensors``, everything else in ``card.json`` beside it."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from hmn.errors import ArtifactError
 
 SCHEMA_VERSION = 1
 TENSORS, CARD = "condensed.safetensors", "card.json"
-LARGEST_SIDE = 4096  # of images that are loaded
-NUMBERS = {"float32": torch.float32, "float16": torch.float16}  # in which a container's are kept
+LARGEST_SIDE = 4096  # of the images of a set that is loaded, in pixels
+NUMBERS = {"float32": torch.float32, "float16": torch.float16}  # formats in which parameters are saved
 
 
 class CondensedSet(Dataset):
-    """The decoded images of a kept container, as a map-style data set of (image, label).
+    """The decoded images of a saved container, as a map-style dataset of (image, label).
 
-    Images are float32 (channels, H, W), 0 black and 1 white; those of most containers may leave that range a little. A
-    network trained on them expects them normalised by the card's ``data.mean`` and ``data.std``. ``card`` tells budget,
+    Images are float32 (channels, H, W), 0 black and 1 white; with most containers they may exceed that range slightly.
+    Normalise them by the card's ``data.mean`` and ``data.std`` to train a network on them. ``card`` records budget,
     shapes, preprocessing, measured accuracy and provenance.
     """
 
@@ -52,7 +52,7 @@ class CondensedSet(Dataset):
 
 @torch.no_grad()
 def decode_all(container: Container, chunk: int | None = None) -> tuple[Tensor, Tensor]:
-    """All images (N, channels, H, W), 0 black and 1 white, and labels (N,) of a container, on its device."""
+    """All images (N, channels, H, W) of a container, 0 black and 1 white, and their labels (N,), on its device."""
     device = next(container.parameters()).device
     index = torch.arange(container.classes * container.images_per_class, device=device)
     images = torch.cat(
@@ -68,16 +68,19 @@ def sha256(path: Path) -> str:
 
 @torch.no_grad()
 def round_to(container: Container, number: str) -> None:
-    """Make every parameter one that ``number`` can hold. Raises ``ArtifactError`` for one that is out of its range."""
+    """Round every parameter in place to the format ``number``. Raises ``ArtifactError`` if one is out of its range."""
     for name, parameter in container.named_parameters():
         parameter.copy_(parameter.to(NUMBERS[number]))
         if not parameter.isfinite().all():
-            raise ArtifactError(f"{name}: has numbers too large for memory.number={number}; keep float32")
+            raise ArtifactError(f"{name}: has values too large for memory.number={number}; use float32")
 
 
 def save(folder: Path, container: Container, card: dict[str, Any], number: str = "float32") -> dict[str, Any]:
-    """Write tensors, then the card with their checksum, the container's shape, its count of numbers and their bytes;
-    returns the full card. The parameters are those that :func:`round_to` left."""
+    """Write the tensors, then the card; return the full card.
+
+    To ``card`` are added the checksum of the tensors, the container's shape, and the count and bytes of its numbers.
+    :func:`round_to` must have rounded the parameters.
+    """
     parameters = dict(container.named_parameters())
     tensors = {
         name: value.to(NUMBERS[number] if name in parameters else value.dtype)
@@ -98,16 +101,16 @@ def save(folder: Path, container: Container, card: dict[str, Any], number: str =
 
 
 def load_condensed(path: str | Path) -> CondensedSet:
-    """The condensed set kept at ``path``, a run folder or a ``condensed.safetensors`` with its card beside it.
+    """Load the condensed set saved at ``path``: a run folder, or a ``condensed.safetensors`` with its card beside it.
 
-    Raises ``ArtifactError`` for a missing file, another schema version, a checksum that differs, anything but plain
-    tensors of the card's shapes, or more floats than the card's budget.
+    Raises ``ArtifactError`` for a missing file, another schema version, a wrong checksum, anything but plain tensors of
+    the card's shapes, or more floats than the card's budget.
     """
     tensors_path = tensors_file(path)
     card = read_card(tensors_path)
     if sha256(tensors_path) != card["sha256"]:
         raise ArtifactError(
-            f"{tensors_path}: its SHA-256 is not the card's: the file was changed or cut; fetch it again"
+            f"{tensors_path}: its SHA-256 is not the card's: the file was modified or truncated; fetch it again"
         )
     try:
         tensors = load_file(tensors_path)
@@ -118,29 +121,29 @@ def load_condensed(path: str | Path) -> CondensedSet:
     try:
         shape = card["container"]
         side, depth = shape["image_size"], shape.get("depth", 0)
-        if not 0 < side <= LARGEST_SIDE or depth > len(tensors):  # which no tensor of every container bears out
+        if not 0 < side <= LARGEST_SIDE or depth > len(tensors):  # not every container has a tensor that confirms them
             raise ValueError(f"image_size {side}, depth {depth}")
         with torch.device("meta"):  # a wrong card may ask for any amount of memory
             empty = rebuild(card["container"])
         shapes, parameters = empty.state_dict(), dict(empty.named_parameters())
-        number = NUMBERS[card.get("number", "float32")]  # older cards have no other
+        number = NUMBERS[card.get("number", "float32")]  # older cards lack this key
         for name in shapes.keys() & tensors.keys():
             kept, found = number if name in parameters else shapes[name].dtype, tensors[name].dtype
             if found != kept:
-                raise TypeError(f"{found} instead of {kept}")  # a budget counts numbers of one kind
+                raise TypeError(f"{found} instead of {kept}")  # the budget counts numbers of one format
             if tensors[name].shape != shapes[name].shape:
                 raise ValueError(f"{name}: {list(tensors[name].shape)} instead of {list(shapes[name].shape)}")
         if shapes.keys() != tensors.keys():
-            raise KeyError(f"{', '.join(sorted(shapes.keys() ^ tensors.keys()))}: not in both")
+            raise KeyError(f"{', '.join(sorted(shapes.keys() ^ tensors.keys()))}: not in both the card and the file")
         described = empty.specification()
         empty.finish()
         if empty.specification() != described:
-            raise ValueError("they are not in the form that is kept, which alone stores what it is charged for")
+            raise ValueError("they are not in the finished form, the only one that stores what the budget counts")
         container = rebuild(card["container"])
         container.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = str(error).splitlines()[-1].strip()
-        raise ArtifactError(f"{tensors_path}: its tensors are not the container its card describes: {reason}") from None
+        raise ArtifactError(f"{tensors_path}: its tensors do not match the container in its card: {reason}") from None
     if container.storage_floats() > card["budget"]["floats"]:
         raise ArtifactError(
             f"{tensors_path}: stores {container.storage_floats()} floats, over the budget of {card['budget']['floats']}"
@@ -153,20 +156,20 @@ def load_condensed(path: str | Path) -> CondensedSet:
 
 
 def stored_bytes(card: dict[str, Any]) -> int:
-    """What the numbers take that the budget is charged for."""
+    """Bytes of the numbers that the budget counts."""
     return card.get("stored_bytes", card["stored_floats"] * NUMBERS[card.get("number", "float32")].itemsize)
 
 
 def _bytes_of(container: Container, number: str) -> int:
-    """Positions, of which two are charged as one float, are integers of the same size whatever ``number`` is."""
+    """Bytes of the stored numbers; two positions count as one float, and ``number`` does not change their size."""
     numbers = sum(parameter.numel() for parameter in container.parameters())
     return numbers * NUMBERS[number].itemsize + (container.storage_floats() - numbers) * torch.float32.itemsize
 
 
 def joined(sets: Sequence[CondensedSet], class_names: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """All images (N, channels, H, W) of ``sets``, ordered by class, and labels (N,) that count in ``class_names``.
+    """All images (N, channels, H, W) of ``sets``, ordered by class, and labels (N,) that index ``class_names``.
 
-    Every set's classes must be among these.
+    The classes of every set must be among ``class_names``.
     """
     images, labels = [], []
     for kept in sets:
@@ -179,17 +182,17 @@ def joined(sets: Sequence[CondensedSet], class_names: Sequence[str]) -> tuple[Te
 
 
 def check_together(cards: Mapping[str, dict[str, Any]]) -> None:
-    """Refuse sets, by their paths, that cannot be trained on as one: with a class in common, or normalised apart."""
+    """Refuse sets, given as path: card, that share a class or are normalised differently: they cannot be joined."""
     owners: dict[str, str] = {}
     for path, card in cards.items():
         for name in card["data"]["class_names"]:
             if (owner := owners.setdefault(name, path)) != path:
-                raise ArtifactError(f"artifact={path}: has images of class {name}, as artifact={owner}; leave one out")
+                raise ArtifactError(f"artifact={path}: has class {name}, as does artifact={owner}; leave one out")
         for key in ("mean", "std"):
             first, found = next(iter(cards.values()))["data"][key], card["data"][key]
             if found != first:
-                rule = f"that of the sets before it {first}: join sets that were condensed with the same dataset.{key}"
-                raise ArtifactError(f"artifact={path}: its {key} is {found}, {rule}")
+                rule = f"that of the sets before it is {first}: join sets condensed with the same dataset.{key}"
+                raise ArtifactError(f"artifact={path}: its {key} is {found}, but {rule}")
 
 
 def tensors_file(path: str | Path) -> Path:
@@ -199,29 +202,29 @@ def tensors_file(path: str | Path) -> Path:
     if not found.exists():
         raise ArtifactError(f"artifact={path}: no {TENSORS} there; give a finished run's folder")
     if found.suffix != Path(TENSORS).suffix:
-        raise ArtifactError(f"artifact={path}: no file of tensors; give its folder, or {TENSORS} in it")
+        raise ArtifactError(f"artifact={path}: not a .safetensors file; give its folder, or {TENSORS} in it")
     return found
 
 
 def card_file(path: str | Path) -> Path:
-    """The card of the folder or tensors file ``path``, whether it is there or not."""
+    """The card of the folder or tensors file ``path``, whether or not it exists."""
     path = Path(path)
     return path / CARD if path.is_dir() else path.with_name(CARD)
 
 
 def read_card(artifact: str | Path) -> dict[str, Any]:
-    """The card in the folder ``artifact`` or beside the tensors file: the tensors themselves are not asked for.
+    """Read the card in the folder ``artifact``, or beside that tensors file; the tensors themselves are not needed.
 
     Raises ``ArtifactError`` if it is missing, incomplete or of another version.
     """
     path = card_file(artifact)
     if path == Path(artifact):
-        tensors_file(artifact)  # which refuses it
+        tensors_file(artifact)  # raises: a card is no artifact
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        tensors_file(artifact)  # where these are missing, too, it says so
-        raise ArtifactError(f"{path}: missing; {TENSORS} and its card are kept together") from None
+        tensors_file(artifact)  # raises first if the tensors are missing, too
+        raise ArtifactError(f"{path}: missing; {TENSORS} and its card belong in one folder") from None
     except ValueError:
         raise ArtifactError(f"{path}: not JSON; fetch it again") from None
     version = card.get("schema_version") if isinstance(card, dict) else None
@@ -230,7 +233,7 @@ def read_card(artifact: str | Path) -> dict[str, Any]:
     if missing := [key for key in ("sha256", "container", "budget", "data") if key not in card]:
         raise ArtifactError(f"{path}: lacks {', '.join(missing)}; fetch it again")
     if damaged := [key for key in ("container", "budget", "data") if not isinstance(card[key], dict)]:
-        raise ArtifactError(f"{path}: {', '.join(damaged)} is no JSON object; fetch it again")
+        raise ArtifactError(f"{path}: {', '.join(damaged)} is not a JSON object; fetch it again")
     if not isinstance(card["budget"].get("floats"), int):
         raise ArtifactError(f"{path}: budget has no number of floats; fetch it again")
     return card

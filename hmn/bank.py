@@ -1,8 +1,8 @@
-"""The snapshot bank: matched networks, augmentation draws and real gradients kept on disk and shared by many runs.
+"""The snapshot bank: matched networks, augmentation draws and real gradients stored on disk and shared by many runs.
 
-Where every run trains its own networks on real images and takes its own real gradients, a bank holds those of a fixed
-number of steps. A run that reads it has neither a real branch nor network updates, and sees each snapshot again and
-again: a different algorithm, cheaper per step.
+Without a bank, every run trains its own networks on real images and computes its own real gradients. A bank stores
+those of a fixed number of steps. A run that reads it has neither a real branch nor network updates, and sees each
+snapshot many times: a different algorithm, cheaper per step.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ RealGradients = Callable[[Parameters, Tensor, Tensor], Parameters]
 
 
 def snapshot_steps(snapshots: int, inner_steps: int) -> list[int]:
-    """The steps of a network's life, from 0, whose state is kept: evenly spread, the untrained network first."""
+    """Training steps of a network, from 0, at which a snapshot is kept: evenly spaced, the untrained network first."""
     return [position * inner_steps // snapshots for position in range(snapshots)]
 
 
 def files(folder: Path, config: BankConfig) -> list[Path]:
-    """Where every network of a bank is kept, whether it is there or not."""
+    """Paths of a bank's files, one per network, whether or not they exist."""
     return [folder / f"network-{number:04d}.safetensors" for number in range(config.networks)]
 
 
@@ -48,10 +48,11 @@ def build(
     chunk: int,
     stop: Stop,
 ) -> list[Path]:
-    """One file per network of the bank in ``folder``; those that are there already stay, so it can be stopped.
+    """Write the bank into ``folder``, one file per network; return their paths.
 
-    ``live(n)`` makes the real side of network n, with random streams of its own. ``chunk`` classes go through
-    ``gradients`` at once. Raises ``ArtifactError`` for a file made on other images.
+    Existing files are kept, so an interrupted build continues. ``live(n)`` makes the real side of network n, with its
+    own random streams. ``gradients`` is called with ``chunk`` classes at once. Raises ``ArtifactError`` for a file made
+    from other images.
     """
     paths = files(folder, config.bank)
     with exclusive(folder, wait=stop):
@@ -72,7 +73,7 @@ def _record(
     update = update_of(side, record=side.labels.is_cuda)
     side.begin(0)
     for step in range(due[-1] + 1):
-        stop.check("the snapshot bank keeps its finished networks; the same command goes on from there")
+        stop.check("the snapshot bank keeps its finished networks; the same command resumes from there")
         if step in due:
             choice = side.choose(every_class)
             parameters, drawn = side.parameters(choice), side.draw(choice, classes)
@@ -86,15 +87,15 @@ def _record(
             for name in parts[0]:
                 tensors[f"{head}/gradients/{name}"] = torch.cat([part[name] for part in parts])
             tensors |= {f"{head}/draw/{name}": value for name, value in drawn.tensors().items()}
-        if step < due[-1] and (choice := side.choose_update()):  # after the last one nothing reads the network
+        if step < due[-1] and (choice := side.choose_update()):  # nothing reads the network after the last snapshot
             update(choice)
     return tensors
 
 
 class BankSide(RealSide):
-    """The real side read from a bank: every step takes the next snapshot of a random order, pass after pass.
+    """The real side read from a bank: every step takes the next snapshot of a random order, drawn again at each pass.
 
-    On a GPU the first ``keep_bytes`` of what is read stay there; a CPU has the system's file cache.
+    On a GPU, up to ``keep_bytes`` of what is read stay in its memory; on a CPU, the system's file cache does the same.
     """
 
     USES_IMAGES = False

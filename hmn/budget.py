@@ -1,4 +1,4 @@
-"""Storage budget: images per class to float32 numbers, and back to how many instances a container may hold."""
+"""Storage budget: from images per class to float32 numbers, and from those to the instances that a container holds."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from hmn.errors import ConfigError
 
 
 def budget_floats(images_per_class: int, classes: int, channels: int, image_size: int) -> int:
-    """B = IPC * C * channels * H * W, the float32 numbers that ``images_per_class`` real images take."""
+    """B = IPC * C * channels * H * W: the float32 numbers that ``images_per_class`` real images per class take."""
     return images_per_class * classes * channels * image_size**2
 
 
 def instances_that_fit(
     budget: int, shared_floats: int, instance_floats: int, classes: int, *, over_budget: float = 0.0
 ) -> int:
-    """floor(((1 + p) B - F) / (C |m_I|)): instances per class that B and the fraction ``over_budget`` more pay for.
+    """floor(((1 + p) B - F) / (C |m_I|)): instances per class that fit B enlarged by the fraction p, ``over_budget``.
 
     Raises ``ConfigError`` when not even one instance per class fits, naming the smallest budget that would.
     """

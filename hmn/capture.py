@@ -13,15 +13,15 @@ from torch import Tensor
 from hmn.errors import HmnError
 
 Tensors = dict[str, Tensor]
-# Before it, a failed recording leaves a generator that believes itself recorded still: there is no going on without.
+# Before this version, a failed recording leaves a generator in recording mode, so the process cannot continue.
 RECOVERS = "2.13.0a0"
 _enabled = True
-launched_anew: set[str] = set()  # why something was not recorded, once for all networks and steps
-WARM_UP = 3  # calls before recording: they compile, choose algorithms and make optimiser state
+launched_anew: set[str] = set()  # why functions were not recorded: each reason once for all networks and steps
+WARM_UP = 3  # calls before recording: they compile, choose algorithms and create optimiser state
 
 
 def enable(record: bool) -> None:
-    """Whether this process records at all."""
+    """Set whether this process records CUDA graphs at all."""
     global _enabled
     _enabled = record
 
@@ -33,11 +33,11 @@ class _Recorded(NamedTuple):
 
 
 class Replay:
-    """``function(inputs)`` on a GPU, recorded at the first call with each set of input shapes.
+    """Call ``function(inputs)`` as a CUDA graph, recorded at the first call with each set of input shapes.
 
     ``function`` must do nothing but device work: read ``inputs``, change the ``state()`` tensors in place, draw from
-    ``generators`` and return tensors. Optimiser state that its first calls make must start from zero. Where recording
-    fails, the function is called as it is; PyTorch before 2.13 cannot go on then, which raises ``HmnError``.
+    ``generators`` and return tensors. Optimiser state that its first calls create must start at zero. If recording
+    fails, the function is called without a graph; PyTorch before 2.13 cannot do that, which raises ``HmnError``.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class Replay:
     def __call__(self, inputs: Tensors) -> Tensors:
         shapes = tuple((name, value.shape) for name, value in inputs.items())
         if shapes not in self.recorded and not self.plain:
-            gc.collect()  # what was recorded before is held in cycles, and its memory with it
+            gc.collect()  # reference cycles hold earlier recordings and their memory
             self._warm_up(inputs)
             try:
                 self.recorded[shapes] = self._record(inputs)
             except RuntimeError as error:
-                error = _first(error)  # ending a recording that has failed fails, too
+                error = _first(error)  # ending a failed recording raises another error
                 if isinstance(error, torch.cuda.OutOfMemoryError):
                     raise error from None
                 self._give_up(str(error).partition("\n")[0])
@@ -72,12 +72,12 @@ class Replay:
 
     def _give_up(self, reason: str) -> None:
         if torch.__version__ < RECOVERS:
-            cannot = f"a step cannot be recorded as a CUDA graph, and PyTorch {torch.__version__} cannot go on"
-            raise HmnError(f"{cannot}: compute.record=false launches every step anew ({reason})")
+            cannot = f"a step cannot be recorded as a CUDA graph, and PyTorch {torch.__version__} cannot continue"
+            raise HmnError(f"{cannot}: set compute.record=false to run without graphs ({reason})")
         self.plain = True
         if reason not in launched_anew:
             launched_anew.add(reason)
-            print(f"a step cannot be recorded as a CUDA graph, so it is launched anew: {reason}", file=sys.stderr)
+            print(f"a step cannot be recorded as a CUDA graph, so it runs without one: {reason}", file=sys.stderr)
 
     def _warm_up(self, inputs: Tensors) -> None:
         side = torch.cuda.Stream()
@@ -96,12 +96,12 @@ class Replay:
             with torch.cuda.graph(graph):
                 outputs = self.function(inputs)
         finally:
-            torch.cuda.set_stream(stream)  # a recording that fails leaves its own
+            torch.cuda.set_stream(stream)  # a failed recording leaves its own stream current
         return _Recorded(graph, inputs, outputs)
 
 
 def _first(error: RuntimeError) -> RuntimeError:
-    """Of the errors that came of one another the earliest of PyTorch's kind."""
+    """The earliest ``RuntimeError``, PyTorch's kind, in the chain of errors that led to ``error``."""
     first, cause = error, error.__context__
     while cause is not None:
         first = cause if isinstance(cause, RuntimeError) else first
@@ -115,7 +115,7 @@ def warm_up(
     state: Callable[[], Iterable[Tensor]],
     generators: list[torch.Generator],
 ) -> None:
-    """Call ``function`` a few times and undo what that did: state that was there is put back, new state is zeroed."""
+    """Call ``function`` a few times and undo its effects: existing state is restored, new state is zeroed."""
     before = [(tensor, tensor.detach().clone()) for tensor in state()]
     seeds = [generator.get_state() for generator in generators]
     try:
@@ -134,7 +134,7 @@ def warm_up(
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """What an optimiser changes: its parameters and all it remembers of them."""
+    """Tensors that an optimiser changes: its parameters and its state."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     kept = [value for entry in optimizer.state.values() for value in entry.values() if torch.is_tensor(value)]
     return parameters + kept

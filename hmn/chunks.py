@@ -1,4 +1,4 @@
-"""How much a condensing step can take at once within a memory limit, estimated before the first step."""
+"""Estimates, made before the first step, of how much a condensing step can process at once in limited memory."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from hmn.data import augment
 from hmn.objectives.distance import Matched, all_weights, convolution_weights
 from hmn.objectives.gradient import loop
 
-ImageBytes = Callable[[nn.Module, tuple[int, int, int]], int]  # of a network and (channels, H, W)
+ImageBytes = Callable[[nn.Module, tuple[int, int, int]], int]  # (network, (channels, H, W)) -> bytes per image
 FLOAT = 4
-# What allocators hold beyond the tensors alive at once, and what a backward pass has alive beside what was kept for it
-# (gradients, both sides of an operator): from the measured tables of benchmarks/chunks.py.
+# Factors from the tables that benchmarks/chunks.py measured: SLACK for what allocators hold beyond the live tensors,
+# ALIVE for what a backward pass has alive beside the tensors saved for it (gradients, both sides of an operator).
 SLACK = 1.3
 ALIVE = 3
 
 
 def saved_bytes(function: Callable[[], object], owned: list[Tensor]) -> int:
-    """Bytes that autograd keeps for a backward pass through ``function``, the tensors ``owned`` aside."""
+    """Bytes that autograd saves for a backward pass through ``function``, not counting the tensors ``owned``."""
     storages = {tensor.untyped_storage().data_ptr() for tensor in owned}
     alive = []  # an address means nothing once its tensor is freed
 
@@ -42,9 +42,9 @@ def saved_bytes(function: Callable[[], object], owned: list[Tensor]) -> int:
 
 
 def decoding_bytes(container: Container, strategy: str) -> tuple[int, int]:
-    """Kept between decoding and its backward pass, augmentation included: once for all images, and for each of them.
+    """Bytes saved from decoding to its backward pass, augmentation included: once for all images, and per image.
 
-    Once is what a container makes of its shared parameters before it decodes any image.
+    The first number is for what a container computes from its shared parameters before it decodes any image.
     """
     size, device = container.shape.image_size, next(container.parameters()).device
 
@@ -61,7 +61,7 @@ def decoding_bytes(container: Container, strategy: str) -> tuple[int, int]:
 def matching_bytes(
     network: nn.Module, pixels: tuple[int, int, int], metric: str = "mse", matched: Matched = convolution_weights
 ) -> int:
-    """Kept for one synthetic image inside the matching step of its class, by the plain loop: an upper bound."""
+    """Bytes saved per synthetic image inside the matching step of its class, by the plain loop: an upper bound."""
     parameters = {name: value.detach() for name, value in network.named_parameters()}
     device = next(iter(parameters.values())).device
     images, labels = torch.randn(2, *pixels, device=device), torch.zeros(2, dtype=torch.int64, device=device)
@@ -71,14 +71,14 @@ def matching_bytes(
 
 
 def gradient_bytes(network: nn.Module, pixels: tuple[int, int, int]) -> int:
-    """Kept for one real image until the gradient that it is for is computed."""
+    """Bytes saved per real image until the real gradient is computed."""
     weights = list(network.parameters())
     images, labels = torch.randn(2, *pixels, device=weights[0].device), torch.zeros(2, dtype=torch.int64)
     return saved_bytes(lambda: F.cross_entropy(network(images), labels.to(images.device)), weights) // 2
 
 
 def feature_bytes(network: nn.Module, pixels: tuple[int, int, int]) -> int:
-    """Kept for one synthetic image between its features and their derivative."""
+    """Bytes saved per synthetic image between its features and their derivative."""
     weights = list(network.parameters())
     images = torch.randn(2, *pixels, device=weights[0].device, requires_grad=True)
     return saved_bytes(lambda: network.features(images), weights) // 2
@@ -96,12 +96,12 @@ def classes_per_chunk(
     of_real: ImageBytes | None = gradient_bytes,
     real_batch: int | None = None,
 ) -> int:
-    """How many classes of a step are decoded and matched at a time; what is computed does not depend on it.
+    """Number of classes that a step decodes and matches at a time; what it computes does not depend on that.
 
-    The most that stay under ``limit`` GiB, where ``in_step`` tells the bytes of each synthetic image inside a matching
-    step and ``of_real`` those of each real one before it (``None``: nothing is kept of them); of real images there are
-    ``real_batch``, by default the objective's. With a limit of ``None``, as many as go into one call, and on a GPU up
-    to ``GPU_CLASSES``. Raises ``ConfigError`` with the least limit if one class does not fit.
+    It is the largest number that stays under ``limit`` GiB. ``in_step`` gives the bytes per synthetic image inside a
+    matching step, and ``of_real`` those per real image before it (``None``: none are saved). There are ``real_batch``
+    real images, by default the objective's. With a limit of ``None``, it is as many as go into one call, and on a GPU
+    up to ``GPU_CLASSES``. Raises ``ConfigError`` with the smallest possible limit if one class does not fit.
     """
     group = config.group(container.classes)
     real_batch = config.real_batch if real_batch is None else real_batch
@@ -112,11 +112,11 @@ def classes_per_chunk(
     pixels = (shape.channels, shape.image_size, shape.image_size)
     synthetic = config.shown(container.matched_per_class)
     image = FLOAT * math.prod(pixels)
-    # Of each class in a chunk: its graph of decoding, and about four copies of every image on its way to the step.
+    # For each class in a chunk: its decoding graph, and about four copies of every image on its way to the step.
     once, each = decoding_bytes(container, strategy)
     per_class = ALIVE * synthetic * each + 4 * (real_batch + synthetic) * image
     real = real_batch * of_real(network, pixels) if of_real else 0
-    step = max(synthetic * in_step(network, pixels), real)  # one after the other
+    step = max(synthetic * in_step(network, pixels), real)  # the two are not alive at once
     fixed = ALIVE * once + step * min(compute.classes_per_call, group)
     free = limit * 2**30 - compute.current_bytes() - SLACK * fixed
     least = (compute.current_bytes() + SLACK * (fixed + per_class)) / 2**30
@@ -130,11 +130,11 @@ def classes_per_chunk(
 def images_per_chunk(
     container: Container, network: nn.Module, compute: Compute, *, limit: float | None, batch: int, kept: int
 ) -> int:
-    """How many images are decoded at a time for a student to train on; what is computed does not depend on it.
+    """Number of images decoded at a time for a student to train on; what is computed does not depend on that.
 
-    The most that stay under ``limit`` GiB beside a student's step on ``batch`` images and ``kept`` copies of its
-    parameters. With ``None``, as many as a machine of the kind can be expected to hold. Raises ``ConfigError`` with the
-    least limit if one image does not fit.
+    It is the largest number that stays under ``limit`` GiB beside a student's step on ``batch`` images and ``kept``
+    copies of its parameters. With ``None``, it is as many as a machine of this kind can be expected to hold. Raises
+    ``ConfigError`` with the smallest possible limit if one image does not fit.
     """
     size = container.shape.image_size
     if limit is None:
@@ -154,5 +154,5 @@ def images_per_chunk(
 
 
 def _up(gib: float) -> str:
-    """With one digit, and no less than ``gib``."""
+    """``gib`` rounded up to one decimal."""
     return f"{math.ceil(10 * gib) / 10:.1f}"

@@ -1,4 +1,4 @@
-"""The command line: Hydra composes, the plan is checked, one mode runs; what a person can mend is said in one line."""
+"""The command line: Hydra composes, the plan is checked, one mode runs. Errors that a user can fix print one line."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ MULTIRUN = ("-m", "--multirun")
 
 @hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="config")
 def _task(raw: DictConfig) -> float | None:
-    """What a sweeper may select by, the accuracy in [0, 1] on held-out images; ``None`` where none was measured."""
-    return in_one_line(lambda: _run(raw))  # by SystemExit: Hydra prints lines of its own around other errors
+    """Run one job; return its held-out accuracy in [0, 1] for a sweeper to select by, ``None`` if none was measured."""
+    return in_one_line(lambda: _run(raw))  # raises SystemExit: Hydra prints its own lines around other errors
 
 
 def _run(raw: DictConfig) -> float | None:
@@ -35,7 +35,7 @@ def _run(raw: DictConfig) -> float | None:
         if raw.mode == "plan":
             print(plan.text(raw.plan.format))
             return None
-        (plan.folder / FAILURE).unlink(missing_ok=True)  # of a sweep: what failed there is tried again here
+        (plan.folder / FAILURE).unlink(missing_ok=True)  # written by a sweep: what failed there is tried again here
         result = experiment.run(plan, command=experiment.typed_command())
         return results.held_out_accuracy(result)
 
@@ -56,7 +56,7 @@ def main() -> None:
     end_with_parent()
     config.register()
     _register_resolvers()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors on, instead of printing them and exiting with 1
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them and exiting with 1
     in_one_line(_started)
     distributed.leave()
 
@@ -67,17 +67,17 @@ def _started() -> None:
         sys.exit(as_multirun([argument for argument in arguments if argument not in MULTIRUN]))
     for argument in arguments:
         if section_of(argument) in OWN:
-            raise ConfigError(f"{argument}: a sweep's, not a run's: {_instead(arguments)}")
+            raise ConfigError(f"{argument}: a setting of sweeps, not of a run: {_instead(arguments)}")
     _task()
 
 
 def _instead(arguments: Sequence[str]) -> str:
     if set(MULTIRUN) & set(arguments):
-        return "leave it out, or what is asked of Hydra, whose sweeper this is"
+        return "leave it out, or leave out the options for Hydra, which select its own sweeper"
     return "add -m, or use sweep.py"
 
 
 def is_sweep(arguments: Sequence[str]) -> bool:
-    """Whether it is our own launcher's: a multirun for which nothing is asked of Hydra, another sweeper say."""
+    """Whether our own launcher takes it: a multirun that sets nothing of Hydra's, such as another sweeper."""
     flags = {argument for argument in arguments if argument.startswith("-")}
     return bool(flags) and flags <= set(MULTIRUN) and not any(a.startswith("hydra") for a in arguments)

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import math
 import os
+import platform
 import re
 import resource
 import shutil
@@ -22,68 +23,68 @@ from torch import Tensor
 from hmn import capture, distributed
 from hmn.config import ComputeConfig, require
 
-# Classes per call and chunk that fill a GPU: 200 of 128 images of 64 pixels each take 50 GiB for every map.
+# Classes per call and chunk that fill a GPU. 200 classes of 128 images of side 64 take 50 GiB per feature map.
 GPU_CLASSES = 20
 
 
 @dataclass(frozen=True)
 class Compute:
-    """How a run computes: on what, with which numbers, what is compiled, and how much goes into one call."""
+    """How a run computes: its device, precision, compilation, and how much goes into one call."""
 
     device: torch.device
     precision: str = "fp32"
     matching: str = "loop"  # a key of hmn.objectives.gradient.FORMS
-    compiled: bool = False  # all steps, of matching and of training
+    compiled: bool = False  # all steps, both of matching and of training
     classes_per_call: int = 1  # of the matching step
-    networks_together: int | None = None  # null: all on a GPU; one on a CPU, where several gain nothing
+    networks_together: int | None = None  # null: all on a GPU; one on a CPU, where several are no faster
 
     def together(self, networks: int) -> int:
-        """How many of ``networks`` that are trained on the same images are trained at once."""
+        """How many of ``networks`` networks to train at once; all are trained on the same images."""
         return min(self.networks_together or (1 if self.device.type == "cpu" else networks), networks)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def maybe_compile(self, function: Callable) -> Callable:
-        """``function`` compiled for its fixed input shapes, where this run compiles."""
+        """``function``, compiled for its fixed input shapes if this run compiles."""
         if not self.compiled:
             return function
         return _timed_once(torch.compile(function, fullgraph=True, dynamic=False))
 
     def wait(self) -> None:
-        """Until the device has done all that it was told to do."""
+        """Wait until the device has finished all work queued on it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def begin_peak(self) -> None:
-        """From here :meth:`recent_peak_bytes` counts, where the system can begin anew (CUDA, Linux)."""
+        """Reset the peak that :meth:`recent_peak_bytes` returns, where the system can (CUDA, Linux)."""
         _highest[self.device] = self.peak_bytes()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
-            with contextlib.suppress(OSError, AttributeError):  # what was freed, and is kept, would count from here on
+            with contextlib.suppress(OSError, AttributeError):  # freed memory that the process keeps would count
                 ctypes.CDLL("libc.so.6").malloc_trim(0)
             with contextlib.suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")
 
     def peak_bytes(self) -> int:
-        """The most that was held at once so far: of the device's memory, or by the process on a CPU."""
+        """Peak memory in bytes so far: allocated on the device, or on a CPU held by the process."""
         return max(self.recent_peak_bytes(), _highest.get(self.device, 0))
 
     def recent_peak_bytes(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        try:  # the resident peak of getrusage starts from that of the process that started this one
+        try:  # getrusage's resident peak starts from that of the parent process
             status = Path("/proc/self/status").read_text()
         except OSError:
             status = ""
-        if found := re.search(r"VmHWM:\s+(\d+) kB", status):  # which some sandboxes leave out
+        if found := re.search(r"VmHWM:\s+(\d+) kB", status):  # some sandboxes leave this line out
             return 1024 * int(found[1])
         units = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * units
 
     def current_bytes(self) -> int:
-        """Held now: of the device's memory, or by the process on a CPU (Linux; elsewhere the peak so far)."""
+        """Memory in bytes held now, on the device, or on a CPU by the process (on Linux; elsewhere the peak so far)."""
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device)
         try:
@@ -94,12 +95,12 @@ class Compute:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """In fp32 at least: what autocast made bf16 before it is summed or exponentiated."""
+    """``tensor``, in fp32 if autocast made it bf16; call this before it is summed or exponentiated."""
     return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
 
 
-_highest: dict[torch.device, int] = {}  # peaks of before the last :meth:`Compute.begin_peak`
-compile_seconds: list[float] = []  # the first call of every compiled function of this process, one execution included
+_highest: dict[torch.device, int] = {}  # peaks before the last :meth:`Compute.begin_peak`
+compile_seconds: list[float] = []  # of each compiled function's first call in this process, one execution included
 
 
 def _timed_once(function: Callable) -> Callable:
@@ -119,23 +120,23 @@ def _timed_once(function: Callable) -> Callable:
 
 
 def forget_compiled() -> None:
-    """Drop what this process compiled: other networks and sizes would count as recompilations, which are limited."""
+    """Drop what this process compiled: other networks and sizes count as recompilations, whose number is limited."""
     torch._dynamo.reset()
     compile_seconds.clear()
 
 
 def keep_compiled(folder: Path) -> None:
-    """Keep what torch.compile makes in ``folder``, for later runs; call it before anything is compiled."""
+    """Cache what torch.compile produces in ``folder``, for later runs; call this before anything is compiled."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.absolute()))
 
 
 def at_once(images_of_32: int, size: int) -> int:
-    """How many images of side ``size`` take the memory of so many of 32 pixels; at most so many, at least one."""
+    """How many images of side ``size`` take the memory of ``images_of_32`` of side 32: from 1 to ``images_of_32``."""
     return min(images_of_32, max(1, images_of_32 * 32 * 32 // size**2))
 
 
 def device_of(config: ComputeConfig) -> torch.device:
-    """The configured device, or the best there is; of several processes, each has the GPU of its own number.
+    """The configured device, or the best available one; of several processes, each takes the GPU of its local rank.
 
     Raises ``ConfigError`` for a GPU that this machine lacks.
     """
@@ -152,18 +153,33 @@ def device_of(config: ComputeConfig) -> torch.device:
     return device
 
 
-def has_bf16(device: torch.device) -> bool:
-    """Whether it computes with bf16 numbers. Others imitate that, ten times as slowly as fp32 and worse."""
+def bf16_pays(device: torch.device) -> bool:
+    """Whether ``device`` computes convolutions faster in bf16 than in fp32.
+
+    Devices without bf16 instructions emulate it. Intel's CPUs with AVX-512 but without AMX have such instructions and
+    are slower with them than in fp32 (benchmarks/README.md); AMD's are twice as fast.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    return torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and not _is_intel())
+
+
+def _is_intel() -> bool:
+    known = platform.processor()
+    with contextlib.suppress(OSError):  # not Linux
+        known += Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    return "GenuineIntel" in known
 
 
 def choose(config: ComputeConfig, expected_flops: float, classes: int) -> Compute:
-    """Everything that ``config`` leaves open; ``expected_flops`` of the whole run decide whether compiling pays.
+    """Decide what ``config`` leaves open; the ``expected_flops`` of the whole run say whether compiling pays off.
 
-    Sets the process's threads, float32 arithmetic, current GPU and whether it records. Raises ``ConfigError`` for what
-    this machine lacks, or what does not go together.
+    Also set the process's threads, float32 arithmetic, current GPU and whether it records CUDA graphs. Raises
+    ``ConfigError`` for what this machine lacks, and for settings that exclude each other.
     """
     device = device_of(config)
     capture.enable(config.record)
@@ -171,11 +187,11 @@ def choose(config: ComputeConfig, expected_flops: float, classes: int) -> Comput
         torch.set_num_threads(config.threads)
     on_gpu = device.type == "cuda"
     if on_gpu and device.index is not None:
-        torch.cuda.set_device(device)  # streams and graphs are made on the current one
+        torch.cuda.set_device(device)  # streams and graphs are made on the current GPU
     require("compute.precision", config.precision != "tf32" or on_gpu, "tf32", "fp32 or bf16 on a CPU")
-    # cuDNN's own default is tf32: without this, fp32 would not be.
+    # cuDNN's own default is tf32: without this, fp32 would not be fp32.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
-    precision = "fp32" if config.precision == "bf16" and not has_bf16(device) else config.precision
+    precision = "fp32" if config.precision == "bf16" and not bf16_pays(device) else config.precision
     language, can_compile = _compiler(on_gpu)
     if config.matching in ("compiled", "r_operator"):
         require("compute.matching", can_compile, config.matching, f"loop or auto: no {language} compiler was found")
@@ -184,12 +200,12 @@ def choose(config: ComputeConfig, expected_flops: float, classes: int) -> Comput
     matching = config.matching
     if matching == "auto":
         matching = "compiled" if can_compile and eager_seconds > 600 else "loop"
-    # A GPU waits for launches, so it takes many classes at once; a CPU for memory, so it takes one.
+    # A GPU is limited by kernel launches, so it takes many classes at once; a CPU by memory accesses, so it takes one.
     own = math.ceil(classes / distributed.world())
     width = config.classes_per_call or (evenly(own, GPU_CLASSES) if on_gpu and matching != "loop" else 1)
     told = "1 for compute.matching=loop"
     if config.matching == "auto" and can_compile:
-        told += ", which is what auto makes of it here: name compute.matching=compiled"
+        told += ", which auto chooses here: set compute.matching=compiled"
     require("compute.classes_per_call", width == 1 or matching != "loop", width, told)
     require("compute.classes_per_call", width <= classes, width, f"at most {classes}")
     return Compute(
@@ -203,12 +219,12 @@ def choose(config: ComputeConfig, expected_flops: float, classes: int) -> Comput
 
 
 def evenly(count: int, most: int) -> int:
-    """The size, at most ``most``, of as few parts of ``count`` as there can be."""
+    """Part size, at most ``most``, when ``count`` is divided evenly into as few parts as possible."""
     return math.ceil(count / math.ceil(count / most))
 
 
 def _compiler(on_gpu: bool) -> tuple[str, bool]:
-    """The language that torch.compile needs a compiler of, Triton's launchers being C, and whether there is one."""
+    """The language that torch.compile needs a compiler for (Triton's launchers are C), and whether one is found."""
     if on_gpu:
         language, names = "C", [os.environ.get("CC"), "gcc", "clang", "cc"]
     else:
@@ -217,9 +233,10 @@ def _compiler(on_gpu: bool) -> tuple[str, bool]:
 
 
 def keep_heap_pages() -> bool:
-    """Keep freed pages in the process (Linux, glibc): mapping them anew costs more than the arithmetic on them.
+    """Keep freed pages in the process (Linux, glibc): mapping them again costs more than the arithmetic on them.
 
-    Process-wide, so entry points call it, before the first large allocation. Returns whether it took effect.
+    This affects the whole process, so entry points call it, before the first large allocation. Returns whether it took
+    effect.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")

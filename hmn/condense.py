@@ -1,4 +1,4 @@
-"""The loop that condenses, whatever the objective: steps, reports, curve points, checkpoints, and when to stop."""
+"""The condensation loop of every objective: steps, reports, curve points, checkpoints, and when to stop."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SLOT = "condense"
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a logged step measured: ``losses`` per part, as a matched layer, and norms of gradients per tier."""
+    """Measurements of a logged step: ``losses`` per part, such as a matched layer, and gradient norms per tier."""
 
     step: int
     losses: list[float]
@@ -38,9 +38,9 @@ class Report:
 
 
 class Condensation(ABC):
-    """One condensation run: its container and optimiser, and what a checkpoint holds. An objective says what a step is.
+    """One condensation run: its container, optimiser and checkpointed state. Each objective defines what a step is.
 
-    ``step`` counts container steps of ``total_steps``; ``images_per_step`` is for the rate that is reported.
+    ``step`` counts container steps up to ``total_steps``; ``images_per_step`` only serves the reported rate.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Condensation(ABC):
         self.gradient_clip = gradient_clip
         self.step = 0
         self.seconds = 0.0
-        self.peak_bytes = 0  # of all sittings' steps: without banks, experts, fits and what judges the set
+        self.peak_bytes = 0  # of the steps, over all restarts: without banks, experts, fits and evaluation
         self.curve: dict[int, float] = {}  # accuracy by step
         self.unreported: list[Tensor] = []  # losses of the steps since the last report, (parts,) each
         self.decay = average
@@ -67,25 +67,25 @@ class Condensation(ABC):
         self.averages = [parameter.detach().clone() for parameter in parameters]
 
     def run_step(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """One step of the container, then of its averages: what :meth:`take_step` returns."""
+        """Take one step of the container, then of its averages; return what :meth:`take_step` returns."""
         measured = self.take_step()
         self._move_averages()
         return measured
 
     @abstractmethod
     def take_step(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """One step of the container: its losses (parts,) and the gradient's norm per tier; neither is read."""
+        """Take one step of the container; return its losses (parts,) and gradient norms per tier, on the device."""
 
     @abstractmethod
     def own_state(self) -> dict[str, Any]:
-        """What the objective keeps beside the container and its optimiser."""
+        """State of the objective beside the container and its optimiser."""
 
     @abstractmethod
     def load_own_state(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`own_state` gave."""
+        """Restore what :meth:`own_state` returned."""
 
     def gather(self) -> None:  # noqa: B027 - most have nothing to gather
-        """Make the rows of all classes right at every process."""
+        """Update the rows of all classes in every process."""
 
     @torch.no_grad()
     def _move_averages(self) -> None:
@@ -95,29 +95,29 @@ class Condensation(ABC):
 
     @torch.no_grad()
     def settle(self, container: Container) -> None:
-        """Make ``container``, this run's or a copy of it, what would be kept if the run ended here."""
-        for parameter, average in zip(container.parameters(), self.averages, strict=False):  # none: as it is
+        """Turn ``container``, this run's or a copy of it, into what would be saved if the run ended here."""
+        for parameter, average in zip(container.parameters(), self.averages, strict=False):  # no averages: as it is
             parameter.copy_(average)
         container.finish()
 
     def averaged_rows(self) -> Iterator[tuple[int, Tensor]]:
-        """Every class's row of the averages of what classes own, as (class, view)."""
+        """Each class's rows in the averages of class-owned parameters, as (class, view)."""
         owned = {id(parameter) for parameter in self.container.class_parameters()}
         for parameter, average in zip(self.container.parameters(), self.averages, strict=False):
             if id(parameter) in owned:
                 yield from enumerate(average)
 
     def measured(self) -> dict[str, float]:
-        """Numbers of the objective's own for a report and the result, such as a learned rate."""
+        """The objective's own numbers for a report and the result, such as a learned rate."""
         return {}
 
     def norms(self, squares: dict[int, Tensor]) -> dict[str, Tensor]:
-        """The gradient's norm per tier, before any clipping, from its ``squares`` by parameter."""
+        """Gradient norms per tier, before any clipping, from ``squares``: the squared norm by parameter id."""
         tiers = self.container.tiers().items()
         return {name: torch.stack([squares[id(p)] for p in parameters]).sum().sqrt() for name, parameters in tiers}
 
     def clip(self, norms: dict[str, Tensor]) -> None:
-        """Scale the gradients so that all together have at most the norm ``gradient_clip``, where that is given."""
+        """Scale all gradients so that their joint norm is at most ``gradient_clip``, if that is given."""
         if self.gradient_clip is not None:
             scale = (self.gradient_clip / torch.stack(list(norms.values())).norm()).clamp(max=1)
             for parameter in self.optimizer.parameters:
@@ -162,9 +162,9 @@ def condense(
     curve_points: int = 0,
     on_curve: Callable[[int], float] | None = None,
 ) -> None:
-    """Run ``run`` to its end from where it is. ``on_curve(step)`` measures an accuracy at each curve step.
+    """Run ``run`` from its current step to its end. ``on_curve(step)`` measures an accuracy at each curve step.
 
-    Raises ``Diverged`` naming step and tier when a loss or gradient is no longer finite; the checkpoint is then of an
+    Raises ``Diverged`` naming step and tier when a loss or gradient is no longer finite; the checkpoint then holds an
     earlier, finite step.
     """
     due = curve_steps(run.total_steps, curve_points)
@@ -223,17 +223,17 @@ def _require_finite(run: Condensation, norms: dict[str, Tensor]) -> None:
 
 
 class _Stopwatch:
-    """Seconds and memory of condensing without what is measured in between, over all sittings of a run."""
+    """Seconds and memory of condensing over all restarts of a run, without the measurements in between."""
 
     def __init__(self, run: Condensation) -> None:
         self.run = run
         self.last = time.monotonic()
-        self.first_step = run.step  # of what memory was looked at since
+        self.first_step = run.step  # where the current memory peak begins
         self.reported = (run.step, run.seconds)
         run.compute.begin_peak()
 
     def lap(self, *, finished: bool = False) -> None:
-        """``finished``: with all that the device was told to do."""
+        """Add the seconds since the last lap; with ``finished``, wait for the device's queued work before."""
         if finished:
             self.run.compute.wait()
         now = time.monotonic()
@@ -249,7 +249,7 @@ class _Stopwatch:
         self.last, self.first_step = time.monotonic(), self.run.step
 
     def look_at_memory(self) -> None:
-        if self.run.step > self.first_step:  # else nothing of it is of a step
+        if self.run.step > self.first_step:  # otherwise the peak belongs to no step
             self.run.peak_bytes = max(self.run.peak_bytes, self.run.compute.recent_peak_bytes())
 
     def report(self, losses: list[Tensor], norms: dict[str, Tensor]) -> Report:

@@ -1,6 +1,6 @@
-"""Coresets, the baselines that condense nothing: which real images of every class are kept.
+"""Coresets, the baselines that select real images of every class instead of condensing them.
 
-All are greedy or sampled per class, so that every class gives ``count`` images whatever the others' sizes.
+All methods are greedy or sample within each class, so every class gives ``count`` images whatever the others' sizes.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def choose(
 ) -> Tensor:
     """Indices (C * count,) into ``train``, which is ordered by class, of the images that ``config.method`` keeps.
 
-    ``aum`` and ``forgetting`` keep the hardest images, those of the lowest margins or most forgetting events, as
-    pruning by importance does. Where few are kept that falls below random choice, which is what CCS was made for.
-    What is learned from the full set is kept in the folder ``cache``, which must belong to this data, recipe and seed.
-    Raises ``DataError`` naming a class that has fewer than ``count`` images.
+    ``aum`` and ``forgetting`` keep the hardest images, those with the lowest margins or the most forgetting events, as
+    pruning by importance does. When few are kept, this is worse than a random choice; CCS was made for that case.
+    What is learned from the full set is saved in the folder ``cache``, which must belong to this dataset, recipe and
+    seed. Raises ``DataError`` naming a class that has fewer than ``count`` images.
     """
     labels, device, method = train.labels, train.labels.device, config.method
     stop = judge.checkpoints.stop
@@ -65,8 +65,9 @@ def _by_features(method: str, rows: Tensor, count: int, stream: torch.Generator)
 def herding(features: Tensor, count: int) -> Tensor:
     """Indices (count,) into ``features`` (n, d) of one class, in the order chosen (iCaRL, Rebuffi et al., CVPR 2017).
 
-    The k-th choice, from 0, is the image x not yet chosen that minimises || (k + 1) * mean - sum of the chosen - x ||:
-    the mean of the chosen stays as near as it can to that of all. Features are not normalised, as in IDC's baseline.
+    The k-th choice, from 0, is the image x not yet chosen that minimises || (k + 1) * mean - sum of the chosen - x ||,
+    so that the mean of the chosen stays as near as possible to the mean of all. Features are not normalised, as in
+    IDC's baseline.
     """
     mean, total = features.mean(0), torch.zeros_like(features[0])
     chosen = torch.empty(count, dtype=torch.int64, device=features.device)
@@ -81,20 +82,20 @@ def herding(features: Tensor, count: int) -> Tensor:
 def k_center(features: Tensor, count: int) -> Tensor:
     """Indices (count,) into ``features`` (n, d) of one class, in the order chosen (Sener & Savarese, ICLR 2018).
 
-    Greedily: first the image nearest to the mean, then always the one farthest from the nearest of those chosen.
+    Greedy: first the image nearest to the mean, then repeatedly the image farthest from its nearest chosen image.
     """
     chosen = torch.empty(count, dtype=torch.int64, device=features.device)
     chosen[0] = (features - features.mean(0)).norm(dim=1).argmin()
     nearest = torch.full_like(features[:, 0], torch.inf)
     for k in range(1, count):
         nearest = torch.minimum(nearest, (features - features[chosen[k - 1 : k]]).norm(dim=1))
-        nearest[chosen[:k]] = -1  # below the distance 0 of a copy, which may still be chosen
+        nearest[chosen[:k]] = -1  # below 0, the distance of a duplicate, which may still be chosen
         chosen[k] = nearest.argmax()
     return chosen
 
 
 def highest(scores: Tensor, labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Indices (C * count,), by class, of the ``count`` highest ``scores`` (N,) of every class; ties go at random."""
+    """Indices (C * count,), by class, of the ``count`` highest ``scores`` (N,) of every class; ties are random."""
     shuffled = torch.randperm(len(scores), generator=generator, device=scores.device)
     return _first_of_each_class(shuffled[scores[shuffled].argsort(descending=True, stable=True)], labels, count)
 
@@ -104,9 +105,9 @@ def ccs(
 ) -> Tensor:
     """Coverage-centric selection by AUM ``scores`` (N,), class by class: indices (C * count,), ordered by class.
 
-    The hardest floor(hard_cut * N) of the whole set are left out first; of what remains, every class is sampled evenly
-    over its range of scores by :func:`stratified` (Zheng et al., ICLR 2023, whose own sampling is not class by class).
-    The cut spares the ``count`` easiest images of a class, which must have as many.
+    First, the hardest floor(hard_cut * N) of the whole set are left out. Then :func:`stratified` samples every class
+    evenly over the range of its scores (Zheng et al., ICLR 2023, whose own sampling is not class by class). The cut
+    spares the ``count`` easiest images of every class, which must have as many.
     """
     order = scores.argsort(stable=True)
     remains = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
@@ -122,9 +123,9 @@ def ccs(
 def stratified(scores: Tensor, count: int, bins: int, generator: torch.Generator) -> Tensor:
     """Indices (count,) of ``scores`` (n,), n >= count, sampled from ``bins`` bins of equal width (CCS, algorithm 1).
 
-    The smallest bin first, each gives as many as all that are left would have to give alike, or all it has. The largest
-    bins take up what the others lack, so the budgets add up to ``count``. The largest score is in the last bin,
-    whatever its sign.
+    From the smallest bin to the largest, each gives an equal share of what is still missing, or all it has. The larger
+    bins make up for what the smaller ones lack, so the shares add up to ``count``. The largest score is in the last
+    bin, whatever its sign.
     """
     exact = scores.double()
     edges = exact.min() + (exact.max() - exact.min()) * torch.arange(1, bins, device=scores.device) / bins

@@ -1,4 +1,4 @@
-"""FLOPs of what a run does, counted on tensors without storage; one multiply-add counts as 2."""
+"""FLOPs of the parts of a run, counted on tensors without storage; one multiply-add counts as 2."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from hmn.objectives.unroll import Unrolled
 
 @dataclass(frozen=True)
 class Step:
-    """Of one container step, decoding aside: the comparison itself, and the training of networks that belongs to it."""
+    """FLOPs of one container step without decoding: of the comparison itself, and of the network training for it."""
 
     matching: int
     update: int
 
 
 def training_flops(build: Builder, pixels: tuple[int, int, int]) -> int:
-    """Forward and backward pass of one training image (channels, H, W)."""
+    """FLOPs of the forward and backward pass of one training image of shape ``pixels``: (channels, H, W)."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         network = build()
         loss = F.cross_entropy(network(torch.empty(2, *pixels)), torch.zeros(2, dtype=torch.int64))
@@ -46,16 +46,16 @@ def training_flops(build: Builder, pixels: tuple[int, int, int]) -> int:
 def step_flops(
     objective: ObjectiveConfig, build: Builder, pixels: tuple[int, int, int], *, classes: int, images_per_class: int
 ) -> Step:
-    """Of one step of ``objective`` for a container that shows it ``images_per_class``."""
+    """FLOPs of one step of ``objective`` for a container that shows it ``images_per_class`` images per class."""
     return STEPS[type(objective)](objective, build, pixels, classes, images_per_class)
 
 
 def gradient_matching(
     objective: GradientMatchingConfig, build: Builder, pixels: tuple[int, int, int], classes: int, images: int
 ) -> Step:
-    """All its classes by the plain loop; the network trains on real images in between.
+    """FLOPs of one step: all its classes by the plain loop, and the network's training on real images in between.
 
-    A bank has the real gradients and the trained networks already: it is made once for many runs, and not counted.
+    With a bank, only the comparison counts: real gradients and trained networks are made once for many runs.
     """
     batches = math.ceil(objective.network_samples / objective.network_batch)
     update = batches * objective.network_batch * training_flops(build, pixels)
@@ -67,7 +67,7 @@ def gradient_matching(
 def synthetic_gradient(
     objective: SyntheticGradientConfig, build: Builder, pixels: tuple[int, int, int], classes: int, images: int
 ) -> Step:
-    """As gradient matching, of all weights; the network trains on the synthetic images, but not after its last step."""
+    """As :func:`gradient_matching`, of all weights; the network trains on synthetic images, not after its last step."""
     passes = objective.network_epochs * (objective.inner_steps - 1) / objective.inner_steps
     update = int(passes * classes * images * training_flops(build, pixels))
     matching = sum(_gradients_compared(objective, build, pixels, images, all_weights))
@@ -77,12 +77,12 @@ def synthetic_gradient(
 def distribution_matching(
     objective: DistributionMatchingConfig, build: Builder, pixels: tuple[int, int, int], classes: int, images: int
 ) -> Step:
-    """Features of real images, and of synthetic ones with their derivative; a pool trains in between."""
+    """FLOPs of one step: features of real images, features of synthetic ones with their derivative, pool training."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         network = build().requires_grad_(False)
         network.features(torch.empty(objective.real_batch, *pixels))
         synthetic = torch.empty(objective.shown(images), *pixels, requires_grad=True)
-        torch.autograd.grad(network.features(synthetic * 1).sum(), synthetic)  # the counter takes no leaf as input
+        torch.autograd.grad(network.features(synthetic * 1).sum(), synthetic)  # * 1: the counter takes no leaf
     trained = objective.pool_trained * objective.pool_steps * objective.pool_batch if objective.pool_networks else 0
     matching = counter.get_total_flops() * objective.group(classes)
     return Step(matching, trained * training_flops(build, pixels))
@@ -95,7 +95,7 @@ def _gradients_compared(
     images: int,
     matched: Matched,
 ) -> tuple[int, int]:
-    """Of one class: the gradient of the real images, and the comparison with it."""
+    """FLOPs for one class: of the gradient of its real images, and of the comparison with it."""
     real_counter, counter = FlopCounterMode(display=False), FlopCounterMode(display=False)
     with torch.device("meta"):
         network = build()
@@ -112,7 +112,7 @@ def _gradients_compared(
 
 
 def student_flops(network: nn.Module, pixels: tuple[int, int, int]) -> tuple[int, int]:
-    """Of one image in a student's step, and on the way back through that step."""
+    """FLOPs per image of a student's training step, and of the backward pass through that step."""
     unrolled = Unrolled(network, Compute(torch.device("cpu")))
     theta, lr = {name: value.detach() for name, value in network.named_parameters()}, torch.tensor(0.0)
     batch = torch.empty(2, *pixels), torch.zeros(2, dtype=torch.int64)
@@ -130,9 +130,9 @@ def student_flops(network: nn.Module, pixels: tuple[int, int, int]) -> tuple[int
 def through_student(
     objective: UnrolledConfig, build: Builder, pixels: tuple[int, int, int], classes: int, images: int
 ) -> Step:
-    """A student's training and the way back, and the judgement of it where that takes real images.
+    """FLOPs of a student's training, of the backward pass through it, and of its loss on real images where it has one.
 
-    A container that shows a student a part of its images at a time costs that much less.
+    A container that shows a student only part of its images at a time costs correspondingly less.
     """
     real = 0
     if isinstance(objective, BpttConfig):
@@ -141,7 +141,7 @@ def through_student(
         batch = min(objective.student_batch or classes * images, classes * images)
     with torch.device("meta"):
         forward, backward = student_flops(build(), pixels)
-    again = forward * (objective.segment - 1) // objective.segment  # all but the first step of a segment
+    again = forward * (objective.segment - 1) // objective.segment  # repeats all but the last step of a segment
     return Step(objective.student_steps * batch * (forward + again + backward), real * forward)
 
 

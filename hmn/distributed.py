@@ -1,7 +1,7 @@
-"""One run in several processes, started by ``torchrun``: who owns which classes, and what they tell each other.
+"""One run in several processes, started by ``torchrun``: who owns which classes, and how they communicate.
 
-In a single process every function here is the identity and costs nothing. Several meet once, in :func:`start`, and then
-must come to the same calls in the same order.
+In a single process, every function here is the identity and costs nothing. Several processes meet once, in
+:func:`start`, and must then make the same calls in the same order.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from hmn.errors import ConfigError, Lost
 
 T = TypeVar("T")
 
-# A process that ends is noticed at once, so this is only for a machine that vanishes. Until then one may have to wait
-# for the longest that another does alone: a network trained to its end, a snapshot bank.
+# The end of a process is noticed at once, so this only matters for a machine that vanishes. It must exceed the longest
+# wait for a process that works alone: on training a network to its end, or on a snapshot bank.
 TIMEOUT = timedelta(days=1)
 
 _store: dist.Store | None = None
-_hosts: dist.ProcessGroup | None = None  # for what lies in the hosts' memory, whatever the devices talk through
+_hosts: dist.ProcessGroup | None = None  # for tensors in host memory, whatever backend the devices use
 
 
 def launched() -> bool:
@@ -35,14 +35,14 @@ def launched() -> bool:
 
 
 def local_rank() -> int:
-    """The number of this process on its machine."""
+    """Number of this process on its machine."""
     return int(os.environ.get("LOCAL_RANK", 0)) if launched() else 0
 
 
 def start(device: torch.device, at_most: int | None = None) -> None:
     """Meet the other processes, if there are any; ``device`` is the one that this process computes on.
 
-    Raises ``ConfigError`` if there are more than ``at_most``, the number of classes that they share out.
+    Raises ``ConfigError`` if there are more than ``at_most``, the number of classes that they divide among them.
     """
     global _store, _hosts
     if not launched():
@@ -61,7 +61,7 @@ def start(device: torch.device, at_most: int | None = None) -> None:
 
 
 def finish() -> None:
-    """Part from the others, all of whom have come this far."""
+    """Leave the other processes, once all have come this far."""
     global _store, _hosts
     if world() > 1:
         barrier()
@@ -84,7 +84,7 @@ def first() -> bool:
 
 
 def owned(classes: int) -> range:
-    """The classes of this process; the first processes have one more where they do not divide evenly."""
+    """Classes of this process; the first processes get one more if the classes do not divide evenly."""
     share, more = divmod(classes, world())
     start = rank() * share + min(rank(), more)
     return range(start, start + share + (rank() < more))
@@ -92,7 +92,7 @@ def owned(classes: int) -> range:
 
 @torch.no_grad()
 def sum_(tensors: Sequence[Tensor]) -> None:
-    """Sum each over the processes, in place; they lie on one device and go as one message."""
+    """Sum each of ``tensors`` over the processes, in place. All are on one device and are sent as one message."""
     if world() == 1:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -111,24 +111,24 @@ def gather_rows(rows: Iterable[tuple[int, Tensor]], mine: range) -> None:
     for label, row in rows:
         if label not in mine:
             row.zero_()
-    sum_([row for _, row in rows])  # zeros aside, the owner's: exact
+    sum_([row for _, row in rows])  # the owner's values plus zeros: exact
 
 
 @torch.no_grad()
 def copy_first_(tensors: Iterable[Tensor]) -> None:
-    """Overwrite each by the first process's."""
+    """Overwrite each of ``tensors`` with the first process's values."""
     if world() == 1:
         return
     for tensor in tensors:
         value = tensor.contiguous()
-        octets = value.flatten().view(torch.uint8)  # the same memory: gloo and NCCL know no 16-bit integers
+        octets = value.flatten().view(torch.uint8)  # the same memory: gloo and NCCL do not support 16-bit integers
         with _reaching_others():
             dist.broadcast(octets, src=0, group=_group(value.device))
         tensor.copy_(value)
 
 
 def agree(*values: int) -> list[int]:
-    """The largest of every value over the processes."""
+    """Maximum of each value over the processes."""
     if world() == 1:
         return list(values)
     largest = torch.tensor(values)
@@ -138,7 +138,7 @@ def agree(*values: int) -> list[int]:
 
 
 def from_first(function: Callable[[], T]) -> T:
-    """``function()`` of the first process, everywhere; the others wait for it and do not call theirs."""
+    """Return the first process's ``function()`` in all of them; the others wait for it and do not call their own."""
     if world() == 1:
         return function()
     box = [function() if first() else None]
@@ -148,12 +148,12 @@ def from_first(function: Callable[[], T]) -> T:
 
 
 def barrier() -> None:
-    """Wait until every process has come here."""
+    """Wait until every process has made this call."""
     agree(0)
 
 
 def first_then_others(function: Callable[[], T]) -> T:
-    """``function()`` of every process, the first one's before the others': what it downloads is there for them."""
+    """Call ``function()`` in every process, in the first one before the others, so they find what it downloads."""
     if first():
         value = function()
         barrier()
@@ -173,18 +173,18 @@ def one_output() -> Iterator[None]:
 
 
 def exit_with(line: str, code: int) -> NoReturn:
-    """End this process for an error that ends them all: the first that has one says it, the others follow silently."""
+    """End this process for an error that ends all of them: the first one to fail prints ``line``, the others do not."""
     if _speaks():
         print(line, file=sys.stderr)
     if world() == 1:
         sys.exit(code)
-    _end(code)  # an orderly end would wait for the lost process's part of what a device has under way
+    _end(code)  # an orderly exit would wait for the lost process's part of pending device work
 
 
 def leave() -> None:
-    """The last call of a process that did its part: one of several ends here, without an orderly exit.
+    """Make this the last call of a process that has done its part: one of several ends here, without an orderly exit.
 
-    In that, a thread of gloo's that outlives its group now and then aborts the process, which torchrun calls a failure.
+    During that exit, a gloo thread that outlives its group may abort the process, which torchrun reports as a failure.
     """
     if launched():
         _end(0)
@@ -198,7 +198,7 @@ def _end(code: int) -> NoReturn:
 
 def _speaks() -> bool:
     if _store is None:
-        return _number() == 0  # before they met, all find the same errors
+        return _number() == 0  # before they meet, all processes find the same errors
     try:
         return _store.add("errors", 1) == 1
     except RuntimeError:  # torchrun is gone too
@@ -218,4 +218,4 @@ def _reaching_others() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo raises nothing narrower
-        raise Lost("another process of this run was lost; the same command goes on from the last checkpoint") from error
+        raise Lost("another process of this run was lost; the same command resumes from the last checkpoint") from error

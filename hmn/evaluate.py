@@ -1,4 +1,4 @@
-"""Fresh networks trained on a set under one profile: last-epoch test accuracy, mean and deviation over networks."""
+"""Train fresh networks on a set under one profile; report their last-epoch test accuracy, mean and deviation."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from hmn.config import EvaluationConfig
 from hmn.data.augment import usable
 from hmn.data.preprocess import Normalise
 from hmn.data.splits import Split
+from hmn.network_update import TrainingStep
 from hmn.networks import Builder
 from hmn.seeding import derived_seed, generator
-from hmn.training import Recipe, Training, TrainingStep, accuracy, train_networks
+from hmn.training import Recipe, Training, accuracy, train_networks
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judge:
-    """All that judging a set needs, the set aside: how networks are made, trained and shown images."""
+    """All that judging a set needs, except the set: how networks are made, trained and shown images."""
 
     build: Builder
     step: TrainingStep
@@ -32,7 +33,7 @@ class Judge:
     together: int = 1  # how many networks are trained at once
 
     def training(self, train: Split, recipe: Recipe, stream: str, networks: Sequence[int]) -> Training:
-        """A training of these ``networks`` together, each from the initial weights of its own seed in ``stream``."""
+        """A joint training of the networks numbered ``networks``, each initialised from its own seed in ``stream``."""
         generators = [generator(self.seed, stream, index, device=train.images.device) for index in networks]
         return Training(self.build, train.images, train.labels, recipe, self.normalise, self.step, *generators)
 
@@ -47,9 +48,10 @@ def train_judges(
     memo: dict[str, Tensor],
     slot: str | None = None,
 ) -> dict[str, Tensor]:
-    """Train ``count`` fresh networks on ``images``; returns ``memo``, as :func:`hmn.training.train_networks` says.
+    """Train ``count`` fresh networks on ``images``; returns ``memo``, as :func:`hmn.training.train_networks` does.
 
-    ``stream`` names their random numbers, ``slot``, where it is not the same, their checkpoint, bar and complaints.
+    ``stream`` names their random streams. ``slot`` names their checkpoint, progress bar and errors; by default, it is
+    the same name.
     """
     make = functools.partial(judge.training, images, recipe, stream)
     return train_networks(count, make, observe, memo, judge.checkpoints, slot or stream, judge.together)
@@ -57,7 +59,7 @@ def train_judges(
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracies:
-    """Test accuracies in [0, 1]: ``by_network`` holds each network's at every test point, the last epoch's last."""
+    """Test accuracies in [0, 1]: ``by_network`` holds each network's at all test points, ending with the last epoch."""
 
     by_network: list[list[float]]
     test_epochs: list[int]
@@ -73,17 +75,17 @@ class Accuracies:
 
     @property
     def std(self) -> float | None:
-        """Over networks, with ddof 1; ``None`` for a single network."""
+        """Standard deviation over networks, with ddof 1; ``None`` for a single network."""
         return float(torch.tensor(self.last, dtype=torch.float64).std()) if len(self.last) > 1 else None
 
     @property
     def best_mean(self) -> float:
-        """Mean over networks of the best test point: chosen on test, so an extra and never the result."""
+        """Mean over networks of the best test point: chosen on the test split, so an extra and never the result."""
         return sum(max(points) for points in self.by_network) / len(self.by_network)
 
 
 def recipe_of(config: EvaluationConfig, *, flip: bool) -> Recipe:
-    """The profile's recipe; without the mirror for data whose classes it changes."""
+    """The profile's recipe; without ``flip``, it does not mirror images, for data whose classes that would change."""
     return Recipe(
         epochs=config.epochs,
         batch=config.batch,
@@ -98,12 +100,12 @@ def recipe_of(config: EvaluationConfig, *, flip: bool) -> Recipe:
 
 
 def tiny_rest(images: int, recipe: Recipe) -> str | None:
-    """What to say of a set whose epochs end in a batch so small that its noisy step may cost accuracy."""
+    """A warning if every epoch ends in a batch so small that its noisy step may cost accuracy, else ``None``."""
     rest = images % recipe.batch
     if recipe.even_batches or images < recipe.batch or not 0 < rest < recipe.batch / 8:
         return None
     told = f"batches of {recipe.batch} leave a last one of {rest}"
-    return f"{images} images: {told}, which may cost points; evaluation.even_batches=true cuts epochs evenly"
+    return f"{images} images: {told}, which may cost accuracy; evaluation.even_batches=true makes batches even"
 
 
 def tested_epochs(epochs: int, points: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""One run from its plan to its kept result: folder, device, tracking, and what is printed."""
+"""One run from its plan to its saved result: folder, device, tracking, and what is printed."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ REFERENCES = {"random_subset": "random real subset", "full_data": "full training
 
 
 def run(plan: Plan, *, command: str) -> dict[str, Any]:
-    """The run's result; a finished run's is read back, an interrupted one goes on from its last checkpoint.
+    """Return the run's result; a finished run's is read back, an interrupted run resumes from its last checkpoint.
 
-    ``command`` are the arguments a person typed, for the hint on how to measure a missing reference.
+    ``command`` is what the user typed, for the hint on how to measure a missing reference.
     """
     folder = plan.folder
     shared_out = plan.data.classes if plan.config.condenses else None
@@ -35,13 +35,13 @@ def run(plan: Plan, *, command: str) -> dict[str, Any]:
         if result is None:
             result = _work(plan, folder, stop)
         else:
-            print(f"{plan.run_id} is finished: this is its kept result (move {folder} away to measure it anew)")
-            # An agent waits for the result in a W&B run of its own; of another, W&B may not have heard the end.
+            print(f"{plan.run_id} is finished: this is its saved result (move {folder} away to measure it again)")
+            # A W&B agent expects the result in a W&B run of its own; without one, W&B may have missed the run's end.
             if tracking.of_agent() or tracking.left_open(folder):
                 with _tracker(plan, folder) as tracker:
                     tracker.summary(results.summary(result))
         if distributed.first():
-            clear(folder / "checkpoints")  # only now: a kill before the result was written must find them
+            clear(folder / "checkpoints")  # only now: a run killed before its result is written needs them
     _print_result(plan, result, command)
     distributed.finish()
     return result
@@ -59,18 +59,18 @@ def _work(plan: Plan, folder: Path, stop: Stop) -> dict[str, Any]:
     print("compiled" if chosen.compiled else "not compiled", end="")
     print(f", {distributed.world()} processes" if distributed.world() > 1 else "")
     if chosen.precision != config.compute.precision:
-        print(f"compute.precision={config.compute.precision}: this machine has no such arithmetic, so fp32 it is")
+        print(f"compute.precision={config.compute.precision}: no faster than fp32 on this machine, so fp32 is used")
     if plan.not_read:
         print(f"not read: {'  '.join(plan.not_read)}")
     plain = _plain(config)
-    provenance = results.provenance()  # of the code that runs, not of what it is edited to meanwhile
+    provenance = results.provenance()  # of the code that runs, even if it is edited meanwhile
     with _tracker(plan, folder) as tracker:
-        # The split is the data set's own: every run of a sweep, whatever its seed, holds out the same images.
+        # The split belongs to the dataset: every run of a sweep, whatever its seed, holds out the same images.
         data = distributed.first_then_others(
             lambda: datasets.load(config.dataset, Path(config.paths.data_dir), generator(0, "split"))
         )
         for note in data.notes:
-            print(note.encode(errors="backslashreplace").decode())  # names of files need not be UTF-8
+            print(note.encode(errors="backslashreplace").decode())  # file names need not be UTF-8
         if distributed.first():
             write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
         origin = {"data": data.fingerprint, "device": chosen.device.type, "code": provenance["code"]}
@@ -111,7 +111,7 @@ def _work(plan: Plan, folder: Path, stop: Stop) -> dict[str, Any]:
 
 
 def _plain(config: Config) -> dict[str, Any]:
-    return dataclasses.asdict(dataclasses.replace(config, launcher=None, sweep=None))  # which are not of the run
+    return dataclasses.asdict(dataclasses.replace(config, launcher=None, sweep=None))  # they are no part of the run
 
 
 def _tracker(plan: Plan, folder: Path) -> tracking.Tracker:
@@ -125,7 +125,7 @@ def _tracker(plan: Plan, folder: Path) -> tracking.Tracker:
 
 
 def _references(plan: Plan) -> dict[str, dict[str, Any] | None]:
-    """The kept results of the references' modes under the plan's settings; ``None`` where not measured or readable."""
+    """Saved results of the reference modes under the plan's settings; ``None`` if not measured or not readable."""
 
     def kept(mode: str) -> dict[str, Any] | None:
         try:
@@ -137,7 +137,7 @@ def _references(plan: Plan) -> dict[str, dict[str, Any] | None]:
 
 
 def _rows(plan: Plan, result: dict[str, Any]) -> list[list[str]]:
-    """The run's own row and those of its references that are already measured under the same profile."""
+    """Table rows of the run, and of its references that are already measured under the same profile."""
     name = {**REFERENCES, "experts": "experts"}.get(plan.config.mode, "condensed")
     if plan.config.kind == "coreset":
         name = f"coreset, {plan.config.container.method}"
@@ -148,7 +148,7 @@ def _rows(plan: Plan, result: dict[str, Any]) -> list[list[str]]:
 
 
 def _row_without(percent: float, row: dict[str, Any], result: dict[str, Any]) -> list[str]:
-    """The kept set's row without the easiest ``percent`` of each class."""
+    """Table row of the set without the easiest ``percent`` % of each class."""
     rest = {"accuracy": row, "images_per_class": str(row["images_per_class"])}
     return report.row(f"without {percent:g} %", result | rest)
 
@@ -167,6 +167,6 @@ def _print_result(plan: Plan, result: dict[str, Any], command: str) -> None:
 
 
 def typed_command() -> str:
-    """The command of this process without its mode, to which another can be appended."""
+    """The command of this process without its mode, so that another mode can be appended."""
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("mode=")]
     return shlex.join(["python", Path(sys.argv[0]).name, *arguments])

@@ -1,7 +1,8 @@
-"""Expert trajectories: networks trained on real images, each kept at its start and after every epoch.
+"""Expert trajectories: networks trained on real images, each saved at initialisation and after every epoch.
 
-Trajectory matching (MTT, Cazenavette et al., CVPR 2022) starts its students where an expert was and compares them with
-where it went. Experts depend on nothing that is condensed, so runs that agree on data and network share them.
+Trajectory matching (MTT, Cazenavette et al., CVPR 2022) starts its students from an expert's parameters and compares
+them with the expert's later ones. Experts do not depend on what is condensed, so runs with the same data and network
+share them.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from hmn.objectives.distance import Parameters
 from hmn.precomputed import check_images, read_part
 from hmn.training import Recipe, Training
 
-TOGETHER = 10  # experts at most
-CHECKPOINT_BYTES = 2 << 30  # at most, of one that holds all that the experts in training were so far
+TOGETHER = 10  # most experts trained at once
+CHECKPOINT_BYTES = 2 << 30  # most that a checkpoint may take: it holds all snapshots so far of the experts in training
 
 
 def recipe_of(config: ExpertsConfig, strategy: str) -> Recipe:
-    """How experts are trained: plain SGD at a constant rate on augmented images, nothing mixed."""
+    """How experts are trained: plain SGD at a constant learning rate on augmented images, without CutMix."""
     return Recipe(
         epochs=config.epochs,
         batch=config.batch,
@@ -41,7 +42,7 @@ def recipe_of(config: ExpertsConfig, strategy: str) -> Recipe:
 
 
 def together(network: nn.Module, epochs: int, most: int) -> int:
-    """How many experts to train at once, of at most ``most``: a checkpoint holds every epoch of theirs so far."""
+    """How many experts to train at once, at most ``most``: their checkpoint holds every epoch so far."""
     one = sum(parameter.numel() * parameter.element_size() for parameter in network.parameters()) * (epochs + 1)
     return max(1, min(most, TOGETHER, CHECKPOINT_BYTES // one))
 
@@ -56,11 +57,12 @@ def build(
     stop: Stop,
     open_checkpoints: Callable[[], Checkpoints],
 ) -> list[Path]:
-    """One file per expert 0 .. ``count`` - 1 in ``folder``; those that are there already stay, so it can be stopped.
+    """Write experts 0 .. ``count`` - 1 into ``folder``, one file each; return their paths.
 
-    ``train(numbers)`` begins the training of these experts, of which there are at most ``together``. Checkpoints keep
-    the state of those in training, for whichever run goes on; they are opened if there is something to train. Raises
-    ``ArtifactError`` for a file made on other images, and ``Diverged`` for an expert whose loss is not finite.
+    Existing files are kept, so an interrupted build continues. ``train(numbers)`` begins the training of these experts,
+    at most ``together`` at once. Checkpoints hold the state of those in training, which any run may continue; they are
+    opened only if there is something to train. Raises ``ArtifactError`` for a file made from other images, and
+    ``Diverged`` for an expert whose loss is not finite.
     """
     paths = [_path(folder, number) for number in range(count)]
     with exclusive(folder, wait=stop):
@@ -71,7 +73,7 @@ def build(
             begun = checkpoints.load(slot)
             numbers = begun["numbers"] if begun else missing[:together]
             made = _record(train(numbers), numbers, begun, checkpoints, slot)
-            # The one that names the slot is written last.
+            # The expert that names the slot is written last.
             for number, snapshots in reversed([*zip(numbers, made, strict=True)]):
                 write_tensors(_path(folder, number), snapshots, {"data": fingerprint})
             checkpoints.drop(slot)
@@ -87,12 +89,12 @@ def _path(folder: Path, number: int) -> Path:
 def _record(
     training: Training, numbers: Sequence[int], begun: dict[str, Any] | None, checkpoints: Checkpoints, slot: str
 ) -> list[dict[str, Tensor]]:
-    """Every expert's parameters by ``epoch/name``, epoch 0 being the untrained network."""
+    """Train the experts; return the parameters of each by ``epoch/name``, where epoch 0 is the untrained network."""
     kept: list[dict[str, Tensor]] = [{} for _ in numbers]
 
     def snapshot() -> None:
         for name, value in training.network.named_parameters():
-            copied = value.detach().to("cpu", copy=True)  # even on the host: training goes on in place
+            copied = value.detach().to("cpu", copy=True)  # a copy even on the host: training works in place
             for expert, own in zip(kept, copied if training.together else [copied], strict=True):
                 expert[f"{training.epoch}/{name}"] = own.contiguous()
 
@@ -123,7 +125,7 @@ def read(path: Path, epoch: int, device: torch.device) -> Parameters:
 
 
 class Trajectories:
-    """Random pieces of ``paths``' trajectories: ``length`` epochs from a start before epoch ``max_start``."""
+    """Random segments of the trajectories in ``paths``: ``length`` epochs from a start before epoch ``max_start``."""
 
     def __init__(
         self, paths: list[Path], *, max_start: int, length: int, device: torch.device, generator: torch.Generator
@@ -132,7 +134,7 @@ class Trajectories:
         self.generator = generator  # on the host: it decides what is read
 
     def draw(self) -> tuple[Parameters, Parameters]:
-        """Where a random expert was, and where it was ``length`` epochs later."""
+        """A random expert's parameters at a random start, and ``length`` epochs later."""
         expert = int(torch.randint(len(self.paths), (), generator=self.generator))
         start = int(torch.randint(self.max_start, (), generator=self.generator))
         here, there = (read(self.paths[expert], epoch, self.device) for epoch in (start, start + self.length))

@@ -1,4 +1,4 @@
-"""Errors in words: the one line that a person who can mend one is shown, and the exit code."""
+"""Errors that a user can fix, explained: the one line to print, and the exit code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 def in_one_line(program: Callable[[], T]) -> T:
-    """What ``program`` gives; what a person can mend ends the process, or all those of a run, with its one line."""
+    """Return ``program()``; an error that a user can fix ends the process, or all those of a run, with one line."""
     try:
         with ended_by_the_person():
             return program()
@@ -40,7 +40,7 @@ def in_one_line(program: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def ended_by_the_person() -> Iterator[None]:
-    """Ctrl-C, and a reader of the output that has seen enough, as ``head``, end the process without a word."""
+    """End the process silently at Ctrl-C, or when a reader of its output, such as ``head``, closes the pipe."""
     try:
         try:
             yield
@@ -51,14 +51,14 @@ def ended_by_the_person() -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discards the rest of the buffer
         sys.exit(128 + signal.SIGPIPE)
 
 
 def explain(error: BaseException, overrides: Sequence[str] | None = None) -> tuple[str | None, int]:
-    """The line to print for an error that a person can mend, and the exit code; ``(None, 1)`` for any other.
+    """The line to print for an error that a user can fix, and the exit code; ``(None, 1)`` for any other.
 
-    ``overrides`` are those that were composed; ``None``: the command's own.
+    ``overrides`` are those that were composed; ``None`` means those of the command line.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -74,21 +74,21 @@ def explain(error: BaseException, overrides: Sequence[str] | None = None) -> tup
 
 
 def _lack(error: BaseException) -> str | None:
-    """The line for what the machine has too little of, if that is what ``error`` is about."""
+    """The line for an error of disk space, file access or memory; ``None`` for any other."""
     text = str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
-        return "no space left on the disk: free some, and the same command goes on from the last checkpoint"
+        return "no space left on the disk: free some, and the same command resumes from the last checkpoint"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         places = "paths.runs_dir, paths.data_dir, paths.cache_dir or dataset.root"
-        return f"{error.filename}: {error.strerror}: mend that, or name another place with {places}"
+        return f"{error.filename}: {error.strerror}: fix that, or choose another place with {places}"
     out = isinstance(error, MemoryError | torch.OutOfMemoryError)
     said = re.search(
         r"can't allocate memory|not enough memory|bad_alloc|CUDA error: out of memory|_STATUS_ALLOC_FAILED", text
     )
     if out or (isinstance(error, RuntimeError) and said):
         steps = "set compute.memory_limit, or a lower compute.classes_per_call or compute.networks_together"
-        batches = "lower container.fit_batch, objective.real_batch or evaluation.batch (another run)"
-        return f"out of memory: {steps}, and the same command goes on from the last checkpoint; else {batches}"
+        batches = "lower container.fit_batch, objective.real_batch or evaluation.batch (that makes it another run)"
+        return f"out of memory: {steps}, and the same command resumes from the last checkpoint; or {batches}"
     return None
 
 
@@ -100,12 +100,12 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
         group, _, option = match[1].rpartition("/")
         return _unknown_option(group, option)
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
-        return f"{match[1]}: one run has one value: add -m to run each of them, or write [...] where a list is meant"
+        return f"{match[1]}: a run takes one value: add -m to run each of them, or write [...] for a list"
     if isinstance(error, OverrideParseException):
         key, _, value = error.override.partition("=")
         quoted = f"{key}='\"{value}\"'" if value else "KEY='\"VALUE\"'"
-        return f"{error.override}: cannot be read as a setting; a value with signs of its own is quoted: {quoted}"
-    # The reason is the first line of Hydra's message, or the one after it, or that of the error it stands for.
+        return f"{error.override}: cannot be read as a setting; quote a value that has special characters: {quoted}"
+    # The reason is the first line of Hydra's message, or the one after it, or that of its cause.
     first, second, *_ = [*text.splitlines(), "", ""]
     reason = str(error.__cause__).splitlines()[0] if error.__cause__ else second if first.endswith(":") else ""
     first = first.removesuffix(":")
@@ -115,23 +115,23 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
 def _unknown_option(group: str, option: str) -> str:
     known = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
     if group == "experiment" and (CONF.parent / "experiments" / "tables" / f"{option}.yaml").exists():
-        return f"experiment={option}: is a table of many runs: python sweep.py experiment={option}"
+        return f"experiment={option}: this is a table of many runs; start it with python sweep.py experiment={option}"
     near = difflib.get_close_matches(option, known, n=1, cutoff=0.5)
     return f"{group}={option}: must be one of {', '.join(known)}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _no_option(overrides: Sequence[str]) -> str:
-    """Of an option of a group that reads as a number, true or null, Hydra does not say which it was."""
+    """The line for a group's option that reads as a number, true or null: Hydra does not say which one it was."""
     for argument in overrides:
         group, _, option = argument.lstrip("+").partition("=")
         if (CONF / group).is_dir() and not (CONF / group / f"{option}.yaml").exists():
             return _unknown_option(group, option)
-    return "an option of a group must be the name of one of its files in conf/"
+    return "the option of a config group must be the name of one of its files in conf/"
 
 
 def _unknown_key(key: str, overrides: Sequence[str]) -> str:
-    """Names the valid keys beside an unknown dotted one, and the nearest of them."""
-    # Another option of a group has other keys.
+    """The line for an unknown dotted key: it names the valid keys, and the nearest of them."""
+    # The valid keys depend on the chosen options of the groups.
     chosen = [argument for argument in overrides if (CONF / key_of(argument)).is_dir()]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         node = hydra.compose("config", overrides=[argument for argument in chosen if "," not in argument])

@@ -1,4 +1,4 @@
-"""The first stage of a run: a container is started and condensed, or taken from a run that has condensed the same."""
+"""The first stage of a run: start and condense a container, or take it over from a run that condensed the same."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from hmn.data.splits import Split
 from hmn.plan import Plan
 from hmn.tracking import Tracker
 
-TAKEN = "taken"  # the slot of another run's condensation
+TAKEN = "taken"  # checkpoint slot of a condensation taken over from another run
 
 
 @dataclass(frozen=True, kw_only=True)
 class Making:
-    """What condenses a container and records how."""
+    """Condenses a container, or takes over a shared one, and records how it was made."""
 
     plan: Plan
     shop: Workshop
     tracker: Tracker
-    code: str  # digest of the sources
-    judged: Callable[[Split, str], float]  # held-out accuracy of decoded images, and the name of that judgement
+    code: str  # digest of the source code
+    judged: Callable[[Split, str], float]  # (decoded images, stream name) -> held-out accuracy
 
     def make(self, container: Container) -> dict[str, Any]:
-        """Bring ``container`` into the form that is kept; returns what the result tells of it.
+        """Bring ``container`` into the form that is kept; returns what the result records about its making.
 
-        With ``compute.share_condensed`` it may be another run's. What a run has condensed, or has once taken, it keeps:
-        what it has begun to judge is of that.
+        With ``compute.share_condensed`` the container may come from another run. A run that has finished its own
+        condensation, or has taken one over, stays with it, because it may already have begun to judge that container.
         """
         checkpoints = self.shop.checkpoints
         if (taken := checkpoints.load(TAKEN)) is not None:
@@ -49,24 +49,24 @@ class Making:
             self.plan, self.shop.data.fingerprint, self.code, self.shop.compute.precision
         )
         with exclusive(folder, wait=checkpoints.stop):
-            distributed.barrier()  # nobody looks before the first holds it; what that finds there is every one's
+            distributed.barrier()  # no process looks before the first holds the folder; all use what the first finds
             made = None if done else distributed.from_first(lambda: shared_condensed.load(folder, container))
             if made is None:
                 made = self._condense(container) | {"condensed_by": self.plan.run_id}
-                if distributed.first() and len(checkpoints.codes) == 1:  # else it is not of the folder's sources
+                if distributed.first() and len(checkpoints.codes) == 1:  # with more, mixed source versions made it
                     shared_condensed.offer(folder, container, made)
             else:
                 if not distributed.first():
                     container.finish()
                 distributed.copy_first_(container.state_dict().values())
-                for step_key in ("condense/step", "curve/step"):  # of what this run had begun to condense itself
+                for step_key in ("condense/step", "curve/step"):  # drop the records of its own attempt
                     self.tracker.rewind(step_key, -1)
                 checkpoints.save(TAKEN, {"made": made, "container": container.state_dict()})
-                print(f"condensed by {made['condensed_by']} already: {folder / shared_condensed.TENSORS}")
+                print(f"already condensed by {made['condensed_by']}: {folder / shared_condensed.TENSORS}")
         return made
 
     def _steps_kept(self) -> int | None:
-        """Of this run's own condensation."""
+        """Step of this run's own condensation checkpoint; ``None`` without one."""
         state = self.shop.checkpoints.load(condense.SLOT)
         return None if state is None else state["step"]
 
@@ -92,7 +92,7 @@ class Making:
             error = build.fit(self.shop, container)
             self.tracker.rewind("fit/step", -1)
             self.tracker.log({"fit/mean_squared_error": error}, step_key="fit/step", step=settings.fit_steps)
-        # A GPU need not repeat another's fit to the last bit.
+        # Another GPU may not reproduce the fit bit for bit.
         distributed.copy_first_(container.state_dict().values())
         work = build.condensation(self.shop, container)
         if state is not None:

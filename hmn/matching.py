@@ -24,13 +24,14 @@ from hmn.seeding import generator
 
 
 class ClassMatching(Condensation):
-    """``match`` says how far a class's synthetic images are from the real side, in ``parts`` numbers: one per matched
-    layer, where that is ``None``.
+    """Condensation that matches each class's synthetic images with the real side.
 
-    ``chunk`` classes are decoded and matched at a time: what is computed does not depend on it, the memory does.
-    Several processes draw alike for all classes, and each decodes and matches only those it owns. What classes share
-    is the same everywhere after every step; a class's rows and their moments are right only at its owner, and
-    everywhere after :meth:`gather`.
+    ``match`` measures their distance as ``parts`` numbers, or as one number per matched layer if ``parts`` is ``None``.
+    ``chunk`` classes are decoded and matched at a time, which affects memory use but not the result.
+
+    All processes draw the same random numbers for all classes, and each decodes and matches only the classes it owns.
+    Parameters that classes share are identical in every process after every step. A class's rows and their moments are
+    up to date only in the process that owns the class, and in all processes after :meth:`gather`.
     """
 
     def __init__(
@@ -68,22 +69,22 @@ class ClassMatching(Condensation):
         )
         self.generators = {
             "rows": generator(seed, SLOT, "rows", device=compute.device),
-            "classes": generator(seed, SLOT, "classes"),  # on the host: it steers which calls are made
+            "classes": generator(seed, SLOT, "classes"),  # on the host: it decides which calls are made
         }
-        # What the host decides within a step, as which rows are stepped or what processes sum, is not recorded.
+        # A recording cannot hold what the host does within a step, such as choosing rows or summing over processes.
         recordable = compute.device.type == "cuda" and distributed.world() == 1
         self.replay = None
         if recordable and not by_class:
             generators = [self.generators["rows"], *side.generators()]
             self.replay = Replay(self._whole_step, self._state_tensors, generators)
-        # By itself the networks' update, which most launches of a step are for, always can be.
+        # The networks' update alone, which takes most launches of a step, can be recorded with ``by_class`` too.
         self.update = update_of(side, self.decoded, record=recordable)
 
     def take_step(self) -> tuple[Tensor, dict[str, Tensor]]:
         """One matching step of every class, or of a random group, then the real side's update.
 
-        Returns the distance per layer summed over those classes, and the norm per tier of their gradients; neither is
-        read.
+        Returns the distance per layer, summed over those classes, and the norm of their gradients per tier. Neither is
+        read back from the device.
         """
         if self.step % self.config.inner_steps == 0:
             self.container.project()
@@ -110,7 +111,7 @@ class ClassMatching(Condensation):
         return self.side.choose(classes) | {"classes": classes.to(self.compute.device, non_blocking=True)}
 
     def _whole_step(self, choice: Choice) -> dict[str, Tensor]:
-        """A step of all classes, as device work alone."""
+        """One step of all classes that consists of device work only."""
         measured = self._match_and_apply(torch.arange(self.container.classes), choice)
         self.side.update(choice, self.decoded)
         return measured
@@ -122,7 +123,7 @@ class ClassMatching(Condensation):
         return decode_all(self.container)
 
     def _match_and_apply(self, classes: Tensor, choice: Choice) -> dict[str, Tensor]:
-        """Match ``classes`` (k,), step the optimiser; returns ``losses`` per layer and the gradient norm by tier."""
+        """Match ``classes`` (k,) and step the optimiser; returns ``losses`` per layer and gradient norms per tier."""
         for parameter in self.optimizer.parameters:
             parameter.grad = None  # a step whose recording failed may have left one
         losses = self._match(classes, choice)
@@ -137,9 +138,9 @@ class ClassMatching(Condensation):
         return optimizer_tensors(self.optimizer.inner) + self.side.state_tensors()
 
     def _match(self, classes: Tensor, choice: Choice) -> Tensor:
-        """Add to the container the mean or summed gradient of ``classes`` (k,); returns distances per layer, summed.
+        """Add the mean or summed gradient of ``classes`` (k,) to the container; returns distances per layer, summed.
 
-        Of classes that other processes own, nothing is added.
+        Classes that other processes own contribute nothing.
         """
         on_device = choice["classes"]
         k, total = len(on_device), self.container.matched_per_class
@@ -171,14 +172,14 @@ class ClassMatching(Condensation):
         return classes[:, None] * total + rows
 
     def _sum_over_processes(self, layers: Tensor) -> dict[str, Tensor]:
-        """Make ``layers`` and the gradients of what classes share those of all classes; returns the norms per tier.
+        """Sum ``layers`` and the gradients of shared parameters over the processes; returns the norms per tier.
 
-        Of what classes own only the norms are exchanged: the rows' gradients are their owner's business.
+        For parameters that classes own, only norms are exchanged: only the owner needs the gradients of its rows.
         """
         for parameter in self.optimizer.parameters:
-            if parameter.grad is None:  # none of these classes is ours
+            if parameter.grad is None:  # this process owns none of these classes
                 parameter.grad = torch.zeros_like(parameter)
-        own = slice(self.owned.start, self.owned.stop)  # a penalty adds to the rows of all classes everywhere
+        own = slice(self.owned.start, self.owned.stop)  # a penalty adds to all rows in every process
         squares = {id(p): p.grad[own].norm().square() for p in self.optimizer.class_parameters}
         shared = [p for p in self.optimizer.parameters if id(p) not in squares]
         distributed.sum_([layers, *squares.values(), *(p.grad for p in shared)])
@@ -186,7 +187,7 @@ class ClassMatching(Condensation):
         return self.norms(squares)
 
     def gather(self) -> None:
-        """Make the rows of all classes right at every process."""
+        """Bring the rows of all classes up to date in every process."""
         distributed.gather_rows([*self.optimizer.class_rows(), *self.averaged_rows()], self.owned)
 
     def own_state(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The optimiser of a container: rates by tier, and rows of a class that no other class's step moves."""
+"""The optimiser of a container: learning rates per tier, and class rows that no other class's step moves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LARGE_SIDE = 128
 
 
 def idc_rate_factor(images_per_class: int, image_size: int) -> float:
-    """IDC's scaling of a rate that is given for 10 images per class: (IPC / 10) (H / base)^2, base 32 or 224."""
+    """IDC's factor for a learning rate given for 10 images per class: (IPC / 10) (H / base)^2, base 32 or 224."""
     base = 224 if image_size >= LARGE_SIDE else 32
     return images_per_class / 10 * (image_size / base) ** 2
 
@@ -25,9 +25,9 @@ def idc_rate_factor(images_per_class: int, image_size: int) -> float:
 class ContainerOptimizer:
     """Adam or SGD over a container: ``memory_lr`` for memories, ``weights_lr`` for networks, cosine decay over the run.
 
-    Both rates are multiplied by ``factor`` and by ``lr_scale[tier]``. With ``by_class`` every class's rows are
-    parameters of their own that share the stacked tensors' storage, so a step for some classes leaves the others' rows
-    and moments alone; an optimiser with momentum would keep moving them.
+    Both rates are multiplied by ``factor`` and by ``lr_scale[tier]``. With ``by_class`` each class's rows are separate
+    parameters that share the stacked tensors' storage. A step for some classes then leaves the rows and moments of the
+    others alone, which an optimiser with momentum would otherwise keep moving.
     """
 
     def __init__(
@@ -68,19 +68,19 @@ class ContainerOptimizer:
         if config.optimizer == "adam":
             self.inner = torch.optim.Adam(groups, betas=(config.beta1, config.beta2), eps=1e-8, capturable=self.on_gpu)
         else:
-            # Of SGD's forms only the fused one takes a rate that lies on the device unread.
+            # Only the fused SGD accepts a rate on the device without reading it back.
             self.inner = torch.optim.SGD(groups, momentum=config.momentum, fused=self.on_gpu)
-            if config.momentum:  # from zeros, as the fused form refuses a step where only some rows have moved before
+            if config.momentum:  # from zeros: the fused form refuses a step where only some rows have moved before
                 for parameter in [member for group in self.inner.param_groups for member in group["params"]]:
                     self.inner.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     @property
     def learning_rate(self) -> float:
-        """Of the first tier, now."""
+        """Current learning rate of the first tier."""
         return float(self.inner.param_groups[0]["lr"])
 
     def set_rates(self, done: int) -> None:
-        """The rates ``done`` steps into the run."""
+        """Set the learning rates for ``done`` steps into the run."""
         decay = self.final + (1 - self.final) * (1 + math.cos(math.pi * done / self.total_steps)) / 2
         for group in self.inner.param_groups:
             rate = group["initial_lr"] * decay
@@ -90,7 +90,7 @@ class ContainerOptimizer:
                 group["lr"] = rate
 
     def step(self, classes: Tensor | None = None) -> None:
-        """Apply the gradients of ``classes`` (k,), which lie on the host, or of all, then clear them."""
+        """Apply the gradients of ``classes`` (k,), a tensor on the host, or of all classes, then clear them."""
         taking_part = set(classes.tolist()) if self.rows and classes is not None else None
         for parameter, rows in self.rows:
             for index, row in enumerate(rows):
@@ -100,7 +100,7 @@ class ContainerOptimizer:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """As on a CPU, wherever it was made."""
+        """The optimiser's state in the form it has on a CPU, whatever device it is on."""
         state = self.inner.state_dict()
         host = {"lr": float, "capturable": lambda _: False, "fused": lambda _: False}
         groups = [
@@ -111,7 +111,7 @@ class ContainerOptimizer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         here = [dict(group) for group in self.inner.param_groups]
-        # Before loading: by `capturable` and `fused` torch decides where an Adam's step counts go.
+        # Set before loading: `capturable` and `fused` tell torch where Adam's step counts go.
         groups = [
             {**group, **{key: before[key] for key in ("capturable", "fused") if key in before}}
             for group, before in zip(state["param_groups"], here, strict=True)

@@ -7,13 +7,14 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-HARDEST, EASIEST = (213, 94, 0), (0, 114, 178)  # vermilion and blue, which the colour-blind tell apart too
+HARDEST, EASIEST = (213, 94, 0), (0, 114, 178)  # vermilion and blue, which remain distinct with colour blindness
 
 
 def class_grid(images: Tensor, labels: Tensor, *, columns: int = 10, rows: int = 20, pixels: int = 64) -> Image.Image:
-    """The first ``columns`` images of the first ``rows`` classes, a row each, enlarged to about ``pixels`` a side.
+    """The first ``columns`` images of the first ``rows`` classes, one class per row.
 
-    ``images`` (N, channels, H, W) in [0, 1], ``labels`` (N,). Enlarging repeats pixels, so that none is invented.
+    ``images`` (N, channels, H, W) in [0, 1], ``labels`` (N,). Images are enlarged to a side of about ``pixels``, by
+    repeating pixels rather than interpolating.
     """
     shown = [images[labels == label][:columns] for label in labels.unique(sorted=True)[:rows]]
     channels, side = images.shape[1], images.shape[-1]
@@ -30,10 +31,11 @@ def class_grid(images: Tensor, labels: Tensor, *, columns: int = 10, rows: int =
 def pruning_grid(
     images: Tensor, scores: Tensor, keep: int, hardest: int, *, columns: int = 10, rows: int = 20, pixels: int = 64
 ) -> Image.Image:
-    """What is condensed over budget, before pruning: a row per class from its hardest image to its easiest.
+    """The over-budget set before pruning: one row per class, from its hardest image to its easiest.
 
-    ``images`` (C, G, channels, H, W) in [0, 1], ``scores`` (C, G): their AUM, written below each. Of every class
-    ``keep`` images stay, of the others ``hardest`` are its hardest: framed and named "hard" or "easy".
+    ``images`` (C, G, channels, H, W) in [0, 1], ``scores`` (C, G): their AUM, written below each image. Each class
+    keeps ``keep`` images and drops the others: its ``hardest`` hardest ones, and the rest from the easy end. Dropped
+    images are framed and labelled "hard" or "easy".
     """
     count, side = scores.shape[1], images.shape[-1]
     factor = max(1, round(pixels / side))
@@ -57,7 +59,7 @@ def pruning_grid(
 
 
 def _across(count: int, hardest: int, easiest: int, columns: int) -> list[int]:
-    """Positions, ascending, of at most ``columns`` of ``count`` images: up to a third of them from each dropped end."""
+    """Ascending positions of at most ``columns`` of ``count`` images, up to a third of them from each dropped end."""
     if count <= columns:
         return list(range(count))
     low, high = min(hardest, columns // 3), min(easiest, columns // 3)
@@ -66,14 +68,14 @@ def _across(count: int, hardest: int, easiest: int, columns: int) -> list[int]:
 
 
 def _dropped(position: int, first_kept: int, first_easy: int) -> tuple[str, tuple[int, int, int]]:
-    """From which end the image at ``position`` of the AUM order goes, "" if it stays, and the colour that says so."""
+    """The end from which the image at ``position`` in AUM order is dropped, or "" if it stays, and its colour."""
     if position < first_kept:
         return "hard", HARDEST
     return ("easy", EASIEST) if position >= first_easy else ("", (90, 90, 90))
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """A picture of ``image`` (channels, H, W) in [0, 1]."""
+    """Convert ``image`` (channels, H, W) in [0, 1] to a PIL image."""
     array = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     return Image.fromarray(np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array)
 

@@ -1,4 +1,4 @@
-"""What a run will be, before any data is read: shapes, storage, counts, cost and run id."""
+"""The plan of a run, made before any data is read: shapes, storage, counts, cost and run id."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from hmn.data import datasets
 from hmn.errors import ArtifactError
 from hmn.plan_checks import check_networks, check_pairs, check_start
 
-# Per class, before any are held out; of other sets the size is not known before they are read.
+# Training images per class before any are held out. The size of other datasets is unknown until they are read.
 TRAIN_IMAGES = {"svhn": 7326, "cifar100": 500, "tiny_imagenet": 500, "imagenet10": 1300, "digits": 144}
 OTHER_TRAIN_IMAGES = 5000  # CIFAR-10's
 
@@ -40,17 +40,17 @@ class Plan:
     config: Config
     data: datasets.Shape
     storage: Storage | None  # None: the mode stores nothing
-    # SHA-256 of the kept tensors that are evaluated or started from; of several in ascending order, as theirs is of no
-    # consequence
+    # SHA-256 of the kept tensors that the run evaluates or starts from; several are sorted, as their order does not
+    # matter
     artifact: str | list[str] | None = None
-    kept_images: int = 0  # of all classes, in the kept sets that are evaluated
-    not_read: tuple[str, ...] = ()  # what a person gave and another setting makes of no consequence, with that one
+    kept_images: int = 0  # number of images, over all classes, in the kept sets that are evaluated
+    not_read: tuple[str, ...] = ()  # settings that the user gave but another setting makes unused, each with that one
 
     @cached_property
     def run_id(self) -> str:
-        """A readable head and a hash of all that the result depends on."""
+        """A readable prefix and a hash of everything that the result depends on."""
         config = self.config
-        # Of a folder's name what files and W&B take.
+        # A dataset folder's name may hold characters that file names or W&B do not accept.
         head = [re.sub(r"[^\w.-]", "_", datasets.display_name(config.dataset), flags=re.ASCII)]
         if config.mode in ("run", "random_subset"):
             head.append(f"ipc{config.memory.images_per_class}")
@@ -69,14 +69,14 @@ class Plan:
 
     @cached_property
     def shape(self) -> ContainerShape:
-        """The container's, without the data set's statistics."""
+        """Shape of the container, without the dataset's statistics."""
         config = self.config.container
         return KINDS[config.name].shape.of(config, **dataclasses.asdict(self.data))
 
     def container(
         self, instances: int, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None
     ) -> Container:
-        """An empty one; ``mean`` and ``std`` are of the data, for those that store normalised pixels."""
+        """An empty container; one that stores normalised pixels takes the data's ``mean`` and ``std``."""
         shape = self.shape
         if isinstance(shape, PixelShape) and shape.pixel_space == "normalised":
             shape = dataclasses.replace(shape, mean=mean, std=std)
@@ -92,7 +92,7 @@ class Plan:
 
     @cached_property
     def step_flops(self) -> Step:
-        """Of one container step; the container shows the objective what it holds over budget."""
+        """FLOPs of one container step, in which the objective sees the images that the container holds over budget."""
         with torch.device("meta"):
             images = self.container(self.storage.over_budget_instances).matched_per_class
         objective, classes = self.config.objective, self.data.classes
@@ -100,13 +100,13 @@ class Plan:
 
     @property
     def expert_flops(self) -> int:
-        """Of training the experts that trajectory matching aims at, where none are kept yet."""
+        """FLOPs of training the experts that trajectory matching aims at, if none are kept yet."""
         experts = getattr(self.config.objective, "experts", None)
         return int(experts.count * experts.epochs * self.train_images * self.training_flops) if experts else 0
 
     @property
     def train_images(self) -> float:
-        """Expected, of all classes, without those held out."""
+        """Expected number of training images over all classes, without those held out."""
         dataset = self.config.dataset
         per_class = TRAIN_IMAGES.get(dataset.kind, OTHER_TRAIN_IMAGES)
         return self.data.classes * per_class * (1 - dataset.held_out_fraction)
@@ -117,7 +117,7 @@ class Plan:
 
     @property
     def expected_flops(self) -> float:
-        """Of the whole run, scoring, the beta search and decoders aside: decides whether compiling pays."""
+        """FLOPs of the whole run without scoring, the beta search and decoders; decides whether compiling pays off."""
         if self.config.mode == "experts":
             return float(self.expert_flops)
         judging = self.config.evaluation.networks * self.epochs * self.judging_images * self.training_flops
@@ -125,7 +125,7 @@ class Plan:
 
     @property
     def making_flops(self) -> float:
-        """Of condensing, or of the networks that a coreset is chosen by, which may train for longer than the judges."""
+        """FLOPs of condensing, or of the networks that choose a coreset, which may train for longer than the judges."""
         if self.config.condenses:
             steps = (self.step_flops.matching + self.step_flops.update) * self.matching_steps
             return float(steps + self.expert_flops)
@@ -137,7 +137,7 @@ class Plan:
 
     @property
     def judging_images(self) -> float:
-        """Those that a judging network sees in an epoch; where several sets are judged, of all of them."""
+        """Number of images that a judging network sees in an epoch; if several sets are judged, summed over them."""
         config, classes = self.config, self.data.classes
         match config.mode:
             case "run":
@@ -159,7 +159,7 @@ class Plan:
         )
 
     def summary(self) -> dict[str, Any]:
-        """The plan as plain values; floats are float32 numbers stored, FLOPs count a multiply-add as 2."""
+        """The plan as plain values: floats count stored float32 numbers, FLOPs count a multiply-add as 2."""
         stored = self.storage
         with torch.device("meta"):
             container = self.container(stored.instances)
@@ -208,8 +208,8 @@ class Plan:
 def make_plan(config: Config, typed: Sequence[str] = (), *, here: bool = True) -> Plan:
     """Fill in presets and count the storage. Raises ``ConfigError`` or ``DataError`` for what cannot be run.
 
-    ``typed`` are the overrides a person gave: where artifacts are read the data set is theirs, but for those. Whether
-    the configured device is there is only asked where the run is to be ``here``.
+    ``typed`` are the overrides that the user gave. A run that evaluates artifacts uses their dataset, except for what
+    ``typed`` overrides. Whether the configured device exists is checked only if the run is to take place ``here``.
     """
     artifact, cards = None, {}
     if config.judges:
@@ -218,7 +218,7 @@ def make_plan(config: Config, typed: Sequence[str] = (), *, here: bool = True) -
         artifact = sorted(card["sha256"] for card in cards.values())
         artifact = artifact if len(artifact) > 1 else artifact[0]
         config = dataclasses.replace(config, dataset=_evaluated_dataset(config.dataset, cards, typed))
-    if config.dataset.kind == "imagenet10" and config.mode != "plan":  # a plan knows its shape without it
+    if config.dataset.kind == "imagenet10" and config.mode != "plan":  # a plan knows the shape without the images
         require("dataset.root", bool(config.dataset.root), "null", "given for dataset=imagenet10")
     data = datasets.peek(config.dataset, Path(config.paths.data_dir))
     for path, card in cards.items():
@@ -227,11 +227,11 @@ def make_plan(config: Config, typed: Sequence[str] = (), *, here: bool = True) -
             require(f"dataset.{name}", found == kept, found, f"{kept}, as in artifact={path}")
     stored = None
     if config.mode != "plan" and here:
-        device_of(config.compute)  # a missing GPU is said before a folder is made or data are read
+        device_of(config.compute)  # report a missing GPU before making a folder or reading data
     if config.mode in ("run", "plan"):
         ipc, shape = config.memory.images_per_class, dataclasses.asdict(data)
         kind = KINDS[config.container.name]
-        # A plan is a plan of the run: it shares the run's id.
+        # A plan describes the run itself, so it shares the run's id.
         filled = kind.fill(config.container, images_per_class=ipc, **shape)
         config = dataclasses.replace(config, container=filled, mode="run")
         if isinstance(config.objective, SyntheticGradientConfig) and config.condenses:
@@ -243,7 +243,7 @@ def make_plan(config: Config, typed: Sequence[str] = (), *, here: bool = True) -
         start = read_card(tensors_file(config.container.start))
         artifact = start["sha256"]
     plan = Plan(config, data, stored, artifact, sum(map(_images, cards.values())))
-    _ = plan.build  # checks the network's depth against the image side
+    _ = plan.build  # checks the network's depth against the image size
     condensed = None
     if config.condenses:
         with torch.device("meta"):
@@ -262,7 +262,7 @@ def make_plan(config: Config, typed: Sequence[str] = (), *, here: bool = True) -
 
 
 def _images(card: dict[str, Any]) -> int:
-    """Of all classes; 0 where the card is damaged, which is said where its set is read."""
+    """Number of images in the set of ``card``; 0 if the card is damaged, which is reported when the set is read."""
     container = card["container"]
     return container.get("classes", 0) * container.get("images_per_class", 0)
 
@@ -270,10 +270,10 @@ def _images(card: dict[str, Any]) -> int:
 def _evaluated_dataset(
     given: DatasetConfig, cards: Mapping[str, dict[str, Any]], typed: Sequence[str]
 ) -> DatasetConfig:
-    """The artifacts' own data set, but for what was ``typed``.
+    """The artifacts' own dataset, with the fields that were ``typed`` replaced.
 
-    Of several artifacts it has the classes from the first to the last that any was condensed from. Raises
-    ``ArtifactError`` if they are of different data sets and none was typed.
+    For several artifacts its classes run from the first to the last that any of them was condensed from. Raises
+    ``ArtifactError`` if they come from different datasets and no dataset was typed.
     """
     typed_keys = list(map(key_of, typed))
     if "dataset" in typed_keys:
@@ -284,7 +284,9 @@ def _evaluated_dataset(
         here, there = (dataclasses.replace(config, class_range=None).identity() for config in (first, other))
         if differing := sorted(key for key in here | there if here.get(key) != there.get(key)):
             keys = ", ".join(f"dataset.{key}" for key in differing)
-            raise ArtifactError(f"artifact={path}: {keys} not as in artifact={first_path}; say which with dataset=NAME")
+            raise ArtifactError(
+                f"artifact={path}: {keys} must match artifact={first_path}; or name the dataset with dataset=NAME"
+            )
         spans.append(other.class_range)
     fields = [key.removeprefix("dataset.") for key in typed_keys if key.startswith("dataset.")]
     changes = {name: getattr(given, name) for name in fields}
@@ -296,7 +298,7 @@ def _dataset_of(path: str, card: dict[str, Any]) -> DatasetConfig:
     try:
         return DatasetConfig(**card["data"]["config"])
     except (KeyError, TypeError) as error:
-        reason = "of another version of this program: say which data are meant with dataset=NAME"
+        reason = "from another version of this program; name the dataset with dataset=NAME"
         raise ArtifactError(f"artifact={path}: its data settings ({error}) are {reason}") from None
 
 

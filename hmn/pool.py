@@ -12,25 +12,25 @@ from hmn.config.objectives import DistributionMatchingConfig
 from hmn.data import augment
 from hmn.data.datasets import RealData
 from hmn.data.sampling import whole_split
+from hmn.network_update import NetworkUpdate, TrainingStep
 from hmn.networks import Builder
 from hmn.objectives.distance import Parameters
 from hmn.objectives.distribution import CE_FACTOR, IMAGES
 from hmn.realside import Choice, ImageSide, Synthetic
 from hmn.seeding import generator
-from hmn.training import NetworkUpdate, TrainingStep
 
 FIRST = 3  # networks that the pool starts with
 
 
 class PoolSide(ImageSide):
-    """At most ``pool_networks`` networks, of which every step takes a random one and then trains a few others.
+    """A pool of at most ``pool_networks`` networks: every step matches on a random one, then trains a few random ones.
 
-    Every ``pool_interval`` steps a fresh network comes in; in a full pool the oldest one makes room. Networks train on
-    plain real batches, which is all that is known of theirs. ``percent`` is the accuracy of each on the batches of its
-    latest training, seen before the updates by them; 0 until it has trained.
+    Every ``pool_interval`` steps a fresh network joins the pool, replacing the oldest one if the pool is full. Networks
+    train on plain real batches, which is all that is known of theirs. ``percent`` is each network's accuracy on the
+    batches of its latest training, measured before the updates on them; 0 until it has trained.
 
-    The pool lies stacked on the device, (pool_networks, ...) by name, and the networks that train take turns in the one
-    whose memory a captured step knows.
+    The pool is stacked on the device, (pool_networks, ...) by name. Networks in training take turns in ``network``,
+    the one whose memory a captured step uses.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class PoolSide(ImageSide):
             name: value.new_zeros(config.pool_networks, *value.shape) for name, value in self._worker().items()
         }
         self.percent = torch.zeros(config.pool_networks, device=device)
-        self.pushed = 0  # networks so far
-        self.matched = 0  # place in the pool
+        self.pushed = 0  # number of networks that have joined so far
+        self.matched = 0  # place of the matched network in the pool
 
     def _worker(self) -> dict[str, Tensor]:
-        """What a network of the pool consists of, as the one that is at work now: parameters and momentum."""
+        """Parameters and momentum, by name, of the network at work now: what the pool stores of each network."""
         parts = {f"parameters/{name}": value.detach() for name, value in self.network.named_parameters()}
         for name, value in self.network.named_parameters():
             if (state := self.updates.optimizer.state.get(value)) is not None:
@@ -86,7 +86,7 @@ class PoolSide(ImageSide):
         self.matched = int(torch.randint(self.count, (), generator=self.choosing))
 
     def _push(self) -> None:
-        place = self.pushed % self.config.pool_networks  # the oldest one's, once all are taken
+        place = self.pushed % self.config.pool_networks  # the oldest network's place, once the pool is full
         self.renew("pool", self.pushed)
         for name, value in self._worker().items():
             if name.startswith("momentum/"):
@@ -135,7 +135,7 @@ class PoolSide(ImageSide):
             self.percent.index_copy_(0, place, torch.stack(percents).mean()[None])
 
     def _train(self, index: Tensor) -> Tensor:
-        """One update on the images ``index``; returns the accuracy on them before it, in percent."""
+        """One update on the images ``index``; returns the accuracy on them before the update, in percent."""
         images, labels = self.images[index], self.labels[index]
         with torch.no_grad():
             right = self.network(self.normalise(images)).argmax(1) == labels

@@ -1,4 +1,4 @@
-"""Double-end pruning (HMN): margins of the over-budget images, their AUM, and which instances go."""
+"""Double-end pruning (HMN): margins of the over-budget images, their AUM, and which instances are dropped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BETAS = tuple(step / 10 for step in range(11))
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
     """z_y - max_{i != y} z_i for every row (..., n); negative where the network is wrong (Pleiss et al., NeurIPS 2020).
 
-    ``logits`` (..., n, classes) may be several networks'; ``labels`` (n,).
+    ``logits`` (..., n, classes) may come from several networks; ``labels`` (n,).
     """
     column = labels.expand(logits.shape[:-1])[..., None]
     own = logits.gather(-1, column)[..., 0]
@@ -29,10 +29,10 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
 def area_under_margin(judge: Judge, decoded: Split, score: str, networks: int, epochs: int) -> Tensor:
     """AUM (N,) of the decoded images: high is easy, low is hard.
 
-    Networks train on the images by the judge's recipe without CutMix, whose mixed labels have no margin. After each
-    epoch the un-augmented images' margins are added up: of logits, then averaged over epochs (``logit_margin``, HMN),
-    or of softmax probabilities, summed (``softmax_margin``, CCS); both are averaged over ``networks``. ``random`` draws
-    the scores instead, the ablation's control.
+    Networks train on the images by the judge's recipe without CutMix, whose mixed labels have no margin. The margins of
+    the un-augmented images are measured after each epoch. ``logit_margin`` (HMN) averages the margins of logits over
+    epochs, ``softmax_margin`` (CCS) sums those of softmax probabilities; both average over ``networks``. ``random``,
+    the ablation's control, draws random scores instead.
     """
     if score == "random":
         stream = generator(judge.seed, "score", device=decoded.images.device)
@@ -57,8 +57,8 @@ def hardest_count(beta: float, cut: int) -> int:
 def kept_images(scores: Tensor, keep: int, beta: float) -> Tensor:
     """Indices (C * keep,) of the images that stay. ``scores`` (C, G_o) are AUM values.
 
-    Per class, of the k = G_o - keep that go, floor(beta * k) have the lowest scores and the rest the highest; ties go
-    by index, so the same scores always lose the same images.
+    Each class drops k = G_o - keep images: the floor(beta * k) with the lowest scores, and the rest from those with the
+    highest. Ties are broken by index, so the same scores always drop the same images.
     """
     classes, count = scores.shape
     hardest = hardest_count(beta, count - keep)
@@ -68,12 +68,12 @@ def kept_images(scores: Tensor, keep: int, beta: float) -> Tensor:
 
 
 def kept_after(count: int, share: float) -> int:
-    """Images left of ``count`` without the fraction ``share`` in [0, 1), rounded so that more are left."""
+    """Number of images left of ``count`` after dropping the fraction ``share`` in [0, 1), rounded up."""
     return count - int(share * count + 1e-9)
 
 
 def candidates(cut: int) -> list[float]:
-    """The betas of the grid 0, 0.1, ..., 1 that cut differently: with k < 10 several round to the same images."""
+    """The betas of the grid 0, 0.1, ..., 1 that drop different images: with k < 10, several drop the same ones."""
     first_with: dict[int, float] = {}
     for beta in BETAS:
         first_with.setdefault(hardest_count(beta, cut), beta)
@@ -88,6 +88,6 @@ def search_beta(
     for beta in candidates(scores.shape[1] - keep):
         index = kept_images(scores, keep, beta)
         kept = decoded.select(index)
-        # All by the same network, order and augmentation, so that only the images differ.
+        # All candidates use the same network, order and augmentation, so that only the images differ.
         found[beta] = quick_accuracy(judge, kept, held_out, epochs, "search_beta", slot=f"search_beta_{beta}")
     return max(found, key=found.__getitem__), found

@@ -1,9 +1,8 @@
-"""The real side of class matching: networks, and what real images say of them, computed as the run goes.
+"""The real side of class matching: the networks and the real images that a step uses, computed during the run.
 
-A side is asked first what it chooses for a step, which the host decides and hands over as tensors, and then for what
-follows from that choice, which is device work alone: a step after its choice can be replayed as one CUDA graph. What
-the networks of an objective train on, if on anything, is what its side is: real images (IDC), the synthetic ones (DC
-and DSA), nothing (DM).
+For each step a side first makes its choice, on the host, and passes it on as tensors. All that follows from the choice
+is device work only, so that it can be replayed as one CUDA graph. Sides differ in what their networks train on: real
+images (IDC), synthetic images (DC and DSA), or nothing (DM).
 """
 
 from __future__ import annotations
@@ -25,31 +24,32 @@ from hmn.data.datasets import RealData
 from hmn.data.kmeans import nearest_to_centres
 from hmn.data.preprocess import Normalise
 from hmn.data.sampling import per_class, permutations, whole_split
+from hmn.network_update import NetworkUpdate, TrainingStep
 from hmn.networks import Builder, initialise
 from hmn.objectives.distance import Parameters
 from hmn.seeding import derived_seed, generator
-from hmn.training import NetworkUpdate, TrainingStep, features_of
+from hmn.training import features_of
 
 Choice = dict[str, Tensor]
 Synthetic = Callable[[], tuple[Tensor, Tensor]]  # all decoded images (N, channels, H, W) and labels (N,), detached
 
 
 class RealSide(ABC):
-    """What a condensation needs of the real images; by default nothing is drawn on the device and no network trains."""
+    """What a condensation needs from the real images. By default, the device draws nothing and no network trains."""
 
-    USES_IMAGES: ClassVar[bool] = True  # in every step, and not beforehand
+    USES_IMAGES: ClassVar[bool] = True  # whether each step reads real images, rather than all being read beforehand
 
     @abstractmethod
     def begin(self, step: int) -> None:
-        """Make the network of matching step ``step``, which is at least the one before."""
+        """Prepare the network of matching step ``step``, which never decreases from one call to the next."""
 
     @abstractmethod
     def choose(self, classes: Tensor) -> Choice:
-        """What the coming match of ``classes`` (k,), on the host, uses."""
+        """Choose what the next match of ``classes`` (k,), a tensor on the host, uses."""
 
     @abstractmethod
     def parameters(self, choice: Choice) -> Parameters:
-        """The matched network's."""
+        """The parameters of the matched network."""
 
     @abstractmethod
     def draw(self, choice: Choice, count: int) -> augment.Draw:
@@ -57,22 +57,22 @@ class RealSide(ABC):
 
     @abstractmethod
     def real(self, choice: Choice, drawn: augment.Draw, part: slice) -> Tensor | Parameters:
-        """For the classes ``part`` of the choice: augmented images (k, B, ...), or tensors by name, (k, ...) each."""
+        """The real side of the chosen classes ``part``: augmented images (k, B, ...), or tensors (k, ...) by name."""
 
     def choose_update(self) -> Choice:
-        """What the update after the step's last match uses."""
+        """Choose what the update after the step's last match uses."""
         return {}
 
     def update(self, choice: Choice, synthetic: Synthetic | None = None) -> None:
-        """Move the network on before the next step; ``synthetic`` is called where it trains on the synthetic set."""
+        """Update the network before the next step; ``synthetic`` is called if it trains on the synthetic set."""
         return
 
     def generators(self) -> list[torch.Generator]:
-        """Those that the device draws from after a choice."""
+        """Generators that the device draws from after a choice."""
         return []
 
     def state_tensors(self) -> list[Tensor]:
-        """What an update changes in place."""
+        """Tensors that an update changes in place."""
         return []
 
     @abstractmethod
@@ -83,8 +83,8 @@ class RealSide(ABC):
 
 
 def update_of(side: RealSide, synthetic: Synthetic | None = None, *, record: bool) -> Callable[[Choice], Choice]:
-    """``side.update`` as a function of what it chose. With ``record``, a GPU replays it; ``synthetic`` must then be
-    device work alone, too."""
+    """``side.update`` as a function of the choice. With ``record``, a GPU replays it; ``synthetic`` must then be device
+    work only, too."""
 
     def update(choice: Choice) -> Choice:
         side.update(choice, synthetic)
@@ -94,8 +94,10 @@ def update_of(side: RealSide, synthetic: Synthetic | None = None, *, record: boo
 
 
 class ImageSide(RealSide):
-    """Real batches and siamese draws as the run goes, and one network. When that is drawn anew and what it trains on
-    the subclasses say; it is always the same memory, since a captured graph goes on using that.
+    """Draws real batches and siamese augmentations during the run, and holds one network.
+
+    Subclasses decide when the network is drawn anew and what it trains on. It always stays in the same memory, because
+    a captured graph keeps using that.
     """
 
     def __init__(
@@ -119,10 +121,10 @@ class ImageSide(RealSide):
             self.labels, real.class_names, config.real_batch, generator(seed, stream, "real", device=device)
         )
         self.network = build().to(device, memory_format=torch.channels_last)
-        self.networks = torch.Generator(device)  # seeded anew for every network: its weights, then its training
+        self.networks = torch.Generator(device)  # reseeded for every network, for its weights and then its training
 
     def renew(self, *names: str | int) -> None:
-        """Another network, by the random stream ``names``."""
+        """Draw the network's weights anew from the random stream ``names``."""
         self.networks.manual_seed(derived_seed(self.seed, self.stream, *names))
         initialise(self.network, self.networks)
 
@@ -160,7 +162,7 @@ class UntrainedSide(ImageSide):
 
 
 class TrainedSide(ImageSide):
-    """A fresh network every ``inner_steps``, which ``updates`` train in between."""
+    """A fresh network every ``inner_steps`` steps, which ``updates`` trains in between."""
 
     updates: NetworkUpdate
 
@@ -193,8 +195,8 @@ class TrainedSide(ImageSide):
 class LiveSide(TrainedSide):
     """Networks train on real images after every matching step (IDC, algorithm 1).
 
-    With ``k_means_interval``, real batches are not random: every so many steps of a network's life, each class is
-    clustered by the features it has there, and the batch are the images nearest to the centres (DREAM).
+    With ``k_means_interval``, real batches are not random (DREAM). Every so many steps of a network's life, the images
+    of each class are clustered by their features in that network. The batch consists of those nearest to the centres.
     """
 
     def __init__(
@@ -227,7 +229,7 @@ class LiveSide(TrainedSide):
             cutmix=config.network_cutmix,
         )
         self.clustering = generator(seed, stream, "clusters", device=device)
-        self.nearest = torch.empty(0, dtype=torch.int64)  # (C, real_batch) of the training images, on the device
+        self.nearest = torch.empty(0, dtype=torch.int64)  # (C, real_batch) indices of training images, on the device
 
     def begin(self, step: int) -> None:
         super().begin(step)
@@ -236,7 +238,7 @@ class LiveSide(TrainedSide):
             self.nearest = self._nearest()
 
     def _nearest(self) -> Tensor:
-        """The images (C, real_batch) nearest to the centres of as many clusters of each class."""
+        """Indices (C, real_batch) of the images nearest to the centres of ``real_batch`` clusters per class."""
         found = []
         # The split is ordered by class.
         for start, size in zip(self.real_batches.starts.tolist(), self.real_batches.sizes.tolist(), strict=True):
@@ -270,8 +272,9 @@ class LiveSide(TrainedSide):
 class SyntheticSide(TrainedSide):
     """Networks train on the synthetic set between the matching steps of an outer step (DC, algorithm 1).
 
-    ``network_epochs`` passes over all ``count`` synthetic images, by SGD without momentum, and none after the last
-    step, which the network does not outlive. DSA augments these too, each image by parameters of its own.
+    An update makes ``network_epochs`` passes over all ``count`` synthetic images, by SGD without momentum. There is
+    none after the last step, when the network is discarded. DSA augments these images too, each with its own
+    parameters.
     """
 
     def __init__(

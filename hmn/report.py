@@ -22,13 +22,13 @@ def row(name: str, result: dict[str, Any]) -> list[str]:
 
 
 def percent(accuracy: Mapping[str, Any]) -> str:
-    """``mean`` ± ``std``, where there is one."""
+    """``mean`` ± ``std`` in percent, without the latter if there is none."""
     spread = "" if accuracy["std"] is None else f" ± {100 * accuracy['std']:.2f}"
     return f"{100 * accuracy['mean']:.2f}{spread}"
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest cell, the first left aligned, the others right."""
+    """A text table whose columns are padded to their widest cell, the first left-aligned, the others right-aligned."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:

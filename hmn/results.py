@@ -43,7 +43,7 @@ def write(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
 def read(folder: Path) -> dict[str, Any] | None:
     """The folder's result, or ``None`` before it is finished.
 
-    Raises ``Damaged`` for one that was cut short and ``ArtifactError`` for another schema version.
+    Raises ``Damaged`` for a result that was cut short and ``ArtifactError`` for another schema version.
     """
     path = folder / FILE
     if not path.exists():
@@ -53,17 +53,17 @@ def read(folder: Path) -> dict[str, Any] | None:
         if not isinstance(result, dict):
             raise ValueError
     except ValueError:
-        raise Damaged(f"{path}: cut short or damaged: remove it, and the same command measures it anew") from None
+        raise Damaged(f"{path}: cut short or damaged; remove it, and the same command measures it again") from None
     if result.get("schema_version") != SCHEMA_VERSION:
         version = result.get("schema_version")
-        raise ArtifactError(f"{path}: schema version {version}, this program reads {SCHEMA_VERSION}: move the run away")
+        raise ArtifactError(f"{path}: schema version {version}, this program reads {SCHEMA_VERSION}; move the run away")
     return result
 
 
 def held_out_accuracy(result: dict[str, Any]) -> float | None:
-    """Of the kept set, on real images that are neither trained nor tested on: what a search may select by.
+    """Accuracy of the kept set on real images that are neither trained nor tested on; a search may select by it.
 
-    ``None`` where ``evaluation.curve_points`` asked for none. The curve is of the set before it was pruned.
+    ``None`` where ``evaluation.curve_points`` asked for none. The accuracy curve is of the set before pruning.
     """
     pruning, curve = result.get("pruning", {}), result.get("curve", [])
     if "held_out_accuracy" in pruning:
@@ -72,7 +72,7 @@ def held_out_accuracy(result: dict[str, Any]) -> float | None:
 
 
 def summary(result: dict[str, Any]) -> dict[str, float | int | str | None]:
-    """The numbers by which runs are compared, under one flat name each; ``None`` for what this mode has not."""
+    """The numbers by which runs are compared, each under one flat name; ``None`` for those this mode does not have."""
     accuracy, per_class = result["accuracy"], result["images_per_class"]
     return {
         "accuracy_mean": accuracy["mean"],
@@ -87,7 +87,7 @@ def summary(result: dict[str, Any]) -> dict[str, float | int | str | None]:
 
 
 def provenance() -> dict[str, Any]:
-    """Commit and dirty flag of the code (null outside a checkout), its digest, package versions, the machine's kind."""
+    """Commit and dirty flag of the code (null outside a checkout), its digest, package versions, kind of machine."""
     status = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "code": code_version(),
@@ -100,7 +100,7 @@ def provenance() -> dict[str, Any]:
 
 
 def _installed(package: str) -> str | None:
-    """Its version; ``None`` where it is not known, as of one that was copied."""
+    """Version of ``package``; ``None`` if unknown, as for a package that was copied without its metadata."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -108,20 +108,21 @@ def _installed(package: str) -> str | None:
 
 
 def code_of(result: Mapping[str, Any]) -> str:
-    """The sources that made a result; all that had a part in it, in turn, if it was continued under others."""
+    """Digest of the sources that made a result, or all digests in order, joined by ``+``, if others continued it."""
     return "+".join(result.get("codes") or [result.get("code", "unknown")])
 
 
 def precision_of(result: Mapping[str, Any]) -> str:
-    """In which it was computed; older results tell what was asked for, which was the same."""
+    """Precision in which a result was computed; older results record the requested one, which was the same."""
     return result["precision"] if "precision" in result else result["config"]["compute"]["precision"]
 
 
 @functools.cache
 def code_version() -> str:
-    """Twelve hexadecimal digits that name the sources of a run: unlike a commit, the same if only a text changed.
+    """Twelve hexadecimal digits that identify the sources of a run: the bytes of every module of ``hmn``.
 
-    How runs are swept, ``hmn/sweeps``, changes none of them. Settings are not sources: the run id is of them.
+    Unlike a commit, it stays the same when pages, tables or tests change. ``hmn/sweeps`` is left out, because how runs
+    are swept does not change them. Settings are not sources either: the run id covers them.
     """
     found = hashlib.sha256()
     for path in sorted((ROOT / "hmn").rglob("*.py")):
@@ -138,7 +139,7 @@ def device_name(device: torch.device) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's, as far as the system tells, and the instructions that PyTorch uses of it."""
+    """The processor's name, as far as the system reports it, and the instruction set that PyTorch uses."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -151,5 +152,5 @@ def _git(*arguments: str) -> str | None:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    # Installed elsewhere, an enclosing checkout would be somebody else's: only a commit that holds this file counts.
+    # Around an installed package, an enclosing checkout is somebody else's: only a commit that holds this file counts.
     return done.stdout.strip() if done.returncode == 0 and (ROOT / ".git").exists() else None

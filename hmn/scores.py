@@ -1,4 +1,4 @@
-"""What networks trained on the full training set say of each of its images: features, and how hard it was to learn."""
+"""What networks trained on the full training set tell about each of its images: features, and how hard it is."""
 
 from __future__ import annotations
 
@@ -21,17 +21,21 @@ from hmn.networks import Builder
 from hmn.prune import margins
 from hmn.training import Training, features_of, logits_of
 
-SLOT = "coreset"  # of the checkpoints, and the stream of the networks' seeds
+SLOT = "coreset"  # name of the checkpoint slot and of the stream of the networks' seeds
 
 
 def difficulty(judge: Judge, train: Split, networks: int, epochs: int) -> dict[str, Tensor]:
-    """How hard every image of ``train`` (N,) was for ``networks`` that learn all of them by the judge's recipe.
+    """How hard every image of ``train`` (N,) was for ``networks`` networks that learned all by the judge's recipe.
 
-    After each epoch the un-augmented images are looked at, averaged over networks: ``logit_margin``, averaged over
-    epochs (AUM; Pleiss et al., NeurIPS 2020), ``softmax_margin``, of probabilities and summed over epochs (CCS; Zheng
-    et al., ICLR 2023), and ``forgetting``, how often an image went from right to wrong. That is what Toneva et al.
-    (ICLR 2019) count, who look when an image is drawn for an update; one that never was right, which they count as
-    forgotten infinitely often, has as many as there are epochs. CutMix is left out: mixed labels have no margin.
+    The un-augmented images are measured after each epoch, and the measures are averaged over networks:
+
+    - ``logit_margin``, averaged over epochs (AUM; Pleiss et al., NeurIPS 2020).
+    - ``softmax_margin``, of probabilities and summed over epochs (CCS; Zheng et al., ICLR 2023).
+    - ``forgetting``, how often an image went from right to wrong. Toneva et al. (ICLR 2019) count the same, but when an
+      image is drawn for an update. An image that was never right, which they count as forgotten infinitely often,
+      counts as forgotten as often as there are epochs.
+
+    CutMix is left out, because mixed labels have no margin.
     """
     n, device = len(train), train.labels.device
     recipe = replace(judge.recipe, epochs=epochs, cutmix=0.0)
@@ -57,10 +61,10 @@ def difficulty(judge: Judge, train: Split, networks: int, epochs: int) -> dict[s
 
 
 def weights(judge: Judge, train: Split, networks: int, epochs: int) -> dict[str, Tensor]:
-    """Those of ``networks`` trained on ``train`` by the judge's recipe, stacked: (networks, ...) by name.
+    """Weights of ``networks`` networks trained on ``train`` by the judge's recipe, stacked: (networks, ...) by name.
 
-    With CutMix, as IDC trains the network whose features herding takes. Weights are kept and not features: those of a
-    whole data set are far more.
+    CutMix is used, as in IDC's training of the network whose features herding takes. Weights are kept rather than
+    features, because the features of a whole dataset are far larger.
     """
     empty = judge.build().to(train.images.device).state_dict()
 
@@ -86,19 +90,19 @@ def networks_of(build: Builder, stacked: dict[str, Tensor]) -> list[nn.Module]:
 def remembered(
     path: Path, make: Callable[[], dict[str, Tensor]], device: torch.device, stop: Stop
 ) -> dict[str, Tensor]:
-    """What ``make`` gives, read from ``path`` if it is there, else made and written to it.
+    """The tensors that ``make`` returns: read from ``path`` if it exists, otherwise made and written there.
 
-    Other methods and sizes of coresets ask for the same, and training on all images is what they cost: while one run
-    makes it the others wait, until ``stop`` is asked.
+    Coresets of other methods and sizes need the same tensors, and their cost is this training on all images. While one
+    run makes them, the others wait, until ``stop`` is asked.
     """
 
     def read() -> dict[str, Tensor] | None:
         try:
             return load_file(path) if path.exists() else None
         except safetensors.SafetensorError as error:
-            raise ArtifactError(f"{path}: not a safetensors file ({error}): remove it") from None
+            raise ArtifactError(f"{path}: not a safetensors file ({error}); remove it to have it made again") from None
 
-    with exclusive(path.with_suffix(""), wait=stop):  # what else lies beside it is of others
+    with exclusive(path.with_suffix(""), wait=stop):  # the files beside it belong to others
         if (found := distributed.from_first(read)) is not None:
             print(f"coreset: read {path}")
             return {name: value.to(device) for name, value in found.items()}
@@ -109,5 +113,5 @@ def remembered(
 
 
 def features(networks: Sequence[nn.Module], images: Tensor, normalise: Normalise) -> Tensor:
-    """What the last layer of every network sees of un-augmented ``images``, side by side: (n, len(networks) * d)."""
+    """Inputs to the last layer of each network for un-augmented ``images``, concatenated: (n, len(networks) * d)."""
     return torch.cat([features_of(network, images, normalise) for network in networks], 1)

@@ -9,7 +9,7 @@ import torch
 
 
 def derived_seed(seed: int, *names: str | int) -> int:
-    """A 63-bit seed of its own for every (seed, names): no stream moves when another draws more numbers."""
+    """A separate 63-bit seed for every (seed, names), so that no stream changes when another draws more numbers."""
     digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -20,9 +20,9 @@ def generator(seed: int, *names: str | int, device: torch.device | str = "cpu") 
 
 
 def set_deterministic(enabled: bool) -> None:
-    """Pick algorithms whose result does not depend on thread timing, and warn of operators that have none (CUDA)."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, CUDA's matrix products are not fixed
+    """Pick algorithms whose result does not depend on thread timing; warn about operators that have none (CUDA)."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else CUDA's matrix products are nondeterministic
     torch.use_deterministic_algorithms(enabled, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # which nothing reads: with NaN, at every allocation
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it: skip the NaN fill
     torch.backends.cudnn.deterministic = enabled
     torch.backends.cudnn.benchmark = not enabled

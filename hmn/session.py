@@ -32,11 +32,12 @@ from hmn.data.splits import Split, listing
 from hmn.errors import DataError
 from hmn.evaluate import Accuracies, Judge, evaluate, quick_accuracy, recipe_of, tiny_rest
 from hmn.making import Making
+from hmn.network_update import training_step
 from hmn.plan import Plan
 from hmn.seeding import derived_seed, generator
-from hmn.training import accuracy, training_step
+from hmn.training import accuracy
 
-# What a card says of the numbers by which a coreset names its images.
+# What a coreset's card says about the indices of its images.
 INDEX_INTO = (
     "the training images, ordered by class and within a class as the data set has them, without those that "
     "dataset.held_out_fraction holds out; data.fingerprint is of these images"
@@ -44,7 +45,7 @@ INDEX_INTO = (
 
 
 class Session:
-    """One run at work: its plan, its data on the device, and where its state and measurements go."""
+    """A run in progress: its plan, its data on the device, and where its state and measurements go."""
 
     def __init__(
         self,
@@ -80,11 +81,11 @@ class Session:
         )
 
     def condense_and_evaluate(self) -> dict[str, Any]:
-        """Condense over budget, prune down to it, evaluate, keep."""
+        """Condense over budget, prune down to the budget, evaluate, keep."""
         config, stored = self.config, self.plan.storage
         mean, std = tuple(self.data.mean), tuple(self.data.std)
         container = self.plan.container(stored.over_budget_instances, mean, std).to(self.compute.device)
-        # What the later stages recorded is recorded again, whether they are repeated or read back.
+        # The later stages record their metrics again, whether they are repeated or read back.
         for step_key in ("prune/step", "prune/candidate"):
             self.tracker.rewind(step_key, -1)
         condensed = self._making().make(container)
@@ -121,7 +122,7 @@ class Session:
         )
 
     def _held_out_accuracy(self, images: Split, stream: str) -> float:
-        """Of a point of the accuracy curve; ``stream`` names it."""
+        """Held-out accuracy of ``images``, for the point of the accuracy curve that ``stream`` names."""
         return quick_accuracy(self.judge, images, self.data.held_out, self.config.evaluation.curve_epochs, stream)
 
     def choose_and_evaluate(self) -> dict[str, Any]:
@@ -130,7 +131,7 @@ class Session:
         train = self.data.train
         with self.checkpoints.timed("choose"):
             index = coresets.choose(self.judge, train, self.data.class_names, count, settings, self._scores_folder())
-        distributed.copy_first_([index])  # a GPU need not repeat another's features to the last bit
+        distributed.copy_first_([index])  # another GPU may not reproduce the features bit for bit
         container = self.plan.container(count).to(self.compute.device)
         container.hold(unit_range(train.images[index]))
         artifacts.round_to(container, self.config.memory.number)
@@ -138,7 +139,7 @@ class Session:
         return self._evaluate_and_keep(container, Split(*decode_all(container)), made)
 
     def _scores_folder(self) -> Path:
-        """Where runs that learn the same from the full training set find it."""
+        """Folder shared by the runs that learn the same from the full training set."""
         settings, recipe = self.config.container, dataclasses.asdict(self.judge.recipe)
         identity = {
             "data": self.data.fingerprint,
@@ -153,7 +154,10 @@ class Session:
         return Path(self.config.paths.cache_dir) / "coresets" / digest(identity)
 
     def _evaluate_and_keep(self, container: Container, kept: Split, made: dict[str, Any]) -> dict[str, Any]:
-        """What results of containers have in common; ``made`` tells their cards how they came about."""
+        """Evaluate and keep a container; returns what all results of containers share.
+
+        ``made`` goes into the card and tells how the container was made.
+        """
         self._keep_picture(kept.images, kept.labels)
         accuracies = self._evaluate(kept)
         card = self._card(accuracies, made)
@@ -182,7 +186,7 @@ class Session:
         return scores
 
     def _choose(self, over_budget: Split) -> tuple[Tensor, dict[str, Any]]:
-        """Which instances stay, and how that was decided."""
+        """Indices of the instances that stay, and a record of how they were chosen."""
         settings, stored = self.config.pruning, self.plan.storage
         scores = self._score(over_budget)
         scores = scores.unflatten(0, (self.plan.data.classes, stored.over_budget_images_per_class))
@@ -200,7 +204,7 @@ class Session:
         return prune.kept_images(scores, stored.images_per_class, chosen["beta"]), chosen
 
     def evaluate_artifacts(self) -> dict[str, Any]:
-        """Train fresh networks on a kept set, or on several that hold the data's classes between them."""
+        """Train fresh networks on a kept set, or on several kept sets that together hold the data's classes."""
         kept, cards = self._kept_images()
         self._keep_picture(kept.images, kept.labels)
         return {
@@ -212,10 +216,10 @@ class Session:
         }
 
     def redundancy(self) -> dict[str, Any]:
-        """Test accuracy without the images that networks find easiest (the highest AUM), of every class as many.
+        """Test accuracy without the images that networks find easiest (the highest AUM), equally many per class.
 
-        Where it stays, what was left out had repeated the rest, which is why HMN prunes. Decoded images are left out,
-        not instances: what the set stores is the same, and containers whose images are tied can be measured too.
+        If the accuracy does not change, the images left out were redundant, which is why HMN prunes. Decoded images are
+        left out, not instances: the set stores the same, and containers whose images are tied can be measured too.
         """
         kept, (card,) = self._kept_images()
         for step_key in ("prune/step", "redundancy/step"):  # recorded again, whether measured again or read back
@@ -224,7 +228,7 @@ class Session:
         rows, accuracies = [], []
         for number, share in enumerate(self.config.redundancy.drop):
             count = prune.kept_after(scores.shape[1], share)
-            index = prune.kept_images(scores, count, beta=0.0)  # from the easy end alone
+            index = prune.kept_images(scores, count, beta=0.0)  # dropped from the easy end only
             found = self._trained_on(kept.select(index), f"keep_{count}")
             metrics = {"redundancy/dropped": share, "redundancy/accuracy": found.mean}
             self.tracker.log(metrics, step_key="redundancy/step", step=number)
@@ -242,24 +246,24 @@ class Session:
         }
 
     def _kept_images(self) -> tuple[Split, list[dict[str, Any]]]:
-        """The images of the artifacts, labelled as the data are and normalised as the cards say; and the cards."""
+        """The images of the artifacts, with the data's labels, and the cards; the judge then normalises as they say."""
         sets = [artifacts.load_condensed(path) for path in self.config.artifacts]
         cards = [kept.card for kept in sets]
         held = {name for card in cards for name in card["data"]["class_names"]}
         if differing := held ^ set(self.data.class_names):
-            told = f"only one of them has {listing(sorted(differing))}"
+            told = f"only one of the two has {listing(sorted(differing))}"
             paths = ",".join(self.config.artifacts)
-            raise DataError(f"artifact={paths}: its classes are not those of {self.data.name}, {told}")
+            raise DataError(f"artifact={paths}: its classes are not those of {self.data.name}: {told}")
         images, labels = artifacts.joined(sets, self.data.class_names)
         if any(card["data"]["fingerprint"] != self.data.fingerprint_of(card["data"]["class_names"]) for card in cards):
             print(f"{self.data.name} is not bit for bit the data this set was condensed from")
-        # They were condensed for their own normalisation, whatever the data at hand would measure.
+        # The sets were condensed for their own normalisation, whatever statistics the data at hand have.
         mean, std = cards[0]["data"]["mean"], cards[0]["data"]["std"]
         self.judge = dataclasses.replace(self.judge, normalise=Normalise(mean, std, self.compute.device))
         return Split(images, labels).to(self.compute.device), cards
 
     def experts(self) -> dict[str, Any]:
-        """Train what trajectory matching aims at, as far as it is not kept yet, and test every expert at its end."""
+        """Train the experts of trajectory matching that are not kept yet, and test every expert at its last epoch."""
         settings, test, last = self.config.objective.experts, self.data.test, []
         network = self.plan.build().to(self.compute.device)
         for path in build.experts(self.workshop):
@@ -270,7 +274,7 @@ class Session:
         return {"accuracy": _plain(found), **self._all_images()}
 
     def full_data(self) -> dict[str, Any]:
-        """Train on all training images (without those held out), as the sets are condensed from them."""
+        """Train on all training images except those held out, which are the images that sets are condensed from."""
         return {"accuracy": _plain(self._evaluate(self.data.train)), **self._all_images()}
 
     def _all_images(self) -> dict[str, Any]:
@@ -339,7 +343,7 @@ class Session:
             pictures.class_grid(images, labels).save(temporary)
 
     def _keep_pruning_picture(self, images: Tensor, scores: Tensor, beta: float) -> None:
-        """What is dropped is kept nowhere else."""
+        """Save a picture of the over-budget set; the dropped images are kept nowhere else."""
         if not distributed.first():
             return
         keep = self.plan.storage.images_per_class
@@ -349,7 +353,7 @@ class Session:
 
 
 def _per_class(labels: Tensor) -> str:
-    """How many images a class has, or the least and the most."""
+    """Number of images per class, or the smallest and the largest number if classes differ."""
     counts = torch.bincount(labels).unique().tolist()
     return str(counts[0]) if len(counts) == 1 else f"{min(counts)}-{max(counts)}"
 

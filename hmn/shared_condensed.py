@@ -1,7 +1,7 @@
-"""Containers as condensing left them, over budget and not yet pruned: kept for the runs that condense the same.
+"""Containers as condensing left them, over budget and not yet pruned, kept for other runs that condense the same.
 
-What comes after condensing, how much is pruned from which end and how networks are trained on it, does not change what
-is condensed. Runs that differ in that alone share one condensation, as runs share snapshot banks and experts.
+How much is then pruned from which end, and how networks are trained on the set, does not change what is condensed. Runs
+that differ in these settings alone share one condensation, as runs share snapshot banks and experts.
 """
 
 from __future__ import annotations
@@ -22,32 +22,34 @@ TENSORS = "container.safetensors"
 
 
 def identity_of(plan: Plan) -> dict[str, Any]:
-    """What runs that share the condensation of ``plan`` agree on, as plain values."""
+    """The settings on which all runs that share the condensation of ``plan`` agree, as plain values."""
     return condensation_identity(plan.config) | {"start": plan.artifact}
 
 
 def folder_of(plan: Plan, fingerprint: str, code: str, precision: str) -> Path:
-    """Where the condensation of ``plan`` lies: of these images, and made by these sources, computed in ``precision``,
-    which is fp32 where a machine has no bf16."""
+    """Folder of the condensation of ``plan`` from the images of ``fingerprint``, by the sources of ``code``.
+
+    ``precision`` is the one it is computed in, which is fp32 where bf16 does not pay.
+    """
     identity = identity_of(plan) | {"data": fingerprint, "code": code, "precision": precision}
     return Path(plan.config.paths.cache_dir) / "condensed" / digest(identity)
 
 
 def offer(folder: Path, container: Container, made: dict[str, Any]) -> None:
-    """Keep ``container`` with ``made``, plain values that tell what condensing it was like, unless one is there."""
+    """Keep ``container`` with ``made``, plain values that describe its condensing, unless the folder has one."""
     if not (folder / TENSORS).exists():
         write_tensors(folder / TENSORS, container.state_dict(), {"made": json.dumps(made)})
 
 
 def load(folder: Path, container: Container) -> dict[str, Any] | None:
-    """Bring an empty ``container`` into the form that is kept, fill it and return what was kept with it.
+    """Bring an empty ``container`` into the form that is kept, fill it and return the ``made`` that was kept with it.
 
-    ``None`` where nothing is kept. Raises ``ArtifactError`` for a file that does not hold such a container.
+    Returns ``None`` if nothing is kept. Raises ``ArtifactError`` for a file that does not hold such a container.
     """
     path = folder / TENSORS
     if not path.exists():
         return None
-    container.finish()  # of shapes alone: what it holds is replaced
+    container.finish()  # only its shapes matter: what it holds is replaced
     try:
         with safe_open(path, "pt") as kept:
             made = json.loads(kept.metadata()["made"])
@@ -55,6 +57,6 @@ def load(folder: Path, container: Container) -> dict[str, Any] | None:
     except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ArtifactError(
-            f"{path}: not the container of this run ({reason}): remove it, it is then made anew"
+            f"{path}: not the container of this run ({reason}); remove it to have it made again"
         ) from None
     return made

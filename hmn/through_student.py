@@ -23,12 +23,12 @@ from hmn.objectives.unroll import Unrolled, trajectory_loss
 from hmn.optimizer import ContainerOptimizer
 from hmn.seeding import derived_seed, generator
 
-# A student's batches, one after the other, as indices of images: (steps, generator) -> (n,) each
+# Draws a student's batches, one per step, as indices of images: (steps, generator) -> (n,) each
 Batches = Callable[[int, torch.Generator], list[Tensor]]
 
 
 class Goal(Protocol):
-    """Where students start, and what is asked of them at the end."""
+    """Where students start, and how they are judged at the end."""
 
     def begin(self, step: int) -> Parameters:
         """The parameters that the student of container step ``step`` starts from."""
@@ -42,7 +42,7 @@ class Goal(Protocol):
 
 
 class ReachExpert(Trajectories):
-    """MTT (Cazenavette et al., CVPR 2022): from where an expert was to where it went."""
+    """MTT (Cazenavette et al., CVPR 2022): a student starts where an expert was and aims at where it went."""
 
     start: Parameters
     target: Parameters
@@ -56,7 +56,7 @@ class ReachExpert(Trajectories):
 
 
 class ClassifyReal:
-    """LinBa (Deng & Russakovsky, NeurIPS 2022): from a fresh network to one that classifies a batch of real images.
+    """LinBa (Deng & Russakovsky, NeurIPS 2022): a fresh network is to end up classifying a batch of real images.
 
     ``images`` (N, channels, H, W) and ``labels`` (N,) are the training split, from which ``real`` draws by class. Real
     images are not augmented.
@@ -75,7 +75,7 @@ class ClassifyReal:
     ) -> None:
         self.network, self.loss_and_gradient, self.normalise, self.seed = network, loss_and_gradient, normalise, seed
         self.images, self.labels, self.real = images, labels, real
-        self.networks = torch.Generator(images.device)  # seeded anew for every student
+        self.networks = torch.Generator(images.device)  # reseeded for every student
 
     def begin(self, step: int) -> Parameters:
         self.networks.manual_seed(derived_seed(self.seed, SLOT, "student", step))
@@ -94,9 +94,10 @@ class ClassifyReal:
 
 
 def shuffled(views: Tensor, batch: int | None) -> Batches:
-    """MTT's batches: consecutive chunks of random orders, the last of each may be short; without ``batch`` all images.
+    """MTT's batches: consecutive chunks of random orders; without ``batch``, all images.
 
-    Each is taken from a random one of ``views`` (v, n), as HaBa shows a student one style at a time.
+    The last chunk of an order may be short. Each batch is taken from a random one of ``views`` (v, n), as HaBa shows a
+    student one style at a time.
     """
 
     def draw(steps: int, stream: torch.Generator) -> list[Tensor]:
@@ -122,9 +123,9 @@ def of_every_class(classes: int, images_per_class: int, count: int) -> Batches:
 
 
 class LearnedRate:
-    """The student's learning rate alpha, a scalar on the device, and its own SGD, which leaves it at ``least`` or more.
+    """The student's learning rate alpha, a scalar on the device, learned by its own SGD and kept at ``least`` or above.
 
-    A ``lr`` of 0 leaves it as it is.
+    With ``lr`` 0 it stays as it is.
     """
 
     def __init__(self, start: float, *, lr: float, momentum: float, least: float, device: torch.device) -> None:
@@ -149,10 +150,10 @@ class LearnedRate:
 
 
 class ThroughStudent(Condensation):
-    """A container step: a student trains on decoded images, and what became of it says how the images should change.
+    """Condensation in which each container step trains a student on decoded images, whose end tells how to change them.
 
-    Images are decoded once per container step, whatever the student's steps take of them, ``chunk`` at a time: first
-    without a graph, for the student to train on, and once more to hand on the gradient that their pixels collected.
+    However often the student's steps use an image, it is decoded only twice per container step, ``chunk`` images at a
+    time: first without a graph, for the student to train on, then again to pass on the gradient of its pixels.
     """
 
     def __init__(
@@ -192,7 +193,7 @@ class ThroughStudent(Condensation):
         )
 
     def take_step(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """One student, then one step of the container and of the student's rate; see the base class."""
+        """Train one student, then step the container and the student's rate; see the base class."""
         self.container.project()
         self.optimizer.set_rates(self.step)
         losses = [self._train_student()]
@@ -201,7 +202,7 @@ class ThroughStudent(Condensation):
         if (penalty := self.container.penalty()) is not None:
             penalty.backward()
         for parameter in self.optimizer.parameters:
-            if parameter.grad is None:  # of what no batch took
+            if parameter.grad is None:  # no batch used it
                 parameter.grad = torch.zeros_like(parameter)
         norms = self.norms({id(p): p.grad.norm().square() for p in self.optimizer.parameters})
         self.clip(norms)
@@ -237,12 +238,12 @@ class ThroughStudent(Condensation):
         return loss
 
     def _draw(self, n: int) -> augment.Draw:
-        """One batch's augmentation: the operator is the batch's, its parameters every image's own."""
+        """Augmentation of one batch: all images share the operator, each has its own parameters."""
         rule, size = self.config.augmentation_rule, self.container.shape.image_size
         return augment.draw(self.strategy, n, size, self.generators["augment"], rule=rule)
 
     def _seen(self, index: Tensor) -> Tensor:
-        """The images ``index`` (n,), given on the host, as a student would see them as one batch."""
+        """The images ``index`` (n,), given on the host, as a student would see them in one batch."""
         decoded = self.normalise(self.container.decode_matched(index.to(self.compute.device)))
         return as_seen(augment.apply(decoded, self._draw(len(index))))
 
@@ -267,5 +268,5 @@ class ThroughStudent(Condensation):
 
 
 def as_seen(images: Tensor) -> Tensor:
-    """In the layout that networks train in."""
+    """``images`` in the memory layout that networks train in."""
     return images.contiguous(memory_format=torch.channels_last)

@@ -1,10 +1,10 @@
 """The record of one run: ``metrics.jsonl`` is the truth, W&B mirrors it.
 
-Every record carries its own step, ``condense/step`` say, and W&B is told which step each metric belongs to. W&B's
-global step is never given: it only grows, while a resumed run computes its last steps again.
+Every record carries its own step, such as ``condense/step``, and W&B is told which step each metric belongs to. W&B's
+global step is never set: it can only grow, while a resumed run computes its last steps again.
 
-A run that ``wandb agent`` starts belongs to the agent's own W&B run, whose id the environment holds: W&B's sweep looks
-for its metric nowhere else.
+A run that ``wandb agent`` starts records into the agent's own W&B run, whose id is in the environment, because W&B's
+sweep looks for its metric nowhere else.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     import wandb
 
 METRICS_FILE = "metrics.jsonl"
-LEFT_OPEN = "wandb-open"  # in the run's folder while it is online: a kill leaves it there
+LEFT_OPEN = "wandb-open"  # file in the run's folder while it is online; a kill leaves it there
 ARTIFACT_TYPE = "condensed-set"
-AGENT_SWEEP = "WANDB_SWEEP_ID"  # which `wandb agent` sets, beside the WANDB_RUN_ID of the W&B run that it made
+AGENT_SWEEP = "WANDB_SWEEP_ID"  # set by `wandb agent`, beside the WANDB_RUN_ID of the W&B run that it made
 HISTOGRAM_BINS = 64
-INIT_TIMEOUT_SECONDS = 30.0  # without an answer in this time, an online run goes on offline
+INIT_TIMEOUT_SECONDS = 30.0  # an online run continues offline if W&B has not answered by then
 FINISH_TIMEOUT_SECONDS = 600.0  # what is not uploaded by then stays on disk for `wandb sync`
-SUMMARIES = {  # of metrics whose last value is not what compares runs
+SUMMARIES = {  # for metrics whose last value is not what runs are compared by
     "condense/peak_bytes": "max",
     "curve/held_out_accuracy": "last,max",
 }
@@ -59,9 +59,9 @@ def start(
 ) -> Tracker:
     """Begin, or continue, the record of the run in ``run_dir``; use it in a ``with`` statement.
 
-    ``run_id`` is the W&B id too, except under an agent, and ``run_config`` (plain nested values) the W&B config, beside
-    ``run_id`` and ``label``. Of several processes only the first records anything. An online run that cannot reach W&B
-    goes on offline and says so in one line. Raises :class:`HmnError` if W&B cannot even start offline,
+    ``run_id`` is also the W&B id, except under an agent. The W&B config holds ``run_config`` (plain nested values),
+    ``run_id`` and ``label``. With several processes, only the first records anything. An online run that cannot reach
+    W&B continues offline and prints a line about it. Raises :class:`HmnError` if W&B cannot even start offline, and
     :class:`ArtifactError` if ``metrics.jsonl`` is damaged.
     """
     if not distributed.first():
@@ -89,7 +89,7 @@ def start(
 
 
 def left_open(run_dir: Path) -> bool:
-    """Whether W&B has not heard the end of the run in ``run_dir``: it shows such a run as crashed."""
+    """Whether W&B was not told that the run in ``run_dir`` ended; it shows such a run as crashed."""
     return (run_dir / LEFT_OPEN).exists()
 
 
@@ -99,9 +99,9 @@ def of_agent() -> bool:
 
 
 class Tracker:
-    """Writes one run's record, or none without ``run_dir``; what breaks its W&B mirror is said once and stops nothing.
+    """Writes one run's record, or none without ``run_dir``; a failing W&B mirror is reported once and stops nothing.
 
-    ``step_key`` names the counter that ``step`` belongs to, such as ``condense/step``; each metric keeps to one.
+    ``step_key`` names the counter that ``step`` belongs to, such as ``condense/step``; each metric uses only one.
     Leaving the ``with`` block ends the W&B run with the exit code of the exception that left it, 0 without one.
     """
 
@@ -153,7 +153,7 @@ class Tracker:
         self._mirrored(send)
 
     def log_artifact(self, name: str, folder_files: Sequence[Path], metadata: Mapping[str, Any]) -> None:
-        """Send files to W&B as one artifact of type ``condensed-set``. They must stay where and as they are."""
+        """Send files to W&B as one artifact of type ``condensed-set``. The files must stay in place and unchanged."""
 
         def send(run: wandb.Run) -> None:
             import wandb
@@ -191,7 +191,9 @@ class Tracker:
     ) -> None:
         if isinstance(error, Interrupted) and self.mirror is not None and not self.mirror.offline:
             limit = _settings("online").finish_timeout
-            print(f"its state is kept; W&B may take up to {limit:.0f} s for its last records", file=sys.stderr)
+            print(
+                f"the run's state is kept; W&B may take up to {limit:.0f} s to upload its last records", file=sys.stderr
+            )
         self.close(exit_code_of(error))
 
     def _append(self, record: Mapping[str, Any]) -> None:
@@ -201,7 +203,7 @@ class Tracker:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def _rewrite(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Keep only whole lines whose record ``keep`` accepts, as they were written."""
+        """Keep only the whole lines whose record ``keep`` accepts, unchanged."""
         if self._path is None:
             return
         lines = _whole_lines(self._path)
@@ -219,7 +221,7 @@ class Tracker:
         self._mirrored(send)
 
     def _define(self, run: wandb.Run, step_key: str, names: Iterable[str]) -> None:
-        """Tell W&B the step of each metric, by name: a ``condense/*`` rule would bind the two to one prefix."""
+        """Tell W&B the step of each metric by name: a ``condense/*`` rule would tie the two to one prefix."""
         new = [name for name in names if name not in self._defined]
         if new and step_key not in self._defined:
             run.define_metric(step_key, hidden=True)
@@ -229,13 +231,13 @@ class Tracker:
             self._defined.add(name)
 
     def _mirrored(self, send: Callable[[wandb.Run], object]) -> bool:
-        """Whether there is a mirror and it took what was sent."""
+        """Send something to the W&B mirror; returns whether there is one and it took what was sent."""
         if self.mirror is None:
             return False
         try:
             send(self.mirror)
             return True
-        except Exception as error:  # W&B's service killed, its disk full, its server gone: days of work outlive that
+        except Exception as error:  # W&B's service killed, disk full, server gone: days of work must survive that
             if not self._mirror_failed:
                 print(f"W&B: {_one_line(error)}; {self._path} is complete, upload the rest with: {self._sync_command}")
             self._mirror_failed = True
@@ -243,9 +245,10 @@ class Tracker:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Records of a ``metrics.jsonl``, oldest first: none without the file, and a last line cut short is left out.
+    """Records of a ``metrics.jsonl``, oldest first; none if there is no file.
 
-    Numbers that were not finite are ``None``. Raises :class:`ArtifactError` naming a damaged line.
+    A last line that was cut short is left out. Numbers that were not finite are ``None``. Raises
+    :class:`ArtifactError` naming a damaged line.
     """
     return _parse(_whole_lines(path), path)
 
@@ -267,20 +270,20 @@ def plain(value: Any) -> Any:
 
 
 def histogram(values: Sequence[float] | Tensor) -> tuple[list[int], list[float], int]:
-    """Counts of the finite values in equal bins from least to greatest, the bin edges, how many were not finite."""
+    """Counts of the finite values in equal bins from least to greatest, the bin edges, and the non-finite count."""
     numbers = torch.as_tensor(values, dtype=torch.float64).detach().flatten().cpu().numpy()
     finite = numbers[np.isfinite(numbers)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
     if low == high:
         low, high = low - 0.5, high + 0.5
-    # The edges are given: asked for a number of bins, NumPy refuses values that differ only by rounding.
+    # The edges are passed because NumPy, given a number of bins, refuses values that differ only by rounding.
     edges = np.linspace(low, high, HISTOGRAM_BINS + 1)
     counts, _ = np.histogram(finite, edges)
     return counts.tolist(), edges.tolist(), numbers.size - finite.size
 
 
 def _wandb_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """As it is, or under an agent with dotted keys: its ``container=hmn`` would take the place of the section."""
+    """``config`` as it is, or with dotted keys under an agent, whose ``container=hmn`` would replace the section."""
     return _dotted(config, "") if of_agent() else dict(config)
 
 
@@ -292,7 +295,7 @@ def _dotted(config: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _start_wandb(mode: str, **options: Any) -> wandb.Run:
-    """A W&B run in ``mode``, whatever ``WANDB_MODE`` says: offline, with one line, where online is not possible."""
+    """Start a W&B run in ``mode``, whatever ``WANDB_MODE`` says; offline, with a line, where online is not possible."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's telemetry would call its server even offline
     import wandb
 
@@ -310,7 +313,7 @@ def _start_wandb(mode: str, **options: Any) -> wandb.Run:
     try:
         run = wandb.init(mode="offline", settings=_settings("offline"), **options)
     except Exception as error:
-        advice = "mend that, or set tracking.mode=disabled to keep only the local files"
+        advice = "fix that, or set tracking.mode=disabled to keep only the local files"
         raise HmnError(f"W&B did not start ({_one_line(error)}): {advice}") from error
     folder = shlex.quote(str(options["dir"] / "wandb"))
     print(f"W&B: logging offline ({reason}), upload with: wandb sync {folder}")
@@ -324,7 +327,7 @@ def _settings(mode: str) -> wandb.Settings:
         mode=mode,
         silent=True,
         quiet=True,
-        console="off",  # progress bars would make most of a captured console
+        console="off",  # progress bars would make up most of a captured console
         disable_git=True,  # else it stores the uncommitted changes
         disable_code=True,
         save_code=False,
@@ -335,15 +338,15 @@ def _settings(mode: str) -> wandb.Settings:
 
 
 def _log_in() -> None:
-    """Take the credentials that W&B's environment variables, netrc or settings file hold; asks nobody.
+    """Log in with the credentials in W&B's environment variables, netrc or settings file, without prompting.
 
-    Raises ``wandb.Error`` if there are none or they are malformed; whether they are valid, only the server knows.
+    Raises ``wandb.Error`` if there are none or they are malformed. Only the server knows whether they are valid.
     """
     import wandb
 
-    wandb.setup(_settings("online"))  # logging in looks at the process's settings: WANDB_MODE=offline would refuse
+    wandb.setup(_settings("online"))  # login reads the process's settings, and WANDB_MODE=offline would refuse it
     if not wandb.login(prompt=False, verify=False):
-        raise wandb.errors.UsageError("no W&B login found, `wandb login` makes one")
+        raise wandb.errors.UsageError("no W&B login found; run `wandb login` to make one")
 
 
 def _finite(value: Any) -> Any:
@@ -361,7 +364,7 @@ def _parse(lines: Sequence[str], path: Path) -> list[dict[str, Any]]:
         try:
             records.append(json.loads(line))
         except ValueError as error:
-            raise ArtifactError(f"{path}:{number}: not a JSON record, remove that line") from error
+            raise ArtifactError(f"{path}:{number}: not a JSON record; remove that line") from error
     return records
 
 

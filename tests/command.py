@@ -1,4 +1,4 @@
-"""The command line as tests use it: composed, planned, or run as a process of its own that may be killed."""
+"""The command line for tests: composed, planned, or run as a process of its own that may be killed."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
 WAIT_SECONDS = 120.0  # for what takes a second or two on an idle machine
 
-# Every stage of a run in a second.
+# All stages of a run, within a second.
 TINY = ("debug=smoke", "network.width=4", "compute.threads=1", "compute.device=cpu", "tracking=disabled")
 
 config.register()
-# Importing torch takes seconds. The server that processes are forked from has done it once and for all.
+# Importing torch takes seconds, so the server that processes are forked from does it once.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["hmn.cli", "sklearn.datasets", "torch._dynamo", "tests.warm"])
 _started = itertools.count()
@@ -55,7 +55,7 @@ _poll, _reading = popen_forkserver.Popen.poll, threading.Lock()
 
 
 def _poll_in_turn(popen: popen_forkserver.Popen, flag: int = os.WNOHANG) -> int | None:
-    """Every start polls all processes, so threads may read one's exit code at once: the second of them read 255."""
+    """Poll in one thread at a time: every start polls all processes, and the second reader of an exit code got 255."""
     if popen.returncode is None and not connection.wait([popen.sentinel], 0 if flag == os.WNOHANG else None):
         return None
     with _reading:
@@ -80,7 +80,7 @@ def planned(*overrides: str) -> Plan:
 
 
 def session_of(plan: Plan, folder: Path) -> Session:
-    """The stages of the run of ``plan``, with all they keep in ``folder``."""
+    """The stages of the run of ``plan``, which keep everything in ``folder``."""
     data = datasets.load(plan.config.dataset, Path("absent"), generator(0, "split"))
     compute, checkpoints = Compute(torch.device("cpu")), Checkpoints(folder / "checkpoints", 60.0)
     return Session(plan, data, compute, checkpoints, Tracker(folder), folder, {"code": "c"})
@@ -88,14 +88,14 @@ def session_of(plan: Plan, folder: Path) -> Session:
 
 @dataclass(frozen=True)
 class Outcome:
-    code: int  # as the shell shows it: 128 + the signal's number for a killed process
+    code: int  # as in a shell: 128 + the signal's number for a killed process
     out: str
     err: str
-    files: list[str] = field(repr=False)  # below the folder it ran in
+    files: list[str] = field(repr=False)  # all below the folder it ran in
 
     @property
     def complaint(self) -> str:
-        """The one line on stderr; fails the test if there is another or none."""
+        """The one line on stderr; fails the test unless there is exactly one."""
         (line,) = self.err.splitlines()
         return line
 
@@ -107,7 +107,7 @@ def _start_server() -> None:
 
 
 def serve() -> None:
-    """Before a process is started: have the server run, from the project's folder, where it finds ``tests.warm``."""
+    """Start the server before any process, in the project's folder, where it finds ``tests.warm``."""
     with _starting:
         _start_server()
 
@@ -119,7 +119,7 @@ class Command:
         self, folder: Path, arguments: Sequence[str], environment: Mapping[str, str], program: Path = ROOT / "run.py"
     ) -> None:
         self.folder = folder
-        # Beside the folder, whose files tests count.
+        # Beside the folder, because tests count the files in it.
         self._outputs = folder.with_name(f"{folder.name}.output-{next(_started)}")
         self._outputs.mkdir()
         for name in ("out", "err"):
@@ -139,12 +139,12 @@ class Command:
         return Outcome(code if code >= 0 else 128 - code, *self.outputs(), files_below(self.folder))
 
     def outputs(self) -> tuple[str, str]:
-        """What it has said so far on stdout and stderr."""
+        """Its stdout and stderr so far."""
         out, err = ((self._outputs / name).read_text() for name in ("out", "err"))
         return out, err
 
     def wait_for(self, seen: Callable[[], bool]) -> None:
-        """Until ``seen()`` or the process has ended."""
+        """Wait until ``seen()`` holds or the process has ended."""
         until = time.monotonic() + WAIT_SECONDS
         while not seen() and self.process.is_alive():
             assert time.monotonic() < until, "waited in vain"
@@ -152,7 +152,7 @@ class Command:
 
 
 class Forked:
-    """In the place of ``subprocess.Popen`` for the run of a sweep: it has imported torch already."""
+    """Replaces ``subprocess.Popen`` for a sweep's runs by a fork of a process that has imported torch."""
 
     def __init__(
         self, command: Sequence[str], *, cwd: str, env: Mapping[str, str], stdout: BinaryIO, **_unused: object
@@ -186,7 +186,7 @@ def start(folder: Path, *arguments: str, **environment: str) -> Command:
 
 @contextlib.contextmanager
 def meeting(count: int) -> Iterator[list[dict[str, str]]]:
-    """What torchrun puts into the environments of ``count`` processes; they find each other within the block."""
+    """The environments that torchrun gives to ``count`` processes; within the block they find each other."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
@@ -195,7 +195,7 @@ def meeting(count: int) -> Iterator[list[dict[str, str]]]:
 
 @contextlib.contextmanager
 def start_several(folder: Path, count: int, *arguments: str) -> Iterator[list[Command]]:
-    """``torchrun --nproc-per-node COUNT run.py ARGUMENTS``, without torchrun's own imports and report."""
+    """Start ``torchrun --nproc-per-node COUNT run.py ARGUMENTS``, without torchrun's own imports and report."""
     with meeting(count) as environments:
         yield [start(folder, *arguments, **environment) for environment in environments]
 
@@ -210,7 +210,7 @@ def run(folder: Path, *arguments: str, **environment: str) -> Outcome:
 
 
 def files_below(folder: Path) -> list[str]:
-    """Relative paths of all files and folders."""
+    """Relative paths of all files and folders below ``folder``."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
@@ -219,19 +219,19 @@ def _run(program: str, folder: str, arguments: list[str], outputs: str, environm
         os.dup2(os.open(os.path.join(outputs, name), os.O_WRONLY), descriptor)
     os.chdir(folder)
     os.environ.update(environment)
-    tempfile.tempdir = None  # that of the process this one was forked from, whatever TMPDIR says
+    tempfile.tempdir = None  # inherited from the server; reset so that TMPDIR counts
     sys.argv = [program, *arguments]
     try:
         runpy.run_path(program, run_name="__main__")
     finally:
-        atexit._run_exitfuncs()  # which a forked process leaves out
+        atexit._run_exitfuncs()  # a forked process does not run them
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(ValueError):
                 stream.flush()
 
 
 def changed(config: Config, **values: Any) -> Config:
-    """``config`` with other values; a key ``section__field`` is the dotted ``section.field``."""
+    """``config`` with some values changed; the key ``section__field`` stands for ``section.field``."""
     sections: dict[str, Any] = {}
     for key, value in values.items():
         section, _, name = key.partition("__")

@@ -1,4 +1,4 @@
-"""Fixtures of tests in several files."""
+"""Settings and fixtures that several test files share."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import hypothesis
 import pytest
 import torch
 
-# A slow machine is no failure.
+# A slow machine must not fail a test.
 hypothesis.settings.register_profile("hmn", deadline=None)
 hypothesis.settings.load_profile("hmn")
 
-# By the minutes they take. Files that start late leave the other processes idle at the end.
+# Longest first: a long file that starts late leaves the other processes idle at the end.
 LONG = (
     "test_smoke.py",
     "test_table_files.py",
@@ -28,14 +28,14 @@ LONG = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first; with ``--no-loadscope-reorder`` processes take them in this order."""
+    """Put the longest files first; with ``--no-loadscope-reorder``, processes take them in this order."""
     places = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
 
 
 @pytest.fixture
 def double():
-    """The whole loop in float64, so that an oracle need not be forgiven anything."""
+    """Run in float64, so that comparisons with an oracle need no slack for rounding in float32."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)

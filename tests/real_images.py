@@ -1,4 +1,4 @@
-"""Stands in for the training images that containers start from."""
+"""Stand-in for the training images that containers start from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class RandomImages:
-    """The same uniform noise at every draw, other images for every class; ``draws`` records what was asked for."""
+    """Uniform noise, the same at every draw and different for every class; ``draws`` records the requests."""
 
     def __init__(self, classes: int, channels: int, image_size: int, seed: int = 0) -> None:
         self.classes, self.size, self.seed = classes, (channels, image_size, image_size), seed

@@ -1,4 +1,4 @@
-"""A SLURM of one node on this machine, for a test: three daemons in a folder of their own."""
+"""A one-node SLURM cluster on this machine, for a test: three daemons in a folder of their own."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ WAIT_SECONDS = 60.0
 
 
 def available() -> bool:
-    """Debian's slurm-wlm and munge are here, and slurmd may start jobs."""
+    """Whether Debian's slurm-wlm and munge are installed and slurmd may start jobs."""
     return os.getuid() == 0 and all(shutil.which(program) for program in PROGRAMS)
 
 
 @contextlib.contextmanager
 def running(cpus: int) -> Iterator[None]:
-    """Within the block SLURM's commands speak to a node of ``cpus`` CPUs."""
-    # A socket's path has at most 107 characters.
+    """Run a cluster within the block, whose node has ``cpus`` CPUs; SLURM's commands address it."""
+    # A short path: a socket's has at most 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     for name in ("state", "spool", "log"):
         (folder / name).mkdir()
@@ -57,7 +57,7 @@ def _daemons(folder: Path, cpus: int) -> Iterator[Path]:
                 _wait_until(lambda ready=ready: ready(folder), folder)
             yield conf
         finally:
-            _says(folder, "scancel", "--user=root")  # what a failed test left
+            _says(folder, "scancel", "--user=root")  # jobs that a failed test left
             for daemon in reversed(daemons):
                 daemon.terminate()
                 daemon.wait(WAIT_SECONDS)
@@ -71,7 +71,7 @@ def _conf(folder: Path, cpus: int) -> str:
         "SlurmctldPort": _free_port(),
         "SlurmdPort": _free_port(),
         "SlurmUser": "root",
-        # A job that is queued again waits for the credential of its first start to expire.
+        # A requeued job waits until the credential of its first start has expired.
         "AuthInfo": f"socket={folder / 'munge.sock'},cred_expire=5",
         "StateSaveLocation": folder / "state",
         "SlurmdSpoolDir": folder / "spool",
@@ -79,7 +79,7 @@ def _conf(folder: Path, cpus: int) -> str:
         "SlurmdPidFile": folder / "slurmd.pid",
         "SlurmctldLogFile": folder / "log" / "slurmctld",
         "SlurmdLogFile": folder / "log" / "slurmd",
-        "ProctrackType": "proctrack/linuxproc",  # without control groups, which a container has none of to give
+        "ProctrackType": "proctrack/linuxproc",  # a container may have no control groups
         "TaskPlugin": "task/none",
         "JobAcctGatherType": "jobacct_gather/none",
         "SelectType": "select/cons_tres",

@@ -1,4 +1,4 @@
-"""A container of 15 images, 39 real ones and a network of two layers: matching small enough to follow by numbers."""
+"""A container of 15 images, 39 real ones and a two-layer network: matching small enough to check by numbers."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
 from hmn.data.datasets import RealData, Split
 from hmn.data.preprocess import Normalise
 from hmn.matching import ClassMatching
+from hmn.network_update import training_step
 from hmn.networks import initialise
 from hmn.networks.convnet import ConvNet
 from hmn.objectives.gradient import matching_step
 from hmn.realside import LiveSide
 from hmn.seeding import generator
-from hmn.training import training_step
 from tests.command import configured
 
 CPU = Compute(torch.device("cpu"))
@@ -62,7 +62,7 @@ def make_haba(seed: int = 0) -> Haba:
 
 
 def make_real() -> RealData:
-    """Noise around a brightness of each class's own."""
+    """Real images of noise around a brightness of their class."""
     stream = torch.Generator().manual_seed(9)
     labels = torch.arange(CLASSES).repeat_interleave(torch.tensor([12, 13, 14]))
     noise = torch.randint(-40, 41, (len(labels), 3, 8, 8), generator=stream)
@@ -75,7 +75,7 @@ def make_real() -> RealData:
         std=STD,
         train=train,
         held_out=Split(images[:0], labels[:0]),
-        test=Split(images[:0], labels[:0]),  # what trained on it would fail
+        test=Split(images[:0], labels[:0]),  # empty, so that training on it would fail
         notes=(),
         fingerprint="f" * 64,
     )
@@ -85,7 +85,7 @@ REAL = make_real()
 
 
 def workshop(folder: Path, *overrides: str) -> Workshop:
-    """What a run that is configured so would condense with, on these images and networks."""
+    """The workshop of a run with these overrides, on these images and networks."""
     return Workshop(
         config=configured(*overrides),
         data=REAL,
@@ -139,7 +139,7 @@ def clone_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def assert_same(one: Any, other: Any, at: str = "state") -> None:
-    """Bit for bit, through all lists and dictionaries; seconds and memory differ from run to run."""
+    """Check equality bit for bit, through lists and dictionaries, except for seconds and memory, which vary."""
     assert type(one) is type(other), at
     if isinstance(one, dict):
         assert one.keys() == other.keys(), at

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from hmn.compute import Compute
 from hmn.data.preprocess import Normalise
+from hmn.network_update import training_step
 from hmn.networks import Builder
 from hmn.networks.convnet import ConvNet
-from hmn.training import Recipe, Training, training_step
+from hmn.training import Recipe, Training
 
 CPU = Compute(torch.device("cpu"))
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -47,14 +48,14 @@ def images_and_labels(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def training(recipe: Recipe = RECIPE, n: int = 21, seeds: Sequence[int] = (0,), build: Builder = build) -> Training:
-    """One network per seed on 21 images in batches of 8: the last is short, and padded where there is no batch norm."""
+    """One network per seed on 21 images in batches of 8; the last batch is short, and padded without batch norm."""
     images, labels = images_and_labels(n)
     step = training_step(build(), CPU)
     return Training(build, images, labels, recipe, NORMALISE, step, *(generator(seed) for seed in seeds))
 
 
 def state_of(run: Training) -> dict[str, Tensor]:
-    """Parameters, buffers and momentum: everything later epochs depend on, the generator aside."""
+    """Parameters, buffers and momentum: everything that later epochs depend on, except the generator."""
     momentum = [state["momentum_buffer"] for state in run.update.optimizer.state.values()]
     return run.network.state_dict() | {f"momentum{index}": value for index, value in enumerate(momentum)}
 

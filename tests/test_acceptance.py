@@ -1,4 +1,4 @@
-"""The published facts that a re-implementation is checked by first, each by its number; details have other tests."""
+"""Published facts to check a reimplementation against first, by number; other tests cover the details."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_5_the_gradient_matching_loss_of_equal_batches_is_zero_and_has_a_part_fo
     assert gradients.abs().max() < 1e-9
 
 
-# 6: tests/objectives/test_unroll.py
+# 6 is tested in tests/objectives/test_unroll.py
 
 
 # 7
@@ -199,7 +199,7 @@ def test_7_of_24_images_to_cut_a_beta_of_0_3_takes_7_hardest_and_17_easiest():
 def test_8_idcs_rates_by_images_per_class_and_side():
     assert 5e-3 * idc_rate_factor(50, 32) == pytest.approx(2.5e-2)
     assert 3e-3 * idc_rate_factor(10, 224) == pytest.approx(3e-3)
-    assert 5e-3 * idc_rate_factor(1, 64) == pytest.approx(2e-3)  # Tiny-ImageNet, as DREAM has it
+    assert 5e-3 * idc_rate_factor(1, 64) == pytest.approx(2e-3)  # Tiny-ImageNet, as in DREAM
     settings = GradientMatchingConfig(name="gradient_matching", memory_lr=5e-3, optimizer="sgd", lr_scaling="idc")
     container = KINDS["image"].container(shape("image"), 1)
     factor = idc_rate_factor(50, 32)

@@ -1,4 +1,4 @@
-"""Kept sets load as they were saved, bit for bit; what was changed, cut, pickled or is too large is refused."""
+"""Saved sets load bit for bit; files that were changed, truncated or pickled, or are too large, are refused."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def edit_card(folder: Path, **values: Any) -> None:
 
 
 def replace_tensors(folder: Path, data: bytes) -> None:
-    """Other bytes that the card's checksum fits: only what is in them can give them away."""
+    """Replace the tensor file and update the card's checksum, so that only the contents can give the change away."""
     (folder / TENSORS).write_bytes(data)
     edit_card(folder, sha256=sha256(folder / TENSORS))
 
 
 def refused(folder: Path, *parts: str) -> None:
-    """Loading says one line that names the file and has all ``parts``."""
+    """Check that loading fails with one line that names the file and contains all ``parts``."""
     with pytest.raises(ArtifactError) as caught:
         load_condensed(folder)
     (line,) = str(caught.value).splitlines()
@@ -147,13 +147,13 @@ def test_halves_are_kept_as_such_and_load_as_the_numbers_that_were_judged(tmp_pa
     assert torch.equal(loaded.tensors()[0], decode_all(made)[0])
     assert card["stored_floats"] == made.storage_floats()
     assert artifacts.stored_bytes(card) == 2 * made.storage_floats()
-    assert artifacts.stored_bytes({"stored_floats": 5}) == 20  # of cards that are older than the choice
+    assert artifacts.stored_bytes({"stored_floats": 5}) == 20  # a card older than memory.number
 
 
 def test_another_file_of_the_folder_is_no_set(tmp_path):
     artifacts.save(tmp_path, container(), {"budget": {"floats": 10**6}, "data": {"name": "toy"}})
     for load in (load_condensed, artifacts.read_card):
-        with pytest.raises(ArtifactError, match="card.json: no file of tensors; give its folder, or condensed.saf"):
+        with pytest.raises(ArtifactError, match="card.json: not a .safetensors file; give its folder, or condensed"):
             load(tmp_path / "card.json")
 
 
@@ -169,7 +169,7 @@ def test_what_halves_cannot_hold_is_refused():
     made = container()
     with torch.no_grad():
         made.instances[0, 0] = 1e5
-    with pytest.raises(ArtifactError, match="instances: has numbers too large for memory.number=float16"):
+    with pytest.raises(ArtifactError, match="instances: has values too large for memory.number=float16"):
         artifacts.round_to(made, "float16")
 
 
@@ -195,7 +195,7 @@ def test_saving_that_fails_leaves_the_kept_set_alone(tmp_path, monkeypatch):
 
 
 def test_new_tensors_beside_an_old_card_are_refused(tmp_path, monkeypatch):
-    """A kill between the two files must not pass for a set."""
+    """What a kill between writing the two files leaves must not load as a set."""
     save(tmp_path)
 
     def killed(*_):
@@ -236,7 +236,7 @@ def test_a_file_cut_short_is_refused_whatever_its_checksum(tmp_path):
 
 
 class Bomb:
-    """Unpickling it makes a folder."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
@@ -274,7 +274,7 @@ def test_a_card_that_is_missing_or_damaged_is_refused(tmp_path):
         path.write_text(json.dumps({name: value for name, value in card.items() if name != key}))
         refused(tmp_path, CARD, key)
     path.write_text(json.dumps(card | {"container": "hmn"}))
-    refused(tmp_path, CARD, "container is no JSON object")
+    refused(tmp_path, CARD, "container is not a JSON object")
     for budget in ({}, {"floats": "640"}, {"floats": None}):
         path.write_text(json.dumps(card | {"budget": budget}))
         refused(tmp_path, CARD, "budget has no number of floats")
@@ -288,7 +288,7 @@ def test_no_set_at_the_path_is_said(tmp_path):
 
 
 def edited(folder: Path, **tensors: torch.Tensor | None) -> None:
-    """Other tensors in the kept file, ``None`` for one that is left out."""
+    """Replace tensors in the saved file and update the checksum; ``None`` removes a tensor."""
     kept = load_file(folder / TENSORS) | tensors
     save_file({name: tensor for name, tensor in kept.items() if tensor is not None}, folder / TENSORS)
     replace_tensors(folder, (folder / TENSORS).read_bytes())
@@ -306,7 +306,7 @@ def test_tensors_that_the_card_does_not_describe_are_refused(tmp_path):
     }
     for tensors in others.values():
         edited(save(tmp_path), **tensors)
-        refused(tmp_path, TENSORS, "not the container its card describes")
+        refused(tmp_path, TENSORS, "do not match the container in its card")
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ def test_tensors_that_the_card_does_not_describe_are_refused(tmp_path):
 def test_a_card_that_describes_no_container_or_another_is_refused(tmp_path, specification):
     card = json.loads((save(tmp_path) / CARD).read_text())
     edit_card(tmp_path, container=card["container"] | specification)
-    refused(tmp_path, "not the container its card describes")
+    refused(tmp_path, "do not match the container in its card")
 
 
 def test_a_set_over_its_budget_is_refused(tmp_path):
@@ -359,7 +359,7 @@ def test_whole_codes_are_refused_that_would_be_charged_as_cut_ones(tmp_path):
     made = sparse_codes()
     assert made.instances.numel() > made.tier_floats()["instances"]
     artifacts.save(tmp_path, made, {"budget": {"floats": made.storage_floats()}, "data": {}})
-    with pytest.raises(ArtifactError, match="not in the form that is kept"):
+    with pytest.raises(ArtifactError, match="not in the finished form"):
         artifacts.load_condensed(tmp_path)
 
 
@@ -385,7 +385,7 @@ def raw_set(classes: tuple[str, ...], per_class: int, seed: int = 0, **data: Any
 
 
 def test_joined_sets_have_every_image_under_its_class(tmp_path):
-    """Against a loop over images; the sets hold unequally many, their classes lie between each other's."""
+    """Compare with a loop over images; the sets differ in their number of images, and their classes are interleaved."""
     sets = [raw_set(("dog", "ant"), 3), raw_set(("cat",), 2, seed=1), raw_set(("fox", "bee"), 1, seed=2)]
     names = ("ant", "bee", "cat", "dog", "fox")
     expected = []
@@ -411,7 +411,7 @@ def test_sets_that_share_a_class_are_not_joined():
     shared = raw_set(("c", "b"), 1).card
     with pytest.raises(ArtifactError) as caught:
         artifacts.check_together({"one": first, "two": shared})
-    assert str(caught.value) == "artifact=two: has images of class b, as artifact=one; leave one out"
+    assert str(caught.value) == "artifact=two: has class b, as does artifact=one; leave one out"
 
 
 @pytest.mark.parametrize(("key", "before"), [("mean", 0.5), ("std", 0.2)])
@@ -419,5 +419,5 @@ def test_sets_that_are_normalised_apart_are_not_joined(key, before):
     first, other = raw_set(("a", "b"), 1).card, raw_set(("c", "d"), 1, **{key: [0.4]}).card
     with pytest.raises(ArtifactError) as caught:
         artifacts.check_together({"one": first, "two": other})
-    rule = f"that of the sets before it [{before}]: join sets that were condensed with the same dataset.{key}"
-    assert str(caught.value) == f"artifact=two: its {key} is [0.4], {rule}"
+    rule = f"that of the sets before it is [{before}]: join sets condensed with the same dataset.{key}"
+    assert str(caught.value) == f"artifact=two: its {key} is [0.4], but {rule}"

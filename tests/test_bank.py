@@ -19,11 +19,11 @@ from hmn.config import BankConfig, GradientMatchingConfig
 from hmn.config.identity import bank_identity
 from hmn.errors import ArtifactError, Interrupted
 from hmn.matching import ClassMatching
+from hmn.network_update import training_step
 from hmn.networks import initialise
 from hmn.objectives.gradient import matching_step, real_gradients, stored_step
 from hmn.realside import LiveSide
 from hmn.seeding import generator
-from hmn.training import training_step
 from tests.command import configured
 from tests.small_matching import CLASSES, CPU, REAL, SEED, assert_same, config, make_container, workshop
 from tests.small_matching import build as build_network
@@ -174,7 +174,7 @@ def test_a_whole_banked_step_reads_nothing_back_and_is_the_step_without_recordin
         assert_same(norms, others)
     for one, other in zip(plain._state_tensors(), whole._state_tensors(), strict=True):
         assert torch.equal(one, other)
-    monkeypatch.setattr(plain.optimizer.inner, "step", lambda: None)  # on a CPU, and only there, it reads its count
+    monkeypatch.setattr(plain.optimizer.inner, "step", lambda: None)  # on a CPU and only there, it reads its step count
     plain.side.begin(plain.step)
     choice = plain._chosen(torch.arange(CLASSES))
     with HostReads() as reads:
@@ -184,7 +184,7 @@ def test_a_whole_banked_step_reads_nothing_back_and_is_the_step_without_recordin
 
 @pytest.mark.parametrize(("fitting", "read"), [(0, 12), (2, 8), (4, 4)])
 def test_what_is_read_stays_as_far_as_there_is_room_for_it(tmp_path: Path, monkeypatch, fitting: int, read: int):
-    """Four snapshots, three passes."""
+    """Three passes over four snapshots, of which ``fitting`` fit in memory."""
     paths, numbers = make_bank(tmp_path), []
     size = sum(value.nbytes for value in side(paths)._read(0, 0).values())
     reader = BankSide(paths, SETTINGS.bank, SETTINGS.strategy, torch.device("cpu"), SEED, keep_bytes=fitting * size + 1)
@@ -245,14 +245,14 @@ def test_finished_networks_stay_and_a_stopped_bank_goes_on(tmp_path: Path):
 
 def test_a_bank_of_other_images_is_refused(tmp_path: Path):
     make_bank(tmp_path)
-    with pytest.raises(ArtifactError, match="made on other images; remove"):
+    with pytest.raises(ArtifactError, match="made from other images; remove"):
         make_bank(tmp_path, fingerprint="0" * 64)
 
 
 def test_a_damaged_bank_is_named(tmp_path: Path):
     _, second = make_bank(tmp_path)
     second.write_bytes(second.read_bytes()[:-1])
-    with pytest.raises(ArtifactError, match=f"^{second}: cut short or damaged .*: remove it, it is then made anew$"):
+    with pytest.raises(ArtifactError, match=f"^{second}: cut short or damaged .*; remove it to have it made again$"):
         make_bank(tmp_path)
 
 

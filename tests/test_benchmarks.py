@@ -1,4 +1,4 @@
-"""Benchmarks: the reference is right, and so are ratios, rows and counted work. Nothing here looks at a clock."""
+"""Benchmarks: the reference, ratios, result rows and counted work are correct. No test reads a clock."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_whole_steps_of_reference_and_condensation_give_the_container_equal_grad
 
 
 def test_epochs_of_the_reference_and_of_ours_give_equal_weights_alone_and_together():
-    found = evaluation.check("cuda")  # what is checked for a GPU, on the CPU
+    found = evaluation.check("cuda")  # the check for a GPU, run on the CPU
     assert set(found) == {"1 at a time", "3 at a time"}
     assert max(found.values()) <= 1e-9
 
@@ -78,7 +78,7 @@ def test_the_reference_augments_as_we_do_for_equal_draws(name):
     alternatives = augment.alternatives_of(name, "idc")
     drawn = {name: values}
     if name in ("brightness", "saturation", "contrast"):
-        # Our three colours come together; u = 1/2 is the identity of each.
+        # Our three colour operators are applied together; u = 1/2 makes each the identity.
         drawn = {colour: torch.full((3,), 0.5) for colour in ("brightness", "saturation", "contrast")} | drawn
     expected = augment.apply(
         images,
@@ -128,7 +128,7 @@ def test_a_training_image_takes_what_autograd_spends_on_it():
 
 
 def test_ratios_are_taken_within_rounds():
-    # The machine was three times slower in the second round, for both.
+    # In the second round, the machine was three times slower for both.
     assert harness.ratios([4, 12, 4], [2, 6, 1]) == (2, 2, 4)
     with pytest.raises(ValueError):
         harness.ratios([4, 12], [2])
@@ -159,7 +159,7 @@ def test_rows_hold_ratios_times_and_shares_of_the_ceiling():
     assert (ours.median_ms, ours.min_ms, ours.max_ms) == (2000, 1000, 6000)
     assert (ours.rounds, ours.calls_per_round, ours.first_call_seconds) == (3, 4, 30)
     assert (ours.flops_per_second, ours.ceiling_flops_per_second, ours.ceiling_share) == (4e9, 8e9, 0.5)
-    assert plain.ceiling_share == 0.5  # 2e9 of fp32's 4e9
+    assert plain.ceiling_share == 0.5  # 2e9 FLOP/s of the 4e9 for fp32
     assert ours.note == "another objective"
 
 
@@ -276,8 +276,8 @@ def test_a_form_that_computes_something_else_ends_the_benchmark_once_all_is_writ
 
 
 @pytest.mark.parametrize("has", [False, True])
-def test_bf16_is_left_out_where_it_is_only_imitated_unless_it_is_named(monkeypatch, capsys, has):
-    monkeypatch.setattr(harness, "has_bf16", lambda device: has)
+def test_bf16_is_left_out_where_it_does_not_pay_unless_it_is_named(monkeypatch, capsys, has):
+    monkeypatch.setattr(harness, "bf16_pays", lambda device: has)
     planned = forms.outer_step("cpu", 10)
     names = [form.name for form in harness.chosen(planned, options())]
     assert names == ([form.name for form in planned] if has else ["reference", "compiled fp32"])
@@ -301,6 +301,6 @@ def test_noise_is_normalised_like_images_and_not_white():
     assert pixels.mean((0, 2, 3)).tolist() == pytest.approx(problem.MEAN, abs=0.02)
     assert pixels.std((0, 2, 3)).tolist() == pytest.approx(problem.STD, abs=0.02)
     steps = (pixels[..., 1:] - pixels[..., :-1]).std() / pixels.std()
-    assert steps < 0.8 * math.sqrt(2)  # neighbours are alike; in white noise they differ by sqrt(2) deviations
+    assert steps < 0.8 * math.sqrt(2)  # neighbours are similar; in white noise they would differ by sqrt(2) deviations
     again = problem.noise(2, per_class=50)
     assert torch.equal(again.train.images, data.train.images)

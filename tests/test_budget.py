@@ -1,4 +1,4 @@
-"""Images per class to floats and back."""
+"""Budgets: from images per class to floats and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recording a step: warming up leaves no trace, and what is recorded never asks the device for a number."""
+"""Recording a step: warming up leaves no trace, and a recorded step never reads a number back from the device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.small_matching import config, make_run
 
 
 class Walk:
-    """A step with all kinds of state: a parameter, moments that its first step makes, and a random stream."""
+    """A step with every kind of state: a parameter, moments that the first step creates, and a random stream."""
 
     def __init__(self) -> None:
         self.parameter = nn.Parameter(torch.ones(3))
@@ -49,14 +49,14 @@ def test_warming_up_leaves_no_trace(steps_before: int):
 
 
 def cannot_record(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    """Warm up without a GPU's streams, and have every recording fail."""
+    """Warm up without a GPU's streams and make every recording fail with ``error``."""
 
     def fail(self: Replay, inputs: dict[str, Tensor]) -> None:
         raise error
 
     monkeypatch.setattr(Replay, "_warm_up", lambda s, inputs: warm_up(s.function, inputs, s.state, s.generators))
     monkeypatch.setattr(Replay, "_record", fail)
-    monkeypatch.setattr(capture, "RECOVERS", "0")  # whichever is installed
+    monkeypatch.setattr(capture, "RECOVERS", "0")  # whichever PyTorch is installed
     monkeypatch.setattr(capture, "launched_anew", set())
 
 
@@ -67,7 +67,7 @@ def test_a_step_that_cannot_be_recorded_is_called_as_it_is_and_says_so_once(caps
     for _ in range(2):
         assert torch.equal(replay(INPUTS)["value"], plain.step(INPUTS)["value"])
     assert capsys.readouterr().err.splitlines() == [
-        "a step cannot be recorded as a CUDA graph, so it is launched anew: operation not permitted"
+        "a step cannot be recorded as a CUDA graph, so it runs without one: operation not permitted"
     ]
 
 
@@ -80,7 +80,7 @@ def test_a_gpu_that_is_full_is_not_called_unable_to_record(monkeypatch, capsys):
 
 
 def test_the_first_of_the_errors_of_a_recording_is_the_one_that_counts(monkeypatch, capsys):
-    """Ending a recording that has failed raises an error of its own."""
+    """Ending a recording that has failed raises a second error."""
 
     def failed(first: Exception) -> RuntimeError:
         ending = RuntimeError("capture invalidated")
@@ -89,7 +89,7 @@ def test_the_first_of_the_errors_of_a_recording_is_the_one_that_counts(monkeypat
 
     cannot_record(monkeypatch, failed(RuntimeError("operation not permitted")))
     Replay(Walk().step, list, [])(INPUTS)
-    assert capsys.readouterr().err.endswith("launched anew: operation not permitted\n")
+    assert capsys.readouterr().err.endswith("runs without one: operation not permitted\n")
     full = torch.cuda.OutOfMemoryError("CUDA out of memory")
     full.__context__ = KeyError("what was not there yet and was to be made")
     cannot_record(monkeypatch, failed(full))
@@ -98,7 +98,7 @@ def test_the_first_of_the_errors_of_a_recording_is_the_one_that_counts(monkeypat
 
 
 def test_a_step_whose_recording_failed_half_way_starts_from_no_gradient(monkeypatch):
-    """What was to be recorded does not run, but the gradients that it was to fill are there."""
+    """The failed recording has not run the step, but the gradients that the step was to fill exist."""
     plain, failed = make_run(config()), make_run(config())
     failed.replay = Replay(failed._whole_step, failed._state_tensors, [failed.generators["rows"]])
 
@@ -118,7 +118,7 @@ def test_a_step_whose_recording_failed_half_way_starts_from_no_gradient(monkeypa
 
 @pytest.mark.parametrize("changes", [{"step_policy": "per_class"}, {"classes_per_step": 2}])
 def test_where_a_whole_step_is_not_recorded_the_networks_update_can_be(monkeypatch, changes):
-    """Warmed up, then called as it is: all that it changes is put back in between."""
+    """It is warmed up, everything that this changed is restored, and it is then called without a recording."""
     cannot_record(monkeypatch, RuntimeError("no"))
     plain, tried = make_run(config(**changes)), make_run(config(**changes))
     tried.update = update_of(tried.side, tried.decoded, record=True)
@@ -136,13 +136,13 @@ def test_an_older_pytorch_cannot_go_on_after_a_recording_that_fails(monkeypatch)
     with pytest.raises(HmnError) as told:
         Replay(walk.step, walk.state, [walk.stream])(INPUTS)
     assert str(told.value) == (
-        "a step cannot be recorded as a CUDA graph, and PyTorch 2.11.0+cu130 cannot go on: "
-        "compute.record=false launches every step anew (operation not permitted)"
+        "a step cannot be recorded as a CUDA graph, and PyTorch 2.11.0+cu130 cannot continue: "
+        "set compute.record=false to run without graphs (operation not permitted)"
     )
 
 
 def test_nothing_is_recorded_where_that_is_asked_for(monkeypatch, capsys):
-    monkeypatch.setattr(capture, "_enabled", True)  # which is put back afterwards
+    monkeypatch.setattr(capture, "_enabled", True)  # so that monkeypatch restores it afterwards
     choose(ComputeConfig(device="cpu", record=False), 0.0, 10)
     monkeypatch.setattr(Replay, "_warm_up", None)
     walk, plain = Walk(), Walk()

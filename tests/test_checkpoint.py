@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Clock:
-    """Stands for ``time.monotonic``; moves only when told."""
+    """A stand-in for ``time.monotonic`` that moves only when told to."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
@@ -38,8 +38,8 @@ def test_a_file_is_replaced_once_the_block_succeeds(tmp_path: Path):
     write_text(path, "old")
     with atomic_write(path) as temporary:
         temporary.write_text("new")
-        assert temporary.parent == path.parent  # the same file system: replacing is one rename
-        assert temporary.suffix == ".json"  # savers that go by the suffix
+        assert temporary.parent == path.parent  # on the same file system, so replacing is one rename
+        assert temporary.suffix == ".json"  # some savers go by the suffix
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     assert list(path.parent.iterdir()) == [path]
@@ -120,7 +120,7 @@ class Payload:
     "error", [OSError(errno.EIO, "Input/output error"), MemoryError(), RuntimeError("you tried, can't allocate memory")]
 )
 def test_what_the_machine_lacks_is_not_blamed_on_the_checkpoint(tmp_path: Path, monkeypatch, error: Exception):
-    """It would be removed, and what it holds done again."""
+    """Otherwise the checkpoint would be removed and its work repeated."""
 
     def fail(*_: object, **__: object) -> None:
         raise error
@@ -152,13 +152,13 @@ def test_state_is_saved_at_most_once_in_so_many_seconds(tmp_path: Path, monkeypa
     for step, seconds in enumerate([0, 59, 60, 61, 119, 120, 200]):
         clock.now = 1000.0 + seconds
         checkpoints.tick("condense", lambda step=step: asked.append(step) or {"step": step})
-    assert asked == [2, 5, 6]  # the state is not even made in between
+    assert asked == [2, 5, 6]  # in between, the state is not even built
     assert checkpoints.load("condense") == {"step": 6}
 
 
 def test_clearing_removes_every_slot_and_the_folder(tmp_path: Path):
     folder = tmp_path / "slots"
-    clear(folder)  # nothing was saved yet
+    clear(folder)  # nothing has been saved yet
     for slot in ("condense", "score"):
         Checkpoints(folder, 60).save(slot, {"step": 1})
     (folder / ".score.pt.abc123.pt").touch()  # what a killed process leaves
@@ -178,11 +178,11 @@ def continued(folder: Path, **other: str) -> Checkpoints:
 
 
 def test_a_state_of_other_images_or_another_device_is_refused(tmp_path: Path):
-    with pytest.raises(DataError, match=f"{tmp_path}: its checkpoint was made on other images; move it away"):
+    with pytest.raises(DataError, match=f"{tmp_path}: its checkpoint was made from other images; move it away"):
         continued(tmp_path, data="d2")
     with pytest.raises(ConfigError) as raised:
         continued(tmp_path, device="cuda")
-    rule = f"cpu, on which {tmp_path} was begun; or move it away to start anew"
+    rule = f"cpu, on which {tmp_path} was begun; or move it away to start over"
     assert str(raised.value) == f"compute.device=cuda: must be {rule}"
 
 
@@ -190,7 +190,7 @@ def test_a_state_of_another_precision_is_refused_and_older_ones_tell_none(tmp_pa
     folder = tmp_path / "checkpoints"
     bf16, fp32 = (ORIGIN | {"precision": name} for name in ("bf16", "fp32"))
     Checkpoints(folder, 0, origin=bf16).save("stage", {"step": 1})
-    rule = f"bf16, in which {tmp_path} was begun, on a machine that has it; or move it away to start anew"
+    rule = f"bf16, in which {tmp_path} was begun, on a machine that has it; or move it away to start over"
     with pytest.raises(ConfigError) as raised:
         Checkpoints(folder, 0, origin=fp32)
     assert str(raised.value) == f"compute.precision=fp32: must be {rule}"
@@ -213,7 +213,7 @@ def test_what_other_sources_began_goes_on_and_they_are_remembered(tmp_path: Path
     assert continued(tmp_path).codes == ["c1"]
     assert capsys.readouterr().out == ""
     continued(tmp_path, code="c2").save("stage", {"step": 2})
-    assert capsys.readouterr().out == "going on with what other sources (c1, now c2) began\n"
+    assert capsys.readouterr().out == "continuing from a state of another code version (c1, now c2)\n"
     assert Checkpoints(tmp_path / "checkpoints", 0, origin=ORIGIN | {"code": "c2"}).codes == ["c1", "c2"]
     assert Checkpoints(tmp_path / "checkpoints", 0, origin=ORIGIN).codes == ["c1", "c2", "c1"]
 
@@ -225,12 +225,12 @@ def test_seconds_add_up_over_sittings_and_stages(tmp_path: Path, monkeypatch: py
         clock.now += 10
         first.save("condense", {})
         clock.now += 5  # lost: the process ends here, and these seconds are spent again
-    clock.now += 1000  # between sittings nothing counts
+    clock.now += 1000  # time between sittings does not count
     second = Checkpoints(tmp_path, 60)
     assert second.seconds == {"condense": 10.0}
     with second.timed("condense"):
         clock.now += 7
-    clock.now += 50  # nor does what belongs to no stage
+    clock.now += 50  # nor does time outside of all stages
     with second.timed("score"):
         clock.now += 3
         second.save("score", {})
@@ -303,7 +303,7 @@ def test_a_signal_only_asks_and_the_next_tick_saves_and_stops(tmp_path: Path, si
         with pytest.raises(Interrupted) as raised:
             checkpoints.tick("condense", lambda: {"step": 2})
     assert raised.value.exit_code == 128 + signum
-    assert str(raised.value) == f"stopped by {signal.Signals(signum).name}; the same command goes on from here"
+    assert str(raised.value) == f"stopped by {signal.Signals(signum).name}; the same command resumes from here"
     assert checkpoints.load("condense") == {"step": 2}
 
 
@@ -324,7 +324,7 @@ def test_a_second_ctrl_c_ends_the_process_at_once():
     stop = Stop()
     with stop.listening():
         os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)  # the first Ctrl-C, whatever was sent before
+        os.kill(os.getpid(), signal.SIGINT)  # counts as the first Ctrl-C, whatever was sent before
         assert stop.signum == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -334,7 +334,7 @@ def test_a_second_ctrl_c_ends_the_process_at_once():
 
 
 def python(script: str, *arguments: str | Path) -> subprocess.Popen:
-    """A process of its own that can import the package."""
+    """Start ``script`` in a process of its own that can import the package."""
     command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
@@ -360,7 +360,7 @@ def test_a_folder_belongs_to_one_process_until_it_ends_however_it_ends(tmp_path:
             holder.kill()
     with exclusive(folder):
         pass
-    with exclusive(folder):  # and leaving it gives it back
+    with exclusive(folder):  # leaving the block has released the lock
         pass
 
 
@@ -370,13 +370,13 @@ def test_a_file_system_without_locks_is_said_in_one_line(tmp_path: Path, monkeyp
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", fail)
-    told = r"its file system has no locks: name another place with paths\.runs_dir"
+    told = r"its file system has no locks: choose another one with paths\.runs_dir"
     with pytest.raises(HmnError, match=told), exclusive(tmp_path):
         pass
 
 
 def test_a_look_at_who_holds_a_folder_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """It holds the folder for an instant itself."""
+    """The look itself holds the lock for an instant."""
     clock, looked_at = Clock(monkeypatch), iter([False, False, True])
 
     def sleep(seconds: float) -> None:
@@ -388,7 +388,7 @@ def test_a_look_at_who_holds_a_folder_keeps_nobody_out(tmp_path: Path, monkeypat
         assert list(looked_at) == []
 
 
-# A process with one Python start but many lives: each child saves without pause until it is killed.
+# Python starts once for many lives: each forked child saves without pause until it is killed.
 KILL = """
 import json, os, pathlib, random, signal, sys, time
 import torch
@@ -430,5 +430,5 @@ def test_kill_9_in_the_middle_of_many_saves_always_leaves_the_last_finished_one(
     for announced, found, whole in lives:
         assert whole
         assert announced <= found <= announced + 1
-    clear(tmp_path / "slots")  # with whatever temporaries the killed ones left
+    clear(tmp_path / "slots")  # including any temporary files that the killed processes left
     assert not (tmp_path / "slots").exists()

@@ -1,4 +1,4 @@
-"""Class chunks: what is computed does not depend on them, and the estimate follows the limit."""
+"""Class chunks: results do not depend on them, and their estimated size follows the memory limit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.small_matching import CLASSES, PER_CLASS, build, clone_of, config, ma
 
 def test_saved_bytes_are_what_backward_needs():
     x, weight = torch.randn(10, 4), torch.randn(4, 4, requires_grad=True)
-    # x @ w keeps x, tanh its result; the weight is owned, not kept for this call
+    # x @ w keeps x, and tanh keeps its result; the weight exists anyway and is not kept for this call
     assert saved_bytes(lambda: (x @ weight).tanh(), [weight]) == 4 * (10 * 4 + 10 * 4)
 
 
@@ -38,7 +38,7 @@ def test_decoding_keeps_something_once_and_the_same_for_every_image():
     for images in (3, 6):
         kept = saved_bytes(lambda n=images: container.decode_matched(torch.arange(n)), owned)
         assert kept == once + images * each
-    assert once > 0  # the convolutions' phases
+    assert once > 0  # the decoder's weights, summed by phase
 
 
 def test_features_keep_less_than_a_gradient_and_all_weights_more_than_the_convolutions():
@@ -67,7 +67,7 @@ def test_chunks_change_nothing_but_rounding(chunk: int, changes):
 
 
 class Holding(Compute):
-    """A device on which so many bytes are held already."""
+    """A device on which 1 GiB is held already."""
 
     def current_bytes(self) -> int:
         return 2**30
@@ -96,7 +96,7 @@ def test_more_memory_means_more_classes_and_never_more_than_there_are():
         try:
             chunks.append(chunk_for(1 + kilobytes / 2**20))
         except ConfigError:
-            assert not chunks  # too little comes before enough
+            assert not chunks  # limits that are too small come before those that suffice
     assert set(chunks) == set(range(1, CLASSES + 1))
     assert chunks == sorted(chunks)
 
@@ -125,7 +125,7 @@ def test_a_chunk_of_classes_takes_what_the_parts_of_a_step_add_up_to(monkeypatch
 
 
 def test_a_chunk_of_images_takes_what_a_students_step_adds_up_to(monkeypatch):
-    """Seven images per step and two copies of the network; all images and their derivatives stay."""
+    """Seven images per step and two copies of the network; all images and their derivatives stay in memory."""
     monkeypatch.setattr("hmn.chunks.decoding_bytes", lambda *_: (GIB // 8, GIB // 32))
     monkeypatch.setattr("hmn.chunks.matching_bytes", lambda *_: GIB // 16)
     container, network, compute = make_container(), build(), Holding(torch.device("cpu"))
@@ -181,8 +181,8 @@ print(cpu.current_bytes() - before, cpu.current_bytes(), cpu.peak_bytes())
 
 
 def test_the_estimate_is_of_this_process():
-    """In one of its own: what other tests have freed may be had again without the system."""
+    """It runs in its own process: memory that other tests have freed could be reused without asking the system."""
     done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, check=True)
     grown, now, peak = map(int, done.stdout.split())
-    assert now <= 1.1 * peak  # the system counts the two at different moments
+    assert now <= 1.1 * peak  # the system updates the two counts at different moments
     assert grown == pytest.approx(4 * (32 << 20), rel=0.2)

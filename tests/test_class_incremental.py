@@ -1,4 +1,4 @@
-"""Classes condensed step by step: each step's set is of its classes, and all of them are evaluated as one."""
+"""Classes condensed step by step: each set holds its step's classes, and all sets are evaluated as one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def result_of(where: Path, outcome: Outcome) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory) -> list[Path]:
-    """The kept sets of two steps of two digits."""
+    """The run folders of two steps that condense two digits each."""
     where = tmp_path_factory.mktemp("steps")
 
     def step(first: int) -> Path:
@@ -59,7 +59,7 @@ def test_a_step_condenses_its_classes_in_their_own_budget(steps):
 
 def test_all_steps_so_far_are_evaluated_on_their_classes(steps, tmp_path):
     result = result_of(tmp_path, outcome := run(tmp_path, *TINY, "mode=evaluate", typed(*steps)))
-    assert "bit for bit" not in outcome.out  # each set was condensed from just these images of its classes
+    assert "bit for bit" not in outcome.out  # each set was condensed from exactly these images of its classes
     assert result["run_id"].startswith("digits_classes0-3-evaluate-")
     assert result["data"]["notes"] == [f"4 of 10 classes: {', '.join(NAMES)}"]
     cards = [json.loads((folder / "card.json").read_text()) for folder in steps]
@@ -84,9 +84,9 @@ def test_a_single_step_in_a_list_is_that_step(steps, tmp_path):
 
 
 REFUSED = {
-    "dataset.class_range=[0,6]": "its classes are not those of digits_classes0-5, only one of them has 1, 6",
-    "dataset.class_range=[0,3]": "its classes are not those of digits_classes0-2, only one of them has 9",
-    "dataset=digits": "its classes are not those of digits, only one of them has 0, 1, 3, 5, 6, 7",
+    "dataset.class_range=[0,6]": "its classes are not those of digits_classes0-5: only one of the two has 1, 6",
+    "dataset.class_range=[0,3]": "its classes are not those of digits_classes0-2: only one of the two has 9",
+    "dataset=digits": "its classes are not those of digits: only one of the two has 0, 1, 3, 5, 6, 7",
 }
 
 
@@ -113,7 +113,7 @@ def toy(path: Path) -> Path:
 
 
 def keep(folder: Path, images: torch.Tensor, names: list[str], root: Path, **changes: Any) -> Path:
-    """``images`` (len(names) * n, 1, 8, 8), class by class, as a kept set; ``changes`` of its data set's settings."""
+    """Save ``images`` (len(names) * n, 1, 8, 8), ordered by class, as a set; ``changes`` alter its dataset settings."""
     container = RawImages(RawShape(classes=len(names), channels=1, image_size=8), len(images) // len(names))
     container.hold(images)
     dataset = {"kind": "arrays", "root": str(root), "channels": 1, "flip": False, "mean": [0.4], "std": [0.3]}
@@ -125,12 +125,12 @@ def keep(folder: Path, images: torch.Tensor, names: list[str], root: Path, **cha
 
 @pytest.fixture
 def images() -> torch.Tensor:
-    """(class, image, channel, height, width)"""
+    """Random pixels (class, image, channel, height, width)."""
     return torch.rand(4, 3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def test_parts_are_worth_what_the_whole_is(tmp_path, images):
-    """Split up in any way, the same images train the same networks."""
+    """However they are split into sets, the same images train the same networks."""
     root = toy(tmp_path / "toy.npz")
     whole = keep(tmp_path / "whole", images.flatten(0, 1), list("0123"), root)
     odd = keep(tmp_path / "odd", images[[3, 1]].flatten(0, 1), ["3", "1"], root)
@@ -179,15 +179,15 @@ def complaint(*overrides: str) -> str:
 
 
 def test_sets_that_do_not_go_together_are_refused_before_data_are_read(tmp_path, images):
-    root = tmp_path / "toy.npz"  # not even there
+    root = tmp_path / "toy.npz"  # does not exist
     pixels = images[:2].flatten(0, 1)
     first = keep(tmp_path / "a", pixels, ["0", "1"], root)
     other = keep(tmp_path / "b", pixels, ["2", "3"], root, class_order=1, mean=[0.1])
     said = complaint(typed(first, other))
-    which = "dataset.class_order, dataset.mean not as in"
-    assert said == f"artifact={other}: {which} artifact={first}; say which with dataset=NAME"
+    which = "dataset.class_order, dataset.mean must match"
+    assert said == f"artifact={other}: {which} artifact={first}; or name the dataset with dataset=NAME"
     same = keep(tmp_path / "c", pixels, ["3", "1"], root)
-    assert complaint(typed(first, same)).startswith(f"artifact={same}: has images of class 1, as artifact={first};")
+    assert complaint(typed(first, same)).startswith(f"artifact={same}: has class 1, as does artifact={first};")
     assert complaint(typed(first, tmp_path)).startswith(f"artifact={tmp_path}: no condensed.safetensors there")
     toy(root)
     digits = ("dataset=digits", "dataset.image_size=16")

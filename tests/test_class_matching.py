@@ -1,4 +1,4 @@
-"""One step of matching class by class: against a naive loop, its draws and network updates, resuming, averages."""
+"""Matching class by class: a step against a naive loop, its draws and network updates, resuming, averages."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from tests.small_matching import (
 
 
 class Recorder:
-    """Notes the gradients that each optimiser step is given, and the container they were taken at."""
+    """Records the gradients given to each optimiser step, and the container at which they were taken."""
 
     def __init__(self, run: ClassMatching, monkeypatch: pytest.MonkeyPatch) -> None:
         self.turns: list[tuple[list[int], nn.Module, dict[str, Tensor]]] = []
@@ -59,7 +59,7 @@ class Recorder:
 
 
 class Oracle:
-    """IDC's step for one class after another, from the same streams, and one backward of the mean over classes."""
+    """IDC's step as a loop over classes, with the same streams and one backward pass of the mean over classes."""
 
     def __init__(self, settings: GradientMatchingConfig) -> None:
         self.settings = settings
@@ -126,7 +126,7 @@ def test_a_step_is_that_of_a_naive_loop_over_classes(changes: dict[str, Any], mo
     settings = config(**changes)
     run, oracle = make_run(settings), Oracle(settings)
     recorder = Recorder(run, monkeypatch)
-    for _ in range(3):  # across the renewal of the network at 2
+    for _ in range(3):  # step 2 renews the network
         network = fresh_network(run.step // 2) if run.step % 2 == 0 else copy.deepcopy(run.side.network)
         recorder.turns.clear()
         losses, norms = run.run_step()
@@ -137,7 +137,7 @@ def test_a_step_is_that_of_a_naive_loop_over_classes(changes: dict[str, Any], mo
             for name, gradient in gradients.items():
                 assert wanted[name].norm() > 1e-6
                 torch.testing.assert_close(gradient, wanted[name], rtol=1e-6, atol=1e-6 * float(wanted[name].norm()))
-        # Reported are the distances summed over all classes of the step, and the norms of all its gradients.
+        # The step reports the distances summed over all its classes, and the norms of all its gradients.
         torch.testing.assert_close(losses, sum(expected), rtol=1e-6, atol=0)
         named = {id(parameter): name for name, parameter in run.container.named_parameters()}
         for tier, parameters in run.container.tiers().items():
@@ -147,7 +147,7 @@ def test_a_step_is_that_of_a_naive_loop_over_classes(changes: dict[str, Any], mo
 
 
 def watch_turns(run: ClassMatching, monkeypatch: pytest.MonkeyPatch, steps: int) -> list[list[list[int]]]:
-    """The classes of every optimiser step, by step."""
+    """The classes of every optimiser step, per matching step."""
     recorder, found = Recorder(run, monkeypatch), []
     for _ in range(steps):
         recorder.turns.clear()
@@ -211,7 +211,7 @@ def test_a_cap_on_the_synthetic_batch_picks_distinct_images_of_each_class_anew(m
     assert (rows // PER_CLASS == torch.arange(CLASSES)[None, :, None]).all()
     assert (rows[..., 0] != rows[..., 1]).all()
     assert set(rows.flatten().tolist()) == set(range(CLASSES * PER_CLASS))
-    assert not torch.equal(rows[:, 0] % PER_CLASS, rows[:, 1] % PER_CLASS)  # each class draws its own
+    assert not torch.equal(rows[:, 0] % PER_CLASS, rows[:, 1] % PER_CLASS)  # each class draws its own images
 
 
 @pytest.mark.parametrize("cap", [5, 128])
@@ -225,7 +225,7 @@ def test_without_a_cap_every_image_is_matched_in_order(monkeypatch: pytest.Monke
 
 
 def tiles_and_others(stored: Tensor) -> Tensor:
-    """The four tiles of the first image of ``stored`` (3, channels, 8, 8), row by row and enlarged, then the others."""
+    """The four enlarged tiles, row by row, of the first image of ``stored`` (3, channels, 8, 8), then the others."""
     tiles = torch.stack([stored[0, :, y : y + 4, x : x + 4] for y in (0, 4) for x in (0, 4)])
     return torch.cat([F.interpolate(tiles, size=8, mode="bilinear", align_corners=False), stored[1:]])
 
@@ -272,7 +272,7 @@ def test_the_network_is_renewed_every_inner_steps_and_trains_in_between(monkeypa
 
 
 class Updates:
-    """Stands for :class:`NetworkUpdate`: notes the images that a network is shown."""
+    """A stand-in for :class:`NetworkUpdate` that records the images a network is shown."""
 
     shown: list[tuple[Tensor, Tensor]]
     optimizer = SimpleNamespace(state={})
@@ -295,7 +295,7 @@ class Updates:
 def test_a_network_is_updated_until_at_least_network_samples_were_seen(
     monkeypatch: pytest.MonkeyPatch, samples: int, batch: int, updates: int, size: int
 ):
-    """ceil(samples / batch), the batch no larger than the training set of 39 images."""
+    """There are ceil(samples / batch) updates; a batch is at most the training set of 39 images."""
     monkeypatch.setattr(realside, "NetworkUpdate", Updates)
     monkeypatch.setattr(Updates, "shown", [], raising=False)
     run = make_run(config(network_samples=samples, network_batch=batch))
@@ -307,7 +307,7 @@ def test_a_network_is_updated_until_at_least_network_samples_were_seen(
 def test_updates_see_real_images_of_all_classes_each_once_in_a_pass(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(realside, "NetworkUpdate", Updates)
     monkeypatch.setattr(Updates, "shown", [], raising=False)
-    run = make_run(config(network_samples=32, network_batch=8))  # 4 of the 4.9 batches that there are
+    run = make_run(config(network_samples=32, network_batch=8))  # 4 of the 4.9 batches in the data
     index = {image.numpy().tobytes(): position for position, image in enumerate(REAL.train.images)}
     for _ in range(2):
         run.run_step()
@@ -378,7 +378,7 @@ def test_two_steps_a_checkpoint_and_two_more_are_four_steps_bit_for_bit(tmp_path
     half.curve[0] = 0.25
     Checkpoints(tmp_path, 0).save("condense", half.state_dict())
 
-    rest = make_run(settings, container_seed=99)  # a process of its own, whose container starts elsewhere
+    rest = make_run(settings, container_seed=99)  # as in a new process, whose container starts elsewhere
     rest.load_state_dict(Checkpoints(tmp_path, 0).load("condense"))
     assert (rest.step, rest.curve) == (2, {0: 0.25})
     found = [rest.run_step() for _ in range(2)]

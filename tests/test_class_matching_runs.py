@@ -1,4 +1,4 @@
-"""Every objective that matches class by class as a whole run: condensed, evaluated, kept."""
+"""Whole runs of every objective that matches class by class: condense, evaluate, save."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line end to end: what a run keeps and prints; what bad input gets is in test_refusals.py."""
+"""The command line end to end: what a run saves and prints. Bad input is tested in test_refusals.py."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PRUNED = {"over_budget.png"}
 
 
 def toy(path: Path, classes: int = 3) -> str:
-    """Grey 8 x 8 images of ``classes`` noisy patterns, 40 of each for training and 10 to test; the override for it."""
+    """Save ``classes`` noisy 8 x 8 grey patterns, 40 training and 10 test images each, and return the override."""
     random = np.random.default_rng(0)
     patterns = random.integers(0, 200, (classes, 8, 8))
     arrays = {}
@@ -231,7 +231,7 @@ def stamps(folder: Path) -> dict[str, int]:
 
 def test_the_same_command_again_does_no_work_and_prints_the_kept_result(finished):
     before = stamps(finished.folder)
-    # However fast, wherever computed and however logged: the same result.
+    # Threads, device and tracking do not make it another result.
     again = run(finished.where, *finished.arguments, "compute.threads=2", "tracking=offline", "compute.device=auto")
     assert (again.code, again.err) == (0, "")
     assert f"{finished.result['run_id']} is finished" in again.out
@@ -277,7 +277,7 @@ def test_the_first_row_names_what_networks_were_trained_on(tmp_path, arguments, 
 
 
 def test_a_reference_that_was_cut_short_is_not_measured_yet(tmp_path):
-    """And keeps no run, at its end, from its own result."""
+    """At the end of a run, it does not keep the run's own result from being shown."""
     arguments = (*TINY, f"paths.runs_dir={tmp_path}")
     plan, reference = planned(*arguments), planned(*arguments, "mode=full_data").folder
     results.write(reference, MEASURED)
@@ -310,7 +310,7 @@ def test_an_artifact_is_evaluated_without_naming_its_data_on_any_network(finishe
 
 
 def test_an_artifact_is_trained_as_its_own_run_trained_it(finished, tmp_path):
-    """The same networks from the same seeds: the accuracy on the card can be measured again."""
+    """The same seeds give the same networks, so the accuracy on the card can be measured again."""
     again = finish(tmp_path, *TINY, "mode=evaluate", f"artifact={finished.folder}")
     assert again.result["accuracy"] == finished.result["accuracy"]
 
@@ -382,7 +382,7 @@ def test_a_card_alone_tells_of_what_was_measured_and_is_no_artifact(finished, tm
 
 def test_a_multirun_makes_one_run_per_cell_that_a_single_command_knows(tmp_path):
     arguments = (*TOY, toy(tmp_path / "toy.npz"))
-    own = tmp_path / "slots"  # a sweep of this machine's user may have the usual ones for hours
+    own = tmp_path / "slots"  # a sweep of the same user may hold the usual slots for hours
     own.mkdir()
     grid = ("pruning.over_budget=0,0.1", "memory.images_per_class=10,12")
     outcome = run(tmp_path, "-m", *arguments, *grid, TMPDIR=str(own))

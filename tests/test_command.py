@@ -1,4 +1,4 @@
-"""What tests start processes with."""
+"""The helper with which tests start processes."""
 
 from __future__ import annotations
 

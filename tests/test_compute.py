@@ -18,7 +18,7 @@ from hmn.config import ComputeConfig
 from hmn.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # some sandboxes leave out either
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # some sandboxes lack either
 peaks_begin_anew = pytest.mark.skipif(
     not (os.access(CLEAR, os.W_OK) and "VmHWM" in STATUS.read_text()), reason="the system's peaks cannot begin anew"
 )
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch):
-    """Make torch see so many GPUs; gives those that were made the current one."""
+    """Return a function that makes torch see ``count`` GPUs; it returns the devices made current, as a list."""
     current: list[torch.device] = []
 
     def see(count: int, generation: int = 9) -> list[torch.device]:
@@ -43,7 +43,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def compilers(monkeypatch: pytest.MonkeyPatch):
-    """Make only these programs findable."""
+    """Return a function that makes only the named programs findable."""
 
     def see(*names: str) -> None:
         monkeypatch.setattr(compute.shutil, "which", lambda name: f"/bin/{name}" if name in names else None)
@@ -159,7 +159,7 @@ def test_the_first_call_of_a_compiled_function_is_timed_and_the_others_are_not(m
 
 
 def test_compiled_functions_are_kept_where_asked_unless_the_environment_says_where(monkeypatch, tmp_path: Path):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # what is not there is not put back
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that monkeypatch undoes what is set below
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     compute.keep_compiled(tmp_path / "here")
     compute.keep_compiled(tmp_path / "there")
@@ -214,7 +214,7 @@ def test_where_nothing_can_be_compiled_it_is_not_advised(compilers):
 
 def test_several_classes_per_call_of_a_loop_that_nobody_named_are_refused_with_what_to_name(compilers):
     compilers("g++")
-    message = "must be 1 for compute.matching=loop, which is what auto makes of it here: name compute.matching=compiled"
+    message = "must be 1 for compute.matching=loop, which auto chooses here: set compute.matching=compiled"
     with pytest.raises(ConfigError, match=f"^compute.classes_per_call=4: {message}$"):
         choose(ComputeConfig(device="cpu", classes_per_call=4), 0, 10)
 
@@ -248,12 +248,48 @@ def test_fp32_is_not_tf32_whatever_cudnn_would_do(gpus, precision):
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_precision_is_that_of_convolutions_and_nothing_stored(monkeypatch, precision: str, dtype: torch.dtype):
-    monkeypatch.setattr(compute, "has_bf16", lambda device: True)
+    monkeypatch.setattr(compute, "bf16_pays", lambda device: True)
     chosen = choose(ComputeConfig(device="cpu", precision=precision), 0, 10)
     convolution = torch.nn.Conv2d(1, 1, 3)
     with chosen.autocast():
         assert convolution(torch.ones(1, 1, 4, 4)).dtype == dtype
     assert convolution(torch.ones(1, 1, 4, 4)).dtype == convolution.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("amx", "instructions", "cpuinfo", "precision"),
+    [
+        (True, True, "vendor_id : GenuineIntel", "bf16"),
+        (False, True, "vendor_id : GenuineIntel", "fp32"),
+        (False, False, "vendor_id : GenuineIntel", "fp32"),
+        (False, True, "vendor_id : AuthenticAMD", "bf16"),
+        (False, False, "vendor_id : AuthenticAMD", "fp32"),
+    ],
+)
+def test_bf16_is_fp32_on_an_x86_processor_that_is_no_faster_with_it(
+    monkeypatch, amx: bool, instructions: bool, cpuinfo: str, precision: str
+):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    monkeypatch.setattr(compute.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(compute.platform, "processor", lambda: "")
+    monkeypatch.setattr(compute.Path, "read_text", lambda self, encoding: cpuinfo)
+    assert choose(ComputeConfig(device="cpu", precision="bf16"), 0, 10).precision == precision
+
+
+@pytest.mark.parametrize(
+    ("machine", "supported", "precision"),
+    [("arm64", True, "bf16"), ("arm64", False, "fp32"), ("x86_64", False, "fp32")],
+)
+def test_bf16_needs_onednn_which_is_enough_on_processors_that_are_not_x86(
+    monkeypatch, machine: str, supported: bool, precision: str
+):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    monkeypatch.setattr(compute.platform, "machine", lambda: machine)
+    assert choose(ComputeConfig(device="cpu", precision="bf16"), 0, 10).precision == precision
 
 
 @pytest.mark.parametrize(("generation", "precision"), [(7, "fp32"), (8, "bf16")])
@@ -262,20 +298,13 @@ def test_bf16_is_fp32_on_a_gpu_that_only_imitates_it(gpus, generation, precision
     assert choose(ComputeConfig(device="cuda", precision="bf16"), 0, 10).precision == precision
 
 
-@pytest.mark.parametrize("asked", ["fp32", "bf16"])
-@pytest.mark.parametrize("has", [False, True])
-def test_bf16_is_fp32_on_a_processor_that_only_imitates_it(monkeypatch, asked, has):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has)
-    assert choose(ComputeConfig(device="cpu", precision=asked), 0, 10).precision == (asked if has else "fp32")
-
-
 def test_the_number_of_threads_is_the_configured_one():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         choose(ComputeConfig(device="cpu", threads=2), 0, 10)
         assert torch.get_num_threads() == 2
-        choose(ComputeConfig(device="cpu"), 0, 10)  # null leaves it
+        choose(ComputeConfig(device="cpu"), 0, 10)  # null leaves the number as it is
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -283,7 +312,7 @@ def test_the_number_of_threads_is_the_configured_one():
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells")
 def test_peak_bytes_on_a_cpu_are_the_most_this_process_ever_held(monkeypatch):
-    monkeypatch.setattr("hmn.compute._highest", {})  # other tests begin anew, and the system with them
+    monkeypatch.setattr("hmn.compute._highest", {})  # other tests reset the peak, here and in the system
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     if found is None:
         pytest.skip("a sandbox that does not tell")
@@ -296,7 +325,7 @@ def test_where_a_sandbox_does_not_tell_the_peak_the_system_does(monkeypatch):
     assert Compute(CPU).peak_bytes() > 10**7
 
 
-# The fewest page faults of several equal, large, freed allocations; without the setting each has 16,385.
+# Prints the fewest page faults of several equal, large allocations that are freed; each has 16,385 otherwise.
 FAULTS = """
 import resource
 import torch
@@ -314,7 +343,7 @@ print(min(faults))
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
 def test_kept_heap_pages_are_used_again_without_a_page_fault():
-    """In a process of its own, as the setting cannot be taken back."""
+    """It runs in its own process, because the setting cannot be undone."""
     done = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 10
 

@@ -1,4 +1,4 @@
-"""The loop that condenses: reports, curve points, stopping and going on, divergence."""
+"""The condensing loop: reports, curve points, stopping and resuming, divergence."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_reports_tell_what_the_steps_since_the_last_one_measured(tmp_path: Path,
 
 
 def test_what_the_device_has_yet_to_do_counts_where_a_watch_is_read(tmp_path, monkeypatch):
-    """At both points of the curve and at the end, and not what the points themselves take."""
+    """This holds at both points of the curve and at the end; the time of the points themselves does not count."""
     clock = [0.0]
 
     def passing(seconds: float) -> float:
@@ -148,7 +148,7 @@ def test_a_stopped_run_is_kept_exits_by_its_signal_and_goes_on_bit_for_bit(tmp_p
 
 
 class Clock:
-    """Stands for ``time.monotonic``; moves only when told."""
+    """A stand-in for ``time.monotonic`` that moves only when told to."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
@@ -172,12 +172,12 @@ def test_rates_count_the_seconds_of_steps_and_not_of_the_curve(tmp_path: Path, m
     reports = run_all(run, Checkpoints(tmp_path, 1e9), log_every_steps=2, curve_points=3, on_curve=slow_curve)
     assert run.seconds == 8.0
     assert [report.steps_per_second for report in reports] == [0.5, 0.5]
-    # 2 classes, each 6 real and 3 synthetic images, half a step a second
+    # 2 classes with 6 real and 3 synthetic images each, at half a step per second
     assert [report.images_per_second for report in reports] == [9.0, 9.0]
 
 
 class Measured(Compute):
-    """A process whose memory is what ``held`` says, at the most since it last began anew."""
+    """A process that holds ``held`` bytes, and ``most`` bytes since the peak was last reset."""
 
     held = most = 0
 
@@ -193,7 +193,7 @@ class Measured(Compute):
 
 def test_memory_is_that_of_steps_over_all_sittings_and_not_of_the_curve(tmp_path: Path, monkeypatch):
     compute = Measured(CPU.device)
-    compute.hold(9000)  # a bank was made
+    compute.hold(9000)  # making a bank took this much
     compute.hold(10)
 
     def sitting(per_step: dict[int, int], stop_at: int | None = None) -> ClassMatching:

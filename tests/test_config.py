@@ -1,4 +1,4 @@
-"""Range checks name key, value and rule."""
+"""Errors of range checks name the key, the value and the rule."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ NUMBERS = (int, float, int | None, float | None)
 
 
 def numbers() -> list[tuple[str, str]]:
-    """Every field that is a number or a null."""
+    """Every field whose type is a number, with or without null."""
     found = []
     for section in SECTIONS:
         hints = get_type_hints(type(getattr(configured(), section)))
@@ -211,17 +211,17 @@ def test_statistics_are_one_number_per_channel(name):
 
 
 def test_the_unbiased_distance_is_mse_of_two_halves():
-    rule = "false but for metric=mse and an even synthetic_batch"
+    rule = "false unless metric=mse and synthetic_batch is even or null"
     refused(f"objective.unbiased=true: must be {rule}", objective__unbiased=True, objective__metric="l1")
     refused(f"objective.unbiased=true: must be {rule}", objective__unbiased=True, objective__synthetic_batch=63)
 
 
 def test_settings_of_another_optimizer_are_refused():
-    """``configured()`` has Adam, whose betas are taken; a default that nothing reads may stay."""
-    rule = "must be 0.5 with objective.optimizer=adam, which has none"
+    """``configured()`` uses Adam, so it accepts betas; a setting that nothing reads may keep its default."""
+    rule = "must be 0.5 with objective.optimizer=adam, which does not use it"
     refused(f"objective.momentum=0.9: {rule}", objective__momentum=0.9)
     for name, default in (("beta1", 0.9), ("beta2", 0.99)):
-        rule = f"must be {default} with objective.optimizer=sgd, which has none"
+        rule = f"must be {default} with objective.optimizer=sgd, which does not use it"
         refused(f"objective.{name}=0.5: {rule}", objective__optimizer="sgd", **{f"objective__{name}": 0.5})
 
 
@@ -255,7 +255,7 @@ def test_judging_needs_an_artifact(mode):
 
 
 def test_an_artifact_that_nothing_would_read_is_refused():
-    refused("artifact=there: must be null but for mode=evaluate and mode=redundancy", artifact="there")
+    refused("artifact=there: must be null unless mode=evaluate or mode=redundancy", artifact="there")
 
 
 def test_no_artifact_is_joined_with_itself_and_redundancy_is_of_one():

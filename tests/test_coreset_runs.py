@@ -1,4 +1,4 @@
-"""``container=coreset``: chosen real images are kept and judged like condensed ones, and a kill changes nothing."""
+"""``container=coreset``: chosen real images are saved and evaluated like condensed ones, and a kill changes nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TRAINED = [method for method in CORESET_METHODS if method != "random"]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> tuple[str, ...]:
-    """Three classes of grey noise, 30 images each for training."""
+    """Overrides for three classes of grey noise with 30 training images each."""
     path = tmp_path_factory.mktemp("data") / "toy.npz"
     draw = np.random.default_rng(0)
     arrays = {}
@@ -104,7 +104,7 @@ def test_methods_choose_different_images(chosen):
 
 
 def test_methods_that_learn_the_same_from_the_full_set_learn_it_once(chosen):
-    """Features are of networks trained with CutMix, margins without."""
+    """Features come from networks trained with CutMix, margins from networks trained without it."""
     (folder,) = (chosen["herding"].parents[1] / ".cache" / "coresets").iterdir()
     assert {path.name for path in folder.glob("*.safetensors")} == {"difficulty.safetensors", "weights.safetensors"}
 
@@ -119,7 +119,7 @@ def test_random_images_and_their_accuracy_are_those_of_the_reference(at_random, 
 
 def test_a_choice_that_was_killed_while_networks_trained_goes_on(chosen, data, tmp_path):
     arguments = (*data, *SCORED, "container.method=forgetting", "compute.checkpoint_every_seconds=0")
-    arguments += ("evaluation.epochs=60",)  # enough of them are left when it is seen to have begun
+    arguments += ("evaluation.epochs=60",)  # so that enough are left when the evaluation is seen to have begun
     whole = tmp_path / "whole"
     whole.mkdir()
     finish(whole, *arguments)
@@ -201,6 +201,6 @@ def test_what_cannot_be_used_is_refused(data, override, line):
 
 
 def test_choosing_counts_for_whether_compiling_pays(data):
-    """Five thousand images a class, of which a tenth is held out, are reckoned with before any are read."""
+    """Before any image is read, the plan assumes 5,000 images per class, a tenth of them held out."""
     without, chosen = (planned(*data, f"container.method={method}") for method in ("random", "herding"))
     assert chosen.expected_flops - without.expected_flops == 200 * 3 * 4500 * chosen.training_flops

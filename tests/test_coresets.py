@@ -1,4 +1,4 @@
-"""Coresets: every selection against a naive loop, by hand, and what holds whatever the data."""
+"""Coresets: every selection against a naive loop and by hand, and properties that hold for any data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def points(seed: int, n: int, d: int = 3) -> Tensor:
 
 
 def naive_herding(rows: list[list[float]], count: int) -> list[int]:
-    """|| (k + 1) * mu - sum of the chosen - x ||, number by number."""
+    """Choose each time the x with the least || (k + 1) * mu - sum of the chosen - x ||, number by number."""
     n, d = len(rows), len(rows[0])
     mu = [sum(row[j] for row in rows) / n for j in range(d)]
     chosen: list[int] = []
@@ -61,9 +61,9 @@ def test_greedy_choices_are_those_of_a_naive_loop(select, naive, seed, n, data):
 
 
 def test_herding_keeps_the_mean_of_the_chosen_at_the_mean_of_all():
-    """The mean is 3, so the sums wanted are 3, 6 and 9. By distance to the mean alone, 0 would come before 6.5."""
+    """The mean is 3, so the target sums are 3, 6 and 9. By distance to the mean alone, 0 would come before 6.5."""
     rows = torch.tensor([[0.0], [2.0], [3.5], [6.5]])
-    assert herding(rows, 3).tolist() == [2, 1, 3]  # 3.5; then 2.5 is wanted; then 3.5, of which 6.5 is nearer than 0
+    assert herding(rows, 3).tolist() == [2, 1, 3]  # 3.5; then the nearest to 2.5; then to 3.5: 6.5 and not 0
     assert herding(rows, 4).tolist() == [2, 1, 3, 0]
 
 
@@ -79,7 +79,7 @@ def test_copies_are_chosen_once_each(select):
 
 
 def test_features_are_not_normalised_to_length_one():
-    """On the unit circle the first one would be the nearest to the mean."""
+    """On the unit circle, the first image would be the nearest to the mean."""
     rows = torch.tensor([[10.0, 0.0], [10.0, 1.0], [0.5, -0.5], [-9.0, 0.0]])
     assert herding(torch.nn.functional.normalize(rows), 1).tolist() == [0]
     assert herding(rows, 1).tolist() == k_center(rows, 1).tolist() == [2]
@@ -94,7 +94,7 @@ def test_the_highest_of_every_class(seed, counts, data):
     count = data.draw(st.integers(1, min(counts)))
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     labels = labels[torch.randperm(len(labels), generator=stream(seed))]
-    scores = torch.randint(0, 4, (len(labels),), generator=stream(seed + 1)).float()  # ties, as of forgetting events
+    scores = torch.randint(0, 4, (len(labels),), generator=stream(seed + 1)).float()  # ties, as in forgetting events
     chosen = highest(scores, labels, count, stream(seed))
     assert labels[chosen].tolist() == [label for label in range(len(counts)) for _ in range(count)]
     assert len(chosen.unique()) == len(chosen)
@@ -111,7 +111,7 @@ def test_ties_go_at_random_and_by_seed():
 
 
 def budgets(sizes: list[int], count: int) -> list[int]:
-    """CCS, algorithm 1: while bins are left, the smallest gives min(size, floor(left to give / bins left))."""
+    """CCS, algorithm 1: of the bins left, the smallest gives min(size, floor(images left to give / bins left))."""
     given, left = [0] * len(sizes), set(range(len(sizes)))
     while left:
         smallest = min(left, key=lambda b: (sizes[b], b))
@@ -141,12 +141,12 @@ def test_bins_give_what_the_literal_algorithm_says(scores, bins, seed, data):
     which = bins_of(scores, bins)
     sizes = [which.count(b) for b in range(bins)]
     found = [sum(which[i] == b for i in chosen) for b in range(bins)]
-    # Bins of one size may change places, with the budgets they get.
+    # Bins of equal size may swap places, and their budgets with them.
     assert sorted(zip(sizes, found, strict=True)) == sorted(zip(sizes, budgets(sizes, count), strict=True))
 
 
 def test_four_bins_by_hand():
-    """Sizes 1, 6, 0 and 3 for 7 images: none, then 2 of 1, so 1; then 3 of 3; then the rest of 3."""
+    """7 images from bins of sizes 1, 6, 0 and 3: 0 of the 0; 1 of the 1, though 2 may go; 3 of the 3; 3 of the 6."""
     scores = torch.tensor([-8.0, -7, -7, -7, -6.5, -6.5, -6.5, -4.5, -4.25, -4.0])  # bins of width 1 from -8
     chosen = stratified(scores, 7, 4, stream())
     which = torch.tensor([0, 1, 1, 1, 1, 1, 1, 3, 3, 3])[chosen]
@@ -154,7 +154,7 @@ def test_four_bins_by_hand():
 
 
 def test_the_largest_score_can_be_chosen_even_if_it_is_negative():
-    """An upper edge of 1.0001 * max leaves it outside of every bin."""
+    """With an upper edge of 1.0001 * max, it would be outside of every bin."""
     assert sorted(stratified(torch.tensor([-3.0, -2.0, -1.0]), 3, 50, stream()).tolist()) == [0, 1, 2]
 
 
@@ -166,7 +166,7 @@ def test_images_of_a_bin_are_drawn_uniformly():
 
 
 def slow_ccs_pool(scores: list[float], labels: list[int], count: int, cut: int) -> list[set[int]]:
-    """What every class may be sampled from: all but the ``cut`` hardest, and its ``count`` easiest in any case."""
+    """What each class is sampled from: all but the ``cut`` hardest of the set, always with its ``count`` easiest."""
     order = sorted(range(len(scores)), key=lambda i: (scores[i], i))
     pools = []
     for label in sorted(set(labels)):
@@ -204,7 +204,7 @@ def test_ccs_samples_every_class_from_what_the_cut_of_the_whole_set_leaves(seed,
 
 
 def test_the_cut_is_of_the_whole_set_and_not_of_each_class():
-    """Class 0 has all the hard images, and loses half of itself; class 1 loses none."""
+    """Class 0 has all the hard images and loses half of its own; class 1 loses none."""
     labels = torch.tensor([0] * 4 + [1] * 4)
     scores = torch.tensor([-4.0, -3, -2, -1, 1, 2, 3, 4])
     kept = set()
@@ -214,7 +214,7 @@ def test_the_cut_is_of_the_whole_set_and_not_of_each_class():
 
 
 def test_the_cut_is_not_lost_to_rounding():
-    """0.29 * 100 is 28.999999999999996."""
+    """In floating point, 0.29 * 100 is 28.999999999999996."""
     scores, labels = torch.arange(100.0), torch.zeros(100, dtype=torch.int64)
     chosen = ccs(scores, labels, 71, hard_cut=0.29, bins=1, generator=stream())
     assert sorted(chosen.tolist()) == list(range(29, 100))

@@ -1,4 +1,4 @@
-"""One run in several processes: the numbers of one process, one set of outputs, and an end when one is lost."""
+"""One run in several processes gives the numbers of one process and one set of outputs, and ends when one is lost."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ from hmn.data.preprocess import Normalise
 from hmn.errors import Busy, ConfigError, Lost
 from hmn.evaluate import Judge, evaluate
 from hmn.matching import ClassMatching
+from hmn.network_update import training_step
 from hmn.networks.convnet import ConvNet
 from hmn.objectives.distance import all_weights
 from hmn.objectives.gradient import matching_step, real_gradients, stored_step
 from hmn.prune import area_under_margin
 from hmn.realside import LiveSide, SyntheticSide
-from hmn.training import Recipe, train_networks, training_step
+from hmn.training import Recipe, train_networks
 from tests.command import (
     ROOT,
     TINY,
@@ -53,11 +54,11 @@ from tests.command import (
 )
 
 CPU = Compute(torch.device("cpu"))
-LOST = "another process of this run was lost; the same command goes on from the last checkpoint"
-STEPS = 5  # across the renewals of the network at 2 and 4
+LOST = "another process of this run was lost; the same command resumes from the last checkpoint"
+STEPS = 5  # steps 2 and 4 renew the network
 
 
-# The same numbers. 5 classes are 3 + 2 in two processes, 2 + 1 + 1 + 1 in four; 3 classes are 2 + 1.
+# The same numbers. Two processes split 5 classes into 3 + 2 and 3 classes into 2 + 1; four split 5 into 2 + 1 + 1 + 1.
 
 
 def real(classes: int) -> RealData:
@@ -105,7 +106,7 @@ def condensation(
     )
     container = HierarchicalMemory(shape, 3)
     container.initialise(torch.Generator().manual_seed(0), HmnConfig(name="hmn"), None)
-    if penalty:  # of the memories of all classes, as SPEED's
+    if penalty:  # over the memories of all classes, as in SPEED
         container.penalty = lambda: penalty * container.instances.abs().sum()
     build, data = network_of(classes), real(classes)
     shared = {"compute": CPU, "seed": 4}
@@ -117,7 +118,7 @@ def condensation(
         side, parts = LiveSide(data, settings, **made), None
         match = matching_step(build(), settings.metric, CPU)
     normalise = side.normalise
-    if banked:  # each process makes the same one
+    if banked:  # each process makes the same bank
         options = {"classes": classes, "fingerprint": data.fingerprint, "chunk": classes, "stop": Stop()}
         paths = bank.build(Path(tempfile.mkdtemp()), lambda _: side, real_gradients(build(), CPU), settings, **options)
         side = bank.BankSide(paths, settings.bank, settings.strategy, CPU.device, 4)
@@ -130,14 +131,14 @@ def network_of(classes: int) -> Callable[[], nn.Module]:
 
 
 def condensed(classes: int, changes: dict[str, Any]) -> dict[str, Any]:
-    """All that ``STEPS`` steps leave and say."""
+    """What ``STEPS`` steps report, and the state that they leave."""
     work = condensation(classes, **changes)
     said = [work.run_step() for _ in range(STEPS)]
     return {"said": said, "state": work.state_dict()}
 
 
 def curve(folder: Path) -> list[Tensor]:
-    """All images at three points of a curve, between which nothing is saved."""
+    """All images at three points of a curve, with no checkpoint between them."""
     work, seen = condensation(5), []
 
     def on_curve(_step: int) -> float:
@@ -158,7 +159,7 @@ VARIANTS = {
     "three_classes": (3, {}),
     "penalty": (5, {"penalty": 0.3}),
     "bank": (5, {"banked": True, "bank": BankConfig(networks=1, snapshots=2)}),
-    "dc": (5, {"dc": True}),  # whose networks train on the images of all classes
+    "dc": (5, {"dc": True}),  # its networks train on the images of all classes
     "dc_groups": (5, {"dc": True, "classes_per_step": 2}),
 }
 
@@ -180,7 +181,7 @@ def judge(folder: Path) -> tuple[Judge, Split]:
 
 
 def judged(folder: Path) -> dict[str, Any]:
-    """Three networks: the last of two processes has one, the last of four none."""
+    """Evaluate three networks: of two processes, the last trains one; of four, the last trains none."""
     made, images = judge(folder)
     accuracies = evaluate(made, images, images, networks=3, points=2, stream="evaluate")
     return {
@@ -192,7 +193,7 @@ def judged(folder: Path) -> dict[str, Any]:
 
 
 class OneEpoch:
-    """A training of so many networks that learn nothing."""
+    """A training of ``networks`` for one epoch, in which they learn nothing."""
 
     recipe, epoch = SimpleNamespace(epochs=1), 0
 
@@ -212,7 +213,7 @@ class OneEpoch:
 
 
 def dealt_out(folder: Path) -> list[float]:
-    """How often each of five networks is trained where the first process alone had saved, when there were pairs."""
+    """How often each of five networks is trained when only the first process had saved, while it trained a pair."""
     checkpoints, trained = Checkpoints(folder, 0), {"times": torch.zeros(5)}
     if distributed.first() and distributed.world() > 1:
         begun = {"index": 0, "stop": 2, "together": 2, "training": None, "memo": {"times": torch.zeros(5)}}
@@ -225,9 +226,9 @@ def dealt_out(folder: Path) -> list[float]:
 
 
 def exchanged(here: Path, alone: Path) -> dict[str, Any]:
-    """Two steps saved ``here`` for others, and three steps on from what one process saved after two.
+    """Save two steps ``here`` for others, and take three more from what one process saved after two.
 
-    Every process is given a folder of its own, so that what is found there tells who wrote and who read.
+    Every process has a folder of its own, so that the files show which process wrote and which read.
     """
     work = condensation(5, classes_per_step=2)
     for _ in range(2):
@@ -278,7 +279,7 @@ def everything(folder: Path, alone: Path) -> dict[str, Any]:
 def _one_of_several(environment: dict[str, str], folder: Path, alone: Path) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)  # so that nothing need be forgiven but the order of sums
+    torch.set_default_dtype(torch.float64)  # so that only the order of sums can make a difference
     distributed.start(CPU.device)
     torch.save(everything(folder, alone), folder / f"found-{distributed.rank()}.pt")
     distributed.finish()
@@ -286,7 +287,7 @@ def _one_of_several(environment: dict[str, str], folder: Path, alone: Path) -> N
 
 @pytest.fixture(scope="module")
 def several(tmp_path_factory) -> Callable[[int], list[dict[str, Any]]]:
-    """What each of so many processes finds; they are started once."""
+    """Return a function that gives what each of ``count`` processes finds; it starts them once per count."""
     alone = tmp_path_factory.mktemp("processes-1")
 
     @functools.cache
@@ -312,7 +313,7 @@ def alone(several) -> dict[str, Any]:
 
 
 def assert_close(one: Any, other: Any, at: str = "found") -> None:
-    """To float64 accuracy, through all lists and dictionaries; seconds differ from run to run."""
+    """Compare nested lists and dictionaries to float64 accuracy, except time and memory, which differ between runs."""
     if isinstance(one, dict):
         assert one.keys() == other.keys(), at
         for key in one.keys() - {"seconds", "peak_bytes"}:
@@ -336,7 +337,7 @@ COUNTS = pytest.mark.parametrize("count", [2, 4])
     ("variant", "count"), [(name, count) for name in VARIANTS for count in (2, 4) if VARIANTS[name][0] >= count]
 )
 def test_condensing_in_several_processes_is_that_of_one(alone, several, variant: str, count: int):
-    """Losses, gradient norms, parameters, Adam's moments and the streams, at every process."""
+    """Losses, gradient norms, parameters, Adam's moments and the streams agree in every process."""
     for found in several(count):
         assert_close(found[variant], alone[variant])
 
@@ -379,7 +380,7 @@ def test_processes_share_out_even_what_one_of_them_could_train_at_once(tmp_path,
         return OneEpoch(networks)
 
     train_networks(5, make, lambda *_: None, {}, Checkpoints(tmp_path, 60), "dealt", together=5)
-    assert dealt == [[3, 4]]  # the first has three of the five
+    assert dealt == [[3, 4]]  # the first process trains the other three
 
 
 def test_what_processes_tell_each_other(several):
@@ -450,7 +451,7 @@ def four_gpus(monkeypatch, local_rank: int) -> None:
         monkeypatch.setenv(name, value)
 
 
-# The command line. Every stage that has a state, saved at each step.
+# The command line, with every stage that has a state, saved at each step
 
 STAGES = (
     *TINY,
@@ -470,7 +471,7 @@ def seen(where: Path, slot: str) -> Callable[[], bool]:
 
 
 def assert_same_outcome(where: Path, expected: Path) -> None:
-    """The tensors, the measurements and the files of two finished runs; in float32 sums differ in their last bits."""
+    """Compare tensors, measurements and files of two finished runs; sums in float32 differ in their last bits."""
     one, other = (load_file(folder_of(folder) / "condensed.safetensors") for folder in (where, expected))
     for name, value in one.items():
         torch.testing.assert_close(value, other[name], rtol=0, atol=2e-3, msg=lambda text, n=name: f"{n}: {text}")
@@ -495,7 +496,7 @@ def one_process(tmp_path_factory) -> Path:
 
 
 def end(commands: list[Command]) -> tuple[list[int], list[str]]:
-    """Exit codes, and all lines on stderr that are no progress bar."""
+    """Exit codes, and all lines on stderr that are not a progress bar."""
     outcomes = [command.finish() for command in commands]
     lines = [line for outcome in outcomes for line in outcome.err.replace("\r", "\n").splitlines()]
     moving_up = "\x1b[A"
@@ -514,13 +515,13 @@ def test_two_processes_leave_one_set_of_outputs_and_both_end_well(tmp_path, one_
     assert json.loads((folder_of(tmp_path) / "result.json").read_text())["processes"] == 2
     first, second = run_several(tmp_path, 2, *STAGES)
     assert (first.code, second.code, second.out) == (0, 0, "")
-    assert "is finished: this is its kept result" in first.out
+    assert "is finished: this is its saved result" in first.out
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_a_process_is_killed_the_other_says_so_and_the_run_goes_on(tmp_path, one_process, victim: int):
-    """While condensing, then in the evaluation; at last one process finishes the run."""
+    """Process ``victim`` is killed while condensing, then while evaluating; at last, one process finishes the run."""
     for slot in ("condense", "evaluate-1of2"):
         with start_several(tmp_path, 2, *STAGES) as commands:
             commands[victim].wait_for(seen(tmp_path, slot))
@@ -544,7 +545,7 @@ def test_processes_that_one_signal_stops_stop_together_and_go_on_in_as_many(tmp_
         os.kill(commands[1].process.pid, signal.SIGTERM)
         codes, lines = end(commands)
     assert codes == [128 + signal.SIGTERM] * 2
-    assert lines == ["stopped by SIGTERM; the same command goes on from here"]
+    assert lines == ["stopped by SIGTERM; the same command resumes from here"]
     first, second = run_several(tmp_path, 2, *STAGES)
     assert (first.code, second.code) == (0, 0), first.err + second.err
     assert "continuing at step" in first.out
@@ -577,7 +578,7 @@ def test_what_cannot_be_run_is_refused_in_one_line(tmp_path, arguments: tuple[st
 def test_a_run_that_another_process_works_on_is_refused_once(tmp_path):
     command = start(tmp_path, *STAGES)
     command.wait_for(seen(tmp_path, "condense"))
-    os.kill(command.process.pid, signal.SIGSTOP)  # or it might be done before they ask
+    os.kill(command.process.pid, signal.SIGSTOP)  # otherwise it might finish before they ask
     with start_several(tmp_path, 2, *STAGES) as commands:
         codes, (line,) = end(commands)
     os.kill(command.process.pid, signal.SIGCONT)

@@ -18,9 +18,10 @@ from hmn.data.preprocess import Normalise
 from hmn.data.splits import Split
 from hmn.errors import Interrupted
 from hmn.evaluate import Accuracies, Judge, evaluate, quick_accuracy, recipe_of, tiny_rest
+from hmn.network_update import training_step
 from hmn.networks.convnet import ConvNet
 from hmn.seeding import derived_seed
-from hmn.training import Recipe, Training, accuracy, training_step
+from hmn.training import Recipe, Training, accuracy
 
 NORMALISE = Normalise((0.5,), (0.25,))
 RECIPE = Recipe(
@@ -135,7 +136,7 @@ def test_a_tiny_last_batch_is_told_with_the_way_out_of_it(images: int, rest: int
 
 
 def by_hand(seed: int, stream: str, *networks: int, epochs: int = 4) -> list[list[float]]:
-    """Test accuracies after every epoch, a list per network: networks of one stream, trained together."""
+    """Test accuracies after every epoch, one list per network, of networks of one stream that are trained together."""
     generators = [torch.Generator().manual_seed(derived_seed(seed, stream, index)) for index in networks]
     recipe = dataclasses.replace(RECIPE, epochs=epochs)
     step = training_step(build(), Compute(torch.device("cpu")))

@@ -1,4 +1,4 @@
-"""A run as a whole: what a machine lacks, and what an earlier try has left."""
+"""A run as a whole: what the machine lacks, and what an earlier attempt has left."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from tests.command import TINY, planned, run
 
 
 @pytest.mark.parametrize(("has", "precision"), [(False, "fp32"), (True, "bf16")])
-def test_a_machine_without_bf16_says_so_and_keeps_what_it_computed_in(tmp_path, monkeypatch, capsys, has, precision):
-    monkeypatch.setattr(compute, "has_bf16", lambda device: has)
+def test_a_machine_with_slow_bf16_says_so_and_keeps_what_it_computed_in(tmp_path, monkeypatch, capsys, has, precision):
+    monkeypatch.setattr(compute, "bf16_pays", lambda device: has)
     own = (f"paths.runs_dir={tmp_path}/runs", f"paths.cache_dir={tmp_path}/cache")
     plan = planned(*TINY, "mode=random_subset", "compute.precision=bf16", *own)
     experiment.run(plan, command="")
     out = capsys.readouterr().out
     found = results.read(plan.folder)
     assert (found["precision"], found["config"]["compute"]["precision"]) == (precision, "bf16")
-    line = "compute.precision=bf16: this machine has no such arithmetic, so fp32 it is"
+    line = "compute.precision=bf16: no faster than fp32 on this machine, so fp32 is used"
     assert out.splitlines().count(line) == (not has) and f", {precision}, " in out.splitlines()[0]
 
 

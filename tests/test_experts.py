@@ -22,8 +22,9 @@ from hmn.config.objectives import ExpertsConfig
 from hmn.data.preprocess import Normalise
 from hmn.errors import ArtifactError, ConfigError, Diverged, Interrupted
 from hmn.experts import Trajectories, read
+from hmn.network_update import training_step
 from hmn.seeding import generator
-from hmn.training import Training, training_step
+from hmn.training import Training
 from tests.command import TINY, configured, run
 from tests.small_matching import CPU, MEAN, REAL, STD, assert_same
 from tests.small_matching import build as build_network
@@ -62,7 +63,7 @@ def test_an_expert_is_a_network_before_and_after_every_epoch_of_its_training(tmp
 
 
 def test_others_wait_while_experts_are_trained(tmp_path: Path, monkeypatch):
-    """Their checkpoints lie in one folder."""
+    """All runs keep the checkpoints of experts in the same folder."""
     seen, trained = [], train
     monkeypatch.setitem(globals(), "train", lambda numbers: seen.append(held(tmp_path)) or trained(numbers))
     make(tmp_path, count=2)
@@ -108,10 +109,10 @@ def test_stopped_experts_go_on_from_their_last_epoch(tmp_path, monkeypatch, toge
         return run_epoch(training)
 
     monkeypatch.setattr(Training, "run_epoch", counted)
-    with pytest.raises(Interrupted, match="stopped by SIGTERM; the same command goes on from here"):
+    with pytest.raises(Interrupted, match="stopped by SIGTERM; the same command resumes from here"):
         make(tmp_path / "halves", together=together, stop=stop)
     assert len(list((tmp_path / "halves").glob("*.safetensors"))) == finished
-    found = [contents(path) for path in make(tmp_path / "halves", together=1)]  # what was begun together stays so
+    found = [contents(path) for path in make(tmp_path / "halves", together=1)]  # begun together, they stay together
     for one, other in zip(found, expected, strict=True):
         assert_same(one, other)
     assert epochs == [0, 1] * groups
@@ -162,7 +163,7 @@ def test_what_ends_while_it_writes_its_experts_goes_on_from_their_state(stopped,
 
 
 def test_finished_experts_need_no_checkpoints(tmp_path: Path):
-    """Those that another device has begun are not asked for."""
+    """Checkpoints that another device has begun are not opened."""
     make(tmp_path, count=1)
     options = {"fingerprint": REAL.fingerprint, "together": 1, "stop": Stop()}
     experts.build(tmp_path, train, 1, **options, open_checkpoints=pytest.fail)
@@ -193,7 +194,7 @@ def test_more_experts_are_added_to_those_that_are_there(tmp_path: Path):
 
 def test_experts_of_other_images_are_refused(tmp_path: Path):
     make(tmp_path, count=1)
-    with pytest.raises(ArtifactError, match="made on other images; remove"):
+    with pytest.raises(ArtifactError, match="made from other images; remove"):
         make(tmp_path, count=1, fingerprint="0" * 64)
 
 

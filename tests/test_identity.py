@@ -31,13 +31,13 @@ SECTIONS = (
 
 BASE = ("dataset=cifar10", "memory=ipc10")
 
-# Another value for every setting, by whether it changes what mode=run computes.
+# A different value for every setting, grouped by whether the setting changes what mode=run computes.
 SCIENCE: dict[str, dict[str, Any]] = {
     "dataset": {
         "kind": "svhn",
         "name": "mine",
         "image_size": 64,
-        "channels": ...,  # below, as mean and std go with it
+        "channels": ...,  # tested below, because mean and std go with it
         "classes": 11,
         "class_order": 0,
         "class_range": [0, 2],
@@ -84,7 +84,7 @@ SCIENCE: dict[str, dict[str, Any]] = {
         "class_reduction": "sum",
         "optimizer": "sgd",
         "lr_scaling": "idc",
-        "momentum": ...,  # below, as it goes with sgd
+        "momentum": ...,  # tested below, because it goes with sgd
         "gradient_clip": 7.0,
         "average": 0.5,
         "memory_lr": 0.1,
@@ -132,7 +132,7 @@ SCIENCE: dict[str, dict[str, Any]] = {
 }
 CIRCUMSTANCE: dict[str, dict[str, Any]] = {
     "dataset": {"root": "/elsewhere", "download": False},
-    "container": {"start": ...},  # given with init=kept alone; the run id has its checksum
+    "container": {"start": ...},  # only with init=kept; the run id has its checksum
     "evaluation": {"full_data_epochs": 7},
     "tracking": {
         "mode": "disabled",
@@ -199,7 +199,7 @@ def test_the_same_experiment_elsewhere_has_the_same_id(key, value):
 
 
 def test_of_every_container_and_objective_only_these_stay_out_of_the_id():
-    """``start``, whose checksum is in it, and ``segment``, which changes what is kept and nothing that is computed."""
+    """``start``, whose checksum is in the id, and ``segment``, which changes what is kept in memory but no result."""
     sections = (*containers.SCHEMAS, *objectives.SCHEMAS.values(), objectives.ExpertsConfig, BankConfig)
     found = {item.name for section in sections for item in dataclasses.fields(section) if not is_scientific(item)}
     assert found == {"start", "segment"}
@@ -271,7 +271,7 @@ FIT_DEFAULTS_THEN = (
     ],
 )
 def test_ids_of_runs_that_may_lie_around_stay_as_they_were(run_id, given):
-    """Of commit b457f6d, before there were classes to choose, several artifacts and mode=redundancy."""
+    """The ids are of commit b457f6d, which had no choice of classes, no lists of artifacts and no mode=redundancy."""
     assert make_plan(configured(*given)).run_id == run_id
 
 

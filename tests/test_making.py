@@ -1,4 +1,4 @@
-"""Condensing as a stage of a run: what a point of the curve judges, and what is kept."""
+"""Condensing as a stage of a run: what a point of the curve evaluates, and what is kept."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AVERAGED = ("objective.average=0.5", "pruning=none")
 def made(
     folder: Path, monkeypatch: pytest.MonkeyPatch, points: int
 ) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
-    """Parameters of what is kept, the averages that the run ends with, and the images that its curve judges by name."""
+    """The kept parameters, the averages at the end, and by name the images of each curve point and those kept."""
     plan = planned(*TINY, *AVERAGED, f"evaluation.curve_points={points}")
     works: list[Condensation] = []
     judged: dict[str, Tensor] = {}
@@ -44,7 +44,7 @@ def made(
 
 
 class _Spied:
-    """``hmn.build`` with another ``condensation``."""
+    """``hmn.build`` with ``condensation`` replaced."""
 
     def __init__(self, condensation) -> None:
         self.condensation = condensation

@@ -1,4 +1,4 @@
-"""Networks to the digit, their forward passes against plain functions and torchvision, and their initialisation."""
+"""Networks: exact parameter counts, forward passes against plain functions and torchvision, and initialisation."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_instance_norm_is_group_norm_with_affine_parameters_and_no_running_stati
 
 
 class NormInputs(TorchDispatchMode):
-    """The types of what is normalised."""
+    """Records the dtypes of the inputs of norms."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ def test_default_depth_is_the_smallest_that_leaves_at_most_4_by_4(size, depth):
 
 
 def plain_forward(network: ConvNet, images: Tensor, depth: int) -> Tensor:
-    """The same network from its parameters alone, norms written out."""
+    """The same forward pass from the parameters alone, with norms written out."""
     values = list(network.parameters())
     for block in range(depth):
         weight, bias, scale, offset = values[4 * block : 4 * block + 4]
@@ -170,7 +170,7 @@ def plain_forward(network: ConvNet, images: Tensor, depth: int) -> Tensor:
 def test_a_block_is_convolution_instance_norm_relu_average_pooling(channels, size, depth):
     network = initialise(ConvNet(channels, 5, size, width=6, depth=depth), generator()).double()
     with torch.no_grad():
-        for parameter in network.parameters():  # norms leave weight 1 and bias 0, which would hide them
+        for parameter in network.parameters():  # norms start with weight 1 and bias 0, which would hide errors
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator(1), dtype=torch.float64))
         images = torch.randn(4, channels, size, size, generator=generator(2), dtype=torch.float64)
         found = network(images)
@@ -193,7 +193,7 @@ def test_28_pixels_are_padded_to_32_by_the_first_convolution(name):
 
 
 def tiny(name: str, channels: int = 3, *, size: int = 32, norm: str | None = None) -> nn.Module:
-    """With four classes and few channels; ``norm``: the first of those it can have."""
+    """A network with four classes and few channels; ``norm`` defaults to the first that it supports."""
     width = None if ARCHITECTURES[name].width is None else 2 if name == "densenet121" else 4
     config = NetworkConfig(name=name, width=width, norm=norm or NETWORK_NORMS[name][0])
     return builder(config, channels=channels, classes=4, image_size=size)()
@@ -220,7 +220,7 @@ def test_logits_are_the_classifier_of_the_features_and_every_parameter_has_a_gra
     logits = network(images)
     assert torch.equal(logits, network.classifier(features))
     gradients = torch.autograd.grad(F.cross_entropy(logits, torch.arange(4)), list(network.parameters()))
-    # A bias before a norm changes nothing, and of a thousand maps one may be dead.
+    # Weights only: a bias before a norm changes nothing, and one of a thousand maps may be dead.
     weights = [g for g, p in zip(gradients, network.parameters(), strict=True) if p.ndim > 1]
     assert all(g.abs().max() > 0 for g in weights)
 
@@ -244,7 +244,7 @@ def tells_apart(network: nn.Module, size: int) -> bool:
 def test_images_have_at_least_the_side_at_which_a_network_tells_them_apart(name):
     least = LEAST[name]
     assert tells_apart(tiny(name, size=least), least)
-    line = rf"^network\.name={name}: must be one that takes images of {least - 1} pixels: its least is {least}$"
+    line = rf"^network\.name={name}: must be a network for {least - 1}-pixel images: this one needs at least {least}$"
     with pytest.raises(ConfigError, match=line):
         tiny(name, size=least - 1)
     options = {"width": 4, "norm": "instance"} if ARCHITECTURES[name].width else {}
@@ -257,7 +257,7 @@ def test_images_have_at_least_the_side_at_which_a_network_tells_them_apart(name)
 
 @pytest.mark.parametrize("name", ["resnet_ap10", "vgg11"])
 def test_gradients_can_be_matched_in_every_form_for_any_network(name):
-    """Average pooling and shortcuts, and max pooling, differentiated twice."""
+    """One network has average pooling and shortcuts, the other max pooling; all are differentiated twice."""
     network, stream = initialise(tiny(name), generator()).double(), generator(1)
     parameters = {key: value.detach() for key, value in network.named_parameters()}
     real, synthetic = torch.randn(2, 2, 3, 32, 32, generator=stream, dtype=torch.float64)
@@ -274,7 +274,7 @@ def test_gradients_can_be_matched_in_every_form_for_any_network(name):
 
 
 def same_weights(ours: nn.Module, theirs: nn.Module) -> None:
-    """Random norms too: they start as 1 and 0, which would hide them. Parameters come in the same order."""
+    """Give both the same random parameters, in order. Norms are included: their initial 1 and 0 would hide errors."""
     stream = generator(1)
     with torch.no_grad():
         for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -283,7 +283,7 @@ def same_weights(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 def assert_equal_in_both_modes(ours: nn.Module, theirs: nn.Module, images: Tensor) -> None:
-    for train in (True, False):  # the first moves the running statistics that the second uses
+    for train in (True, False):  # training moves the running statistics that evaluation uses
         with torch.no_grad():
             found, expected = ours.train(train)(images), theirs.train(train)(images)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -379,7 +379,7 @@ def test_an_mlp_is_two_hidden_layers():
     torch.testing.assert_close(network(images), hidden @ w3.T + b3)
 
 
-# Of every convolution its padding, and whether max pooling follows
+# The padding of every convolution, and whether max pooling follows it
 CLASSIC = {
     "lenet": [(0, True), (0, True)],
     "alexnet": [(2, True), (2, True), (1, False), (1, False), (1, True)],
@@ -415,7 +415,7 @@ def test_initialise_draws_from_pytorchs_default_distribution():
         fan_in = one.in_features if isinstance(one, nn.Linear) else one.in_channels * 9
         bound = 1 / math.sqrt(fan_in)
         for found, default in ((one.weight, other.weight), (one.bias, other.bias)):
-            assert default.abs().max() <= bound * (1 + 1e-6)  # what is assumed of PyTorch
+            assert default.abs().max() <= bound * (1 + 1e-6)  # the assumption about PyTorch's default
             assert found.abs().max() <= bound
         values = one.weight.detach().flatten()
         n = len(values)

@@ -1,4 +1,4 @@
-"""A container's optimiser: SGD and Adam, rates by tier and by budget, class by class, and the state that it keeps."""
+"""A container's optimiser: SGD and Adam, rates by tier and by budget, steps class by class, and its saved state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.small_matching import CLASSES, MEMORIES, OWNED, TIERS, assert_same, c
 
 
 def container(seed: int = 0) -> Container:
-    """Coefficients (2, 3, 4) and bases (4, 1, 2, 2)."""
+    """A container with coefficients (2, 3, 4) and bases (4, 1, 2, 2)."""
     shape = LinbaShape(classes=2, channels=1, image_size=4, bases=4, downsample=2)
     made = KINDS["linba"].container(shape, 3)
     made.initialise(torch.Generator().manual_seed(seed), None, None)
@@ -82,7 +82,7 @@ def test_a_rate_is_multiplied_by_the_factor_and_by_its_tiers_scale():
     ],
 )
 def test_idcs_factor(images_per_class, side, factor):
-    """28 pixels as IDC's Fashion-MNIST, 64 as DREAM's Tiny-ImageNet; from 128 pixels on the base is 224."""
+    """28 pixels are IDC's Fashion-MNIST, 64 are DREAM's Tiny-ImageNet; from 128 pixels on, the base is 224."""
     assert idc_rate_factor(images_per_class, side) == pytest.approx(factor)
 
 
@@ -207,7 +207,7 @@ def test_each_tier_is_one_group_of_the_optimiser_and_none_is_left_out():
         assert sum(counts) == sum(p.numel() for p in made.parameters())
 
 
-# Which classes take part in each step: one after another, then groups, class 1 left out for long.
+# The classes that take part in each step: one after another, then groups; class 1 is left out for long.
 TURNS = [[0], [1], [2], [0, 2], [0, 2], [2], [0, 1, 2], [1]]
 
 
@@ -220,7 +220,7 @@ def test_stepping_classes_in_turn_equals_parameters_of_their_own():
     adams |= {key: reference_adam([value], peak_lr(key[0])) for key, value in rows.items()}
     optimizer, stream = ContainerOptimizer(made, ADAM, 8, by_class=True), torch.Generator().manual_seed(1)
     for done, turn in enumerate(TURNS):
-        gradients = give_gradients(made, stream)  # also in the rows of others, which must not matter
+        gradients = give_gradients(made, stream)  # also for classes that do not take part, which must not matter
         optimizer.set_rates(done)
         optimizer.step(torch.tensor(turn))
         for name, value in shared.items():

@@ -11,7 +11,7 @@ WHITE = 255
 
 
 def flat(*values: float, channels: int = 3, side: int = 2) -> torch.Tensor:
-    """One image of a single value each."""
+    """One constant image per value."""
     return torch.tensor(values).view(-1, 1, 1, 1).expand(-1, channels, side, side)
 
 
@@ -75,12 +75,12 @@ def test_enlarging_by_one_changes_nothing():
     assert (np.asarray(enlarge(picture, 1)) == np.asarray(picture)).all()
 
 
-# pruning_grid with images of 60 pixels: a gap of 8, a caption of 14 below each
+# The layout of pruning_grid for images of 60 pixels: a gap of 8, and a caption of 14 below each image
 SIDE, ACROSS, DOWN, GAP = 60, 68, 82, 8
 
 
 def before_pruning(order: list[int], keep: int, hardest: int) -> np.ndarray:
-    """The grid of one class whose image of grey value 2 i has the AUM order.index(i)."""
+    """The grid of one class, in which the image of grey value 2 * i has the AUM order.index(i)."""
     grey = torch.arange(len(order)).float() * 2 / 255
     scores = torch.tensor([[float(order.index(image)) for image in range(len(order))]])
     images = grey.view(1, -1, 1, 1, 1).expand(-1, -1, 1, SIDE, SIDE)
@@ -114,7 +114,7 @@ def test_an_end_that_loses_nothing_leaves_its_place_to_what_is_kept():
 
 def test_the_aum_is_written_in_the_colour_of_the_end():
     grid = before_pruning([0, 1, 2], keep=1, hardest=1)
-    caption = grid[GAP + SIDE + 3 : DOWN].astype(int)  # its edges are blended with the paper's white
+    caption = grid[GAP + SIDE + 3 : DOWN].astype(int)  # the edges of the text are blended with the white background
     for position, (redder, bluer) in enumerate(((True, False), (False, False), (False, True))):
         words = caption[:, GAP + position * ACROSS : GAP + position * ACROSS + SIDE]
         assert words.min() < 200

@@ -19,7 +19,7 @@ from tests.command import ROOT, configured, planned
 CONVOLUTIONS = (2 * 32**2 * 128 * 27, 2 * 16**2 * 128 * 1152, 2 * 8**2 * 128 * 1152)
 CLASSIFIER = 2 * 2048 * 10
 FORWARD = sum(CONVOLUTIONS) + CLASSIFIER
-# The gradient of the weights costs each layer's forward pass once more, that of its input too but for the pixels.
+# A layer's weight gradient costs one more forward pass, and so does its input gradient, which pixels do not need.
 TRAINING = 3 * FORWARD - CONVOLUTIONS[0]
 
 # Shared floats: dataset memory + ten extractors + ten class memories + decoder (convolutions k*k*in*out + out).
@@ -76,12 +76,12 @@ def test_flops_are_the_hand_count():
     assert round(TRAINING / FORWARD, 2) == 2.93
     # 2,000 samples in batches of 64 are 32 batches.
     assert plan.step_flops.update == 32 * 64 * TRAINING
-    # A matching step differentiates convolution weights only, on real images once and on decoded ones twice.
+    # A matching step differentiates by convolution weights only, once on real images and twice on decoded ones.
     weights, inputs = sum(CONVOLUTIONS), sum(CONVOLUTIONS[1:]) + CLASSIFIER
     once = FORWARD + weights + inputs
     twice = once + 2 * weights + inputs + FORWARD
     per_class = 64 * once + 43 * twice
-    assert 1 <= plan.step_flops.matching / (10 * per_class) < 1.15  # the counter sees some terms that nothing needs
+    assert 1 <= plan.step_flops.matching / (10 * per_class) < 1.15  # the counter includes terms that nothing needs
 
 
 def test_flops_follow_batches_and_classes():
@@ -95,7 +95,7 @@ def test_flops_follow_batches_and_classes():
 
 def test_with_a_bank_a_step_is_the_synthetic_side_alone():
     live, banked = (planned("mode=plan", "dataset=cifar10", f"objective.bank.networks={count}") for count in (0, 2))
-    real = 10 * 64 * (TRAINING - CLASSIFIER)  # whose own gradient is not matched
+    real = 10 * 64 * (TRAINING - CLASSIFIER)  # the classifier's own gradient is not matched
     assert live.step_flops.matching - banked.step_flops.matching == pytest.approx(real, rel=0.001)
     assert banked.step_flops.update == 0
 
@@ -104,7 +104,7 @@ def test_flops_of_dc_add_the_classifier_and_the_synthetic_epochs():
     image = ("mode=plan", "dataset=cifar10", "memory=ipc10", "container=image", "pruning=none")
     plan = planned(*image, "objective=dc")
     assert plan.matching_steps == 1000 * 10
-    # 50 epochs on 100 images after each of a network's steps but the last of 10.
+    # 50 epochs on 100 images after each of a network's 10 steps except the last.
     assert plan.step_flops.update == 50 * 100 * TRAINING * 9 // 10
     assert planned(*image[:2], "container=image", "pruning=none", "objective=dc").step_flops.update == 0
     weights, inputs = sum(CONVOLUTIONS) + CLASSIFIER, sum(CONVOLUTIONS[1:]) + CLASSIFIER
@@ -123,13 +123,13 @@ def test_flops_of_dm_are_one_backward_pass_and_those_of_idm_its_pool():
 
 
 def test_flops_of_bptt_are_four_trainings_of_each_image_that_a_student_sees():
-    """Its step, that step once more on the way back, and twice that: each product has two factors to differentiate."""
+    """Its step, the same step again on the way back, and twice that for the gradients of a product's two factors."""
     image = ("mode=plan", "dataset=cifar10", "memory=ipc10", "container=image", "pruning=none", "objective=bptt")
     plan = planned(*image, "objective.student_steps=3", "objective.class_batch=4", "objective.real_batch=5")
     assert plan.step_flops.matching == 3 * (10 * 4) * 4 * TRAINING
     assert plan.step_flops.update == 10 * 5 * TRAINING
     whole = planned(*image, "objective.student_steps=3", "objective.class_batch=32")
-    assert whole.step_flops.matching == 3 * (10 * 10) * 4 * TRAINING  # no more than there are
+    assert whole.step_flops.matching == 3 * (10 * 10) * 4 * TRAINING  # no more images than there are
 
 
 @pytest.mark.parametrize("objective", ["dc", "distribution_matching", "trajectory_matching", "bptt"])
@@ -142,7 +142,7 @@ def test_the_written_out_form_is_refused_for_what_it_has_no_formula_for(objectiv
 
 def test_dc_asks_for_its_loops_where_its_table_has_none():
     with pytest.raises(
-        ConfigError, match=r"^objective\.inner_steps=null: must be given where .* none of 1, 10, 20, 30, 40, 50$"
+        ConfigError, match=r"^objective\.inner_steps=null: must be given: .*=\d+, only for 1, 10, 20, 30, 40, 50$"
     ):
         planned("mode=plan", "objective=dc", "memory.images_per_class=5")
     plan = planned("mode=plan", "objective=dc", "memory=ipc50")
@@ -174,7 +174,7 @@ def test_expected_flops_are_those_of_condensing_and_of_training_the_judges():
         ("cifar100", 50_000),
         ("tiny_imagenet", 100_000),
         ("imagenet10", 13_000),
-        ("digits", 0.8 * 1_797),  # a fifth is for test
+        ("digits", 0.8 * 1_797),  # a fifth is the test set
     ],
 )
 def test_training_images_are_reckoned_with_before_they_are_read(dataset, images):
@@ -184,8 +184,8 @@ def test_training_images_are_reckoned_with_before_they_are_read(dataset, images)
 
 def test_expected_flops_of_judging_kept_sets_are_those_of_their_images(monkeypatch):
     kept = ROOT / "experiments" / "release" / "hmn-cifar10-q75-ipc1"
-    first, second = kept, kept.with_name(f"{kept.name}-6000-steps")  # of 38 images a class each
-    monkeypatch.setattr("hmn.plan.check_together", lambda cards: None)  # they are of the same classes
+    first, second = kept, kept.with_name(f"{kept.name}-6000-steps")  # 38 images per class each
+    monkeypatch.setattr("hmn.plan.check_together", lambda cards: None)  # the two have the same classes
     judged = ("dataset=cifar10", "evaluation.networks=4", "evaluation.epochs=5")
     one = planned(*judged, "mode=evaluate", f"artifact={first}")
     assert one.expected_flops == 4 * 5 * 380 * TRAINING
@@ -243,7 +243,7 @@ def test_a_plan_shares_the_id_of_its_run():
 
 
 def test_a_budget_too_small_names_the_smallest_that_fits():
-    """P3's shared tiers, 150,435 floats, and ten images of 192 in the storage of one real image per class."""
+    """P3's shared tiers take 150,435 floats, and ten images take 192 each; the budget is one real image per class."""
     with pytest.raises(ConfigError) as caught:
         planned("dataset=cifar10", "memory=ipc1", "container=hmn_p3")
     line = str(caught.value)
@@ -285,7 +285,7 @@ def test_a_step_is_planned_for_its_own_classes(container, classes):
             images[container],
             summary["budget_floats"],
         )
-    else:  # the shapes of ten classes at ten images, the nearest that the paper's tables have
+    else:  # the shapes for ten classes and ten images, the nearest in the paper's tables
         shared = 8 * 64 + classes * (9 * 8 * 8 + 8) + classes * 8 * 64 + (10432 + 18464 + 867)
         count = (summary["budget_floats"] - shared) // (classes * 128)
         assert (summary["container"]["preset"], summary["images_per_class"]) == ("p2", count)
@@ -340,7 +340,7 @@ def test_a_rate_of_a_tier_that_the_container_lacks_is_refused():
     with pytest.raises(ConfigError) as caught:
         planned("mode=plan", "dataset=cifar10", "+container.lr_scale.tokens=0.1")
     known = "instances, class, dataset, extractors, decoder"
-    assert str(caught.value) == f"container.lr_scale.tokens=0.1: must be of {known}"
+    assert str(caught.value) == f"container.lr_scale.tokens=0.1: must be for a tier of this container: {known}"
 
 
 def test_a_network_without_convolutions_has_no_gradients_of_them_to_match():
@@ -351,16 +351,16 @@ def test_a_network_without_convolutions_has_no_gradients_of_them_to_match():
 
 def test_habas_adversary_is_refused_where_nothing_reads_it():
     haba = ("mode=plan", "container=haba", "memory=ipc10", "pruning=none", "container.club_weight=0.5")
-    with pytest.raises(ConfigError, match=r"^container\.club_weight=0\.5: must be 0\.1 but for objective=trajectory_"):
+    with pytest.raises(ConfigError, match=r"^container\.club_weight=0\.5: must be 0\.1 unless objective=trajectory_"):
         planned(*haba)
     haba += ("objective=trajectory_matching",)
     assert planned(*haba).config.container.club_weight == 0.5
-    with pytest.raises(ConfigError, match=r"^container\.club_weight=0\.5: must be 0\.1 but for .* and several styles"):
+    with pytest.raises(ConfigError, match=r"^container\.club_weight=0\.5: must be 0\.1 unless .* with several styles"):
         planned(*haba, "container.styles=1")
 
 
 def test_experts_are_planned_whatever_the_container():
-    """Whose styles are not counted then."""
+    """The container's styles are not counted in this mode."""
     haba = ("mode=experts", "dataset=digits", "container=haba", "objective=trajectory_matching")
     assert planned(*haba, "container.club_weight=0.5").config.container.club_weight == 0.5
 
@@ -485,11 +485,11 @@ def test_other_modes_say_which_settings_they_do_not_read(given, told):
 
 
 def test_of_what_files_give_nothing_is_said():
-    """A fit's settings, here."""
+    """Here the file gives settings of a fit, which container.init=random does not read."""
     assert planned("mode=plan", "experiment=demo", "container.init=random").not_read == ()
 
 
 def test_a_card_of_another_version_asks_which_data_are_meant():
     card = {"data": {"config": {"kind": "digits", "colour": 1}}}
-    with pytest.raises(ArtifactError, match=r"^artifact=a: its data settings \(.*colour.*\) are of another version"):
+    with pytest.raises(ArtifactError, match=r"^artifact=a: its data settings \(.*colour.*\) are from another version"):
         plan._dataset_of("a", card)

@@ -1,4 +1,4 @@
-"""Every container's own settings in every budget: they fit, or say what would."""
+"""Every container's own settings at every budget: they fit, or the error says what would."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_own_settings_fill_most_of_the_budget_or_are_refused_with_the_least_that
             storage(shape, ipc, 0.0)
         return
     stored = storage(shape, ipc, 0.0)
-    least = 0.7 if name == "haba" else 0.8  # whose bases come in whole rows of styles
+    least = 0.7 if name == "haba" else 0.8  # its bases come in whole rows of styles
     assert least <= stored.stored_floats(sizes["classes"]) / stored.budget_floats <= 1
 
 

@@ -19,10 +19,11 @@ from hmn.compute import Compute
 from hmn.data.preprocess import Normalise
 from hmn.data.splits import Split
 from hmn.evaluate import Judge
+from hmn.network_update import training_step
 from hmn.networks.convnet import ConvNet
 from hmn.prune import area_under_margin, candidates, hardest_count, kept_images, margins, search_beta
 from hmn.seeding import derived_seed
-from hmn.training import Recipe, Training, logits_of, training_step
+from hmn.training import Recipe, Training, logits_of
 
 NORMALISE = Normalise((0.5,), (0.25,))
 RECIPE = Recipe(
@@ -76,7 +77,7 @@ def test_margins_of_several_networks_are_those_of_each():
 
 
 class Script(nn.Module):
-    """Logits of four images by epoch, written down beforehand."""
+    """A network with prescribed logits of four images for every epoch."""
 
     def __init__(self, by_epoch: Tensor) -> None:
         super().__init__()
@@ -89,7 +90,7 @@ class Script(nn.Module):
 
 
 class ScriptedTraining:
-    """Stands for a :class:`Training` whose network answers by a script."""
+    """A stand-in for a :class:`Training` whose network gives prescribed logits."""
 
     def __init__(self, by_epoch: Tensor, recipe: Recipe) -> None:
         self.network, self.recipe = Script(by_epoch), recipe
@@ -150,7 +151,7 @@ def test_logit_margins_are_averaged_over_epochs_and_networks(tmp_path: Path):
 
 def test_softmax_margins_are_summed_over_epochs_and_averaged_over_networks(tmp_path: Path):
     found = area_under_margin(scripted(tmp_path), DECODED, "softmax_margin", networks=2, epochs=2)
-    # Of two classes, p_y - p_other = tanh(margin / 2). CCS sums probabilities over epochs.
+    # With two classes, p_y - p_other = tanh(margin / 2). CCS sums probabilities over epochs.
     expected = [sum(math.tanh(MARGINS[n][e][i] / 2) for n in range(2) for e in range(2)) / 2 for i in range(4)]
     torch.testing.assert_close(found, torch.tensor(expected))
 
@@ -164,7 +165,7 @@ def test_scoring_trains_by_the_judges_recipe_for_its_own_epochs_and_without_cutm
 
 @pytest.mark.parametrize(("together", "groups"), [(1, [(0,), (1,), (2,)]), (2, [(0, 1), (2,)])])
 def test_scores_are_those_of_networks_trained_on_the_decoded_images(tmp_path: Path, together, groups):
-    """The whole path once, against a loop of one's own: margins of un-augmented images after every epoch."""
+    """The whole path against a plain loop: margins of unaugmented images after every epoch."""
     stream = torch.Generator().manual_seed(3)
     decoded = Split(torch.rand(9, 1, 8, 8, generator=stream), torch.arange(9) % 3)
     found = area_under_margin(judge(tmp_path, together=together), decoded, "logit_margin", networks=3, epochs=3)
@@ -213,7 +214,7 @@ def test_beta_0_cuts_only_easy_images_and_1_only_hard_ones(beta: float, gone: li
 
 @pytest.mark.parametrize("cut", range(1, 121))
 def test_the_hard_share_is_the_exact_floor_whatever_float_arithmetic_says(cut: int):
-    """Integers decide: 0.3 * 10 and 0.7 * 10 are 3 and 7, and 0.7 * 90, in floats 62.99999999999999, is 63."""
+    """Integers decide: 0.3 * 10 and 0.7 * 10 are 3 and 7, and 0.7 * 90 is 63, though 62.99999999999999 in floats."""
     assert [hardest_count(beta, cut) for beta in prune.BETAS] == [tenths * cut // 10 for tenths in range(11)]
 
 
@@ -320,7 +321,7 @@ def test_the_best_beta_on_held_out_images_wins_and_ties_go_to_the_smaller(
 
 
 def test_the_search_trains_every_candidate_once(tmp_path: Path):
-    """The real thing: each candidate's subset, one short network, held-out images."""
+    """Nothing is replaced: each candidate's subset trains one short network, which is tested on held-out images."""
     stream = torch.Generator().manual_seed(0)
     decoded = Split(torch.rand(12, 1, 8, 8, generator=stream), torch.arange(12) // 4)
     held_out = Split(torch.rand(30, 1, 8, 8, generator=stream), torch.arange(30) % 3)

@@ -28,6 +28,7 @@ from hmn.data.datasets import RealData, Split
 from hmn.data.preprocess import Normalise
 from hmn.errors import ConfigError
 from hmn.matching import ClassMatching
+from hmn.network_update import training_step
 from hmn.networks import initialise
 from hmn.networks.convnet import ConvNet
 from hmn.objectives.distance import all_weights
@@ -36,7 +37,6 @@ from hmn.objectives.gradient import matching_step
 from hmn.pool import FIRST, PoolSide
 from hmn.realside import LiveSide, SyntheticSide, UntrainedSide
 from hmn.seeding import derived_seed, generator
-from hmn.training import training_step
 from tests.command import configured
 
 CPU = Compute(torch.device("cpu"))
@@ -63,7 +63,7 @@ def build() -> nn.Module:
 
 
 def fresh(*names: str | int) -> nn.Module:
-    network = build().to(memory_format=torch.channels_last)  # numbers are drawn in the order of the memory
+    network = build().to(memory_format=torch.channels_last)  # parameters are drawn in memory order
     return initialise(network, generator(SEED, "condense", *names))
 
 
@@ -120,7 +120,7 @@ def make_run(config: ClassMatchingConfig, *, container_seed: int = 0) -> ClassMa
 
 
 def noted(run: ClassMatching, monkeypatch: pytest.MonkeyPatch, name: str) -> list[dict[str, Tensor]]:
-    """What the side's ``choose`` or ``choose_update`` will choose."""
+    """Record what the side's ``choose`` or ``choose_update`` will return."""
     found, choose = [], getattr(run.side, name)
     monkeypatch.setattr(run.side, name, lambda *given: found.append(choose(*given)) or found[-1])
     return found
@@ -149,7 +149,7 @@ def assert_same(found: Any, expected: Any) -> None:
         assert torch.equal(found, expected) if torch.is_tensor(expected) else found == expected
 
 
-# As a command has it
+# As configured from the command line
 
 CONFIGURED = {
     "matching": ["objective=gradient_matching", "metric=cosine", "optimizer=sgd", "network_samples=16"],
@@ -177,15 +177,15 @@ def test_a_configured_run_is_made_of_what_its_objective_asks_for(tmp_path: Path,
         (found, _), (losses, _) = run.run_step(), expected.run_step()
         torch.testing.assert_close(found, losses, rtol=1e-3, atol=0)
         assert losses.min() > 0
-    assert run.parts == expected.parts  # what a process without classes of its own says of a step
+    assert run.parts == expected.parts  # how many losses a process without classes of its own reports
 
 
 # DC and DSA
 
 
 def test_dc_is_the_papers_loop(monkeypatch: pytest.MonkeyPatch):
-    """Two outer steps: cosine distances summed over classes, one step of the images, then epochs on them, but not after
-    the last step of a network."""
+    """Two outer steps: cosine distances summed over classes, one step of the images, and then epochs on them, except
+    after the last step of a network."""
     run = make_run(dc())
     choices, updates = noted(run, monkeypatch, "choose"), noted(run, monkeypatch, "choose_update")
     images = nn.Parameter(run.container.instances.detach().clone())
@@ -196,7 +196,7 @@ def test_dc_is_the_papers_loop(monkeypatch: pytest.MonkeyPatch):
             network = fresh("matched_network", step // 2)
             training = torch.optim.SGD(network.parameters(), lr=0.01)
             with torch.no_grad():
-                images.clamp_(0, 1)  # the container's own pixels, before every fresh network
+                images.clamp_(0, 1)  # the container clamps its pixels before every fresh network
         optimizer.zero_grad()
         total = torch.zeros(())
         for label in range(CLASSES):
@@ -252,7 +252,7 @@ def test_loops_of_dc_are_the_papers_by_images_per_class_unless_given(images_per_
 def test_a_budget_that_the_table_lacks_asks_for_both_loops():
     assert dc().with_loops(7) == dc()
     for missing in ("inner_steps", "network_epochs"):
-        with pytest.raises(ConfigError, match=f"objective.{missing}=null: must be given where DC"):
+        with pytest.raises(ConfigError, match=f"objective.{missing}=null: must be given: DC's table"):
             dc(**{missing: None}).with_loops(7)
 
 
@@ -307,7 +307,7 @@ def plain_features(network: nn.Module, images: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("policy", ["accumulate", "per_class"])
 def test_dm_is_the_papers_loop(monkeypatch: pytest.MonkeyPatch, policy: str):
-    """Every step a fresh network that never trains, mean features of the whole class, the sum over classes."""
+    """Every step has a fresh network that never trains, mean features of the whole class, and a sum over classes."""
     run = make_run(dm(step_policy=policy, memory_lr=0.01))
     choices = noted(run, monkeypatch, "choose")
     images = nn.Parameter(run.container.instances.detach().clone())
@@ -325,7 +325,7 @@ def test_dm_is_the_papers_loop(monkeypatch: pytest.MonkeyPatch, policy: str):
             real = plain_features(network, REAL.train.images[index[label]]).detach()
             total = total + (real - plain_features(network, images[label])).square().sum()
         total.backward()
-        optimizer.step()  # as one step for each class: no image belongs to two
+        optimizer.step()  # equals a step for each class, as no image belongs to two
         torch.testing.assert_close(losses.sum(), total.detach(), rtol=1e-4, atol=0)
         torch.testing.assert_close(run.container.instances.detach(), images.detach(), rtol=0, atol=1e-5)
 
@@ -348,7 +348,7 @@ def test_the_pool_starts_with_three_grows_by_one_and_drops_the_oldest():
         run.run_step()
         counts.append(run.side.count)
     assert counts == [3, 3, 4, 4, 4, 4, 4, 4]  # a fresh one every 2 steps, at most 4
-    # Networks 0 to 5 came; 4 and 5 took the places of 0 and 1.
+    # Networks 0 to 5 entered the pool; 4 and 5 took the places of 0 and 1.
     for place, number in enumerate([4, 5, 2, 3]):
         expected = dict(fresh("pool", number).named_parameters())
         found = {name: run.side.pool[f"parameters/{name}"][place] for name in expected}
@@ -373,7 +373,7 @@ def test_the_matched_network_is_a_random_one_of_the_pool_the_same_for_all_classe
 def before_training(
     run: ClassMatching, monkeypatch: pytest.MonkeyPatch
 ) -> list[tuple[list[dict[str, Tensor]], Tensor]]:
-    """The pool and its accuracies as every step has them before it trains."""
+    """The pool and its accuracies in every step, before the step trains it."""
     found, choose = [], run.side.choose_update
     monkeypatch.setattr(
         run.side, "choose_update", lambda: found.append((pool_of(run.side), run.side.percent.clone())) or choose()
@@ -382,7 +382,7 @@ def before_training(
 
 
 @pytest.mark.parametrize(
-    ("changes", "renewed"),  # by step, the place and the number of the network that comes in
+    ("changes", "renewed"),  # by step: the place and the number of the network that enters
     [({"pool_interval": 100}, {}), ({"pool_interval": 2, "pool_networks": FIRST}, {2: (0, 3), 4: (1, 4)})],
     ids=["none_renewed", "two_renewed"],
 )
@@ -421,7 +421,7 @@ def test_chosen_networks_train_on_real_batches_with_a_momentum_of_their_own_and_
                 torch.testing.assert_close(found, value.detach(), rtol=0, atol=1e-5)
             assert differs(before[place], pool_of(run.side)[place]) == (place in places)
         torch.testing.assert_close(run.side.percent[:FIRST], torch.tensor(percents), rtol=1e-6, atol=1e-4)
-    assert max(percents) > 1  # which no share is
+    assert max(percents) > 1  # so they are percent and not fractions
 
 
 def test_the_cross_entropy_counts_by_the_matched_networks_accuracy_in_percent():
@@ -450,12 +450,12 @@ def test_a_pool_of_fewer_networks_than_train_trains_them_all(monkeypatch: pytest
 def test_real_batches_are_the_images_nearest_to_the_centres_of_the_networks_own_features(
     monkeypatch: pytest.MonkeyPatch, interval: int, clustered: list[int]
 ):
-    """Clustered anew every so many steps of a network's life, which is 4 steps long."""
+    """Images are clustered again every ``interval`` steps of a network's life, which is 4 steps long."""
     asked: list[tuple[Tensor, int]] = []
 
     def nearest(features: Tensor, k: int, stream: torch.Generator) -> Tensor:
         asked.append((features, k))
-        return torch.arange(k) + (len(asked) - 1) // CLASSES  # moves with every clustering
+        return torch.arange(k) + (len(asked) - 1) // CLASSES  # shifts by one with every clustering
 
     monkeypatch.setattr(realside, "nearest_to_centres", nearest)
     run = make_run(dream(k_means_interval=interval))

@@ -1,4 +1,4 @@
-"""How redundant a kept set is: which images are left out, that a killed measurement goes on, and its picture."""
+"""How redundant a saved set is: which images are left out, resuming a killed measurement, and its picture."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def raw(count: int = 5) -> RawImages:
 
 
 def haba() -> Haba:
-    """Two bases in three styles: six images of every class, none of which can go alone."""
+    """Two bases in three styles: six images of every class, none of which can be left out alone."""
     container = Haba(HabaShape(**SHAPE, base_channels=1, styles=3), 2)
     container.initialise(torch.Generator().manual_seed(0), HabaConfig(name="haba", init="noise"), None)
     return container
@@ -127,11 +127,11 @@ def test_the_easiest_images_of_every_class_are_dropped(tmp_path, toy, monkeypatc
     (tmp_path / "run").mkdir()
     found = session_of(plan, tmp_path / "run").redundancy()
     (dropped, first, *normalised), (whole, second, *_) = seen
-    expected = [1, 3, 4, 5, 6, 7, 12, 13, 14]  # the two highest of each class are gone
+    expected = [1, 3, 4, 5, 6, 7, 12, 13, 14]  # without the two highest scores of each class
     assert torch.equal(dropped.images, images[expected])
     assert dropped.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
     assert torch.equal(whole.images, images)
-    assert first != second  # or the second would be read back from the first one's checkpoint
+    assert first != second  # otherwise the second would be read from the first one's checkpoint
     assert normalised == [0.5, 0.25]  # the card's: the set was condensed for it
     assert (found["images_per_class"], found["set"]) == ("3", "coreset herding")
 
@@ -167,7 +167,7 @@ def test_classes_of_other_data_are_refused(tmp_path, toy):
     kept = keep(tmp_path / "kept", raw(), toy, names=("cat", "dog", "2"))
     outcome = run(tmp_path, *MODE, f"artifact={kept}")
     assert outcome.code == 2
-    told = "its classes are not those of toy, only one of them has 0, 1, cat, dog"
+    told = "its classes are not those of toy: only one of the two has 0, 1, cat, dog"
     assert outcome.complaint == f"artifact={kept}: {told}"
 
 
@@ -205,7 +205,7 @@ def test_percents_of_accuracy_are_drawn_over_percents_left_out(tmp_path, monkeyp
 def test_what_was_measured_on_others_is_not_drawn_under_the_same_title(tmp_path, other):
     rows = [{"dropped": 0.0, "mean": 0.5, "std": 0.02, "images_per_class": 7}]
     one = {"set": "hmn", "rows": rows, "data": {"name": "digits"}, "network": "N"}
-    with pytest.raises(ArtifactError, match=r"^idc: measured on .*, not digits, N: draw it apart$"):
+    with pytest.raises(ArtifactError, match=r"^idc: measured on .*, not digits, N: draw it separately$"):
         redundancy.draw([one, one | {"set": "idc"} | other], tmp_path / "a.png")
 
 
@@ -215,5 +215,5 @@ def test_what_was_not_measured_so_cannot_be_drawn(tmp_path):
         with pytest.raises(ArtifactError, match=reason) as caught:
             redundancy.main([str(tmp_path / "x.png"), str(tmp_path / name)])
         assert len(str(caught.value).splitlines()) == 1
-    with pytest.raises(ArtifactError, match="result.json: not there"):
+    with pytest.raises(ArtifactError, match="result.json: does not exist"):
         redundancy.main([str(tmp_path / "x.png"), str(tmp_path)])

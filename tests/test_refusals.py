@@ -1,4 +1,4 @@
-"""What bad input gets: one line and exit code 2, before anything is read or left on disk."""
+"""Bad input gets one line and exit code 2, before anything is read or left on disk."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BAD_SETTINGS = {
     "+network.foo=1": ["network.foo: unknown key", "width, depth"],
     "dataset=mnist": ["dataset=mnist: must be one of arrays, cifar10,"],
     "experiment=nope": ["experiment=nope: must be one of", "demo"],
-    "experiment=main_table": ["experiment=main_table: is a table of many runs: python sweep.py experiment=main_table"],
+    "experiment=main_table": ["experiment=main_table: this is a table of many runs; start it with python sweep.py"],
     "debug=nope": ["debug=nope: must be one of smoke, smoke_bptt, "],
     "nope=cifar10": ["nope: unknown key"],
     "seed=abc": ["seed=abc", "'abc'", "Integer"],
@@ -33,7 +33,7 @@ BAD_SETTINGS = {
     "dataset.flip=maybe": ["dataset.flip=maybe", "'maybe'"],
     "evaluation.networks=null": ["evaluation.networks=null", "not Optional"],
     "dataset=[": ["dataset=[: cannot be read as a setting"],
-    "dataset.root=~/x": ["dataset.root=~/x: cannot be read", "is quoted: dataset.root='\"~/x\"'"],
+    "dataset.root=~/x": ["dataset.root=~/x: cannot be read", "special characters: dataset.root='\"~/x\"'"],
     "dataset.root=/a/job=1": ["dataset.root=/a/job=1: cannot be read", "dataset.root='\"/a/job=1\"'"],
     "pruning.over_budget=1": ["pruning.over_budget=1.0: must be in [0, 1)"],
     "evaluation.strategy=colour": ["evaluation.strategy=colour: must be none, or some of color, crop"],
@@ -45,11 +45,11 @@ BAD_SETTINGS = {
     "mode=evaluate artifact=absent": ["artifact=absent: no condensed.safetensors there"],
     "memory=10": ["memory=10: must be one of ipc1, ipc10, ipc50", "did you mean ipc10?"],
     "debug=true": ["debug=true: must be one of smoke, "],
-    "seed=1,2": ["seed=1,2: one run has one value: add -m to run each of them"],
+    "seed=1,2": ["seed=1,2: a run takes one value: add -m to run each of them"],
     "objective.inner_steps=null": ["objective.inner_steps=null: must be a number of steps"],
     "container.lr_scale.decoder=0.1": ["container.lr_scale has no keys yet: +container.lr_scale.decoder=VALUE adds"],
-    "launcher=submitit": ["launcher=submitit: a sweep's, not a run's: add -m, or use sweep.py"],
-    "-m hydra.verbose=false launcher=ray": ["launcher=ray: a sweep's, not a run's: leave it out, or what is asked of"],
+    "launcher=submitit": ["launcher=submitit: a setting of sweeps, not of a run: add -m, or use sweep.py"],
+    "-m hydra.verbose=false launcher=ray": ["launcher=ray: a setting of sweeps, not of a run: leave it out, or"],
     "dataset=folder": ["dataset.root=null: must be given for dataset=folder"],
     "dataset=folder dataset.root=absent": ["dataset.root: absent cannot be listed"],
     "dataset=arrays dataset.root=absent.npz": ["dataset.root=absent.npz: no such file"],
@@ -58,7 +58,7 @@ BAD_SETTINGS = {
 
 @pytest.fixture(scope="module")
 def refusals(tmp_path_factory) -> dict[str, Outcome]:
-    """Of each of the bad settings, each in a folder of its own; a few at once, as most of a test's time is starting."""
+    """The outcome of each bad setting, in a folder of its own; a few run at once, as most of the time is start-up."""
     folders = {arguments: tmp_path_factory.mktemp("refused") for arguments in BAD_SETTINGS}
 
     def refuse(arguments: str) -> Outcome:
@@ -80,13 +80,13 @@ def test_bad_settings_get_one_line_and_leave_nothing(refusals, arguments):
 def test_a_place_that_cannot_be_written_is_named(tmp_path, number):
     why = os.strerror(number)
     line, code = explain(OSError(number, why, str(tmp_path)))
-    assert line.startswith(f"{tmp_path}: {why}: mend that, or name another place with paths.runs_dir")
+    assert line.startswith(f"{tmp_path}: {why}: fix that, or choose another place with paths.runs_dir")
     assert code == 1
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_disk_is_full_where_the_person_s_part_of_it_is(number):
-    full = "no space left on the disk: free some, and the same command goes on from the last checkpoint"
+    full = "no space left on the disk: free some, and the same command resumes from the last checkpoint"
     assert explain(OSError(number, os.strerror(number))) == (full, 1)
 
 
@@ -97,7 +97,7 @@ def test_ctrl_c_ends_a_command_without_a_word(capsys):
 
 
 def tree(root: Path) -> Path:
-    """Two classes of noise with 20 images to train on and 5 to test."""
+    """Write two classes of noise with 20 training and 5 test images each."""
     random = np.random.default_rng(0)
     for split, count in (("train", 20), ("test", 5)):
         for name in ("ant", "bee"):

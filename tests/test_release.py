@@ -13,20 +13,21 @@ from PIL import Image
 import hmn
 from hmn.compute import Compute
 from hmn.data.preprocess import Normalise
+from hmn.network_update import training_step
 from hmn.networks.convnet import ConvNet
-from hmn.training import Recipe, Training, accuracy, training_step
+from hmn.training import Recipe, Training, accuracy
 from tests.command import ROOT
 
 RELEASE = ROOT / "experiments" / "release"
 RELEASES = sorted(path.parent for path in RELEASE.glob("*/card.json"))
 HMN, FRED = RELEASE / "hmn-cifar10-q75-ipc1", RELEASE / "fred-cifar10-q75-ipc1"
 REAL = ROOT / "data" / "cifar10-q75" / "test"
-PER_CLASS = 20  # real images that the network is tested on
+PER_CLASS = 20  # real test images per class
 
 
 @functools.cache
 def trained() -> tuple[torch.nn.Module, Normalise]:
-    """A small network after a few epochs on one of them."""
+    """A small network after a few epochs on one released set."""
     condensed = hmn.load_condensed(HMN)
     torch.manual_seed(0)
     images, labels = condensed.tensors()
@@ -69,7 +70,7 @@ def test_a_released_set_loads_in_one_line_and_keeps_to_its_budget(folder: Path):
 
 
 def test_what_one_teaches_holds_for_images_of_another():
-    """The sets were made apart, by different containers from different images: what they share is the classes."""
+    """The sets were made separately, by different containers from different images; what they share is the classes."""
     network, normalise = trained()
     images, labels = hmn.load_condensed(FRED).tensors()
     assert float(accuracy(network, images.clamp(0, 1), labels, normalise)) > 0.35  # chance is 0.1

@@ -1,4 +1,4 @@
-"""The result table, to the character."""
+"""The result table, compared character by character."""
 
 from __future__ import annotations
 

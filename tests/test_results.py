@@ -1,4 +1,4 @@
-"""``result.json``: written whole, read back, and telling which code measured it."""
+"""``result.json`` is written whole, can be read back, and says which code measured it."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_the_summary_has_the_numbers_that_compare_runs():
 
 def git(folder: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
-    own = os.environ | {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}  # not the user's hooks and keys
+    own = os.environ | {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}  # no hooks or keys of the user
     command = ["git", *identity, *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, env=own)
     return done.stdout.strip()
@@ -101,7 +101,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch) -> Iterator[Path]:
-    """A checkout with one commit that the module takes for its own."""
+    """A checkout with one commit, which ``hmn.results`` takes for its own."""
     folder = tmp_path / "checkout"
     (folder / "hmn").mkdir(parents=True)
     code = folder / "hmn" / "results.py"

@@ -1,4 +1,4 @@
-"""A run that is killed, stopped or started twice ends as the uninterrupted one, bit for bit."""
+"""A run that is killed, stopped or started twice ends like an uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NOT_REPEATABLE = (
 
 
 def toy(path: Path) -> str:
-    """Three classes of grey noise; the override that names them."""
+    """Save three classes of grey noise and return the override that names them."""
     generator = np.random.default_rng(0)
     arrays = {}
     for split, count in (("train", 30), ("test", 10)):
@@ -42,7 +42,7 @@ def toy(path: Path) -> str:
 
 @dataclass
 class Ended:
-    """What a finished run left, without what no two runs have in common."""
+    """What a finished run left, without the parts that differ between any two runs."""
 
     tensors: bytes
     card: dict[str, Any]
@@ -64,13 +64,13 @@ def ended(folder: Path) -> Ended:
         for name in NOT_REPEATABLE:
             record.pop(name, None)
     tensors = (folder / "condensed.safetensors").read_bytes()
-    # What a kill inside a write left is hidden and named like its target.
+    # A kill during a write leaves a hidden file, named like its target.
     return Ended(tensors, card, records, result, {path.name for path in folder.iterdir() if path.name[0] != "."})
 
 
 @dataclass
 class Task:
-    """One command in a folder of its own, started as often as need be."""
+    """One command in a folder of its own, started as often as needed."""
 
     where: Path
     arguments: tuple[str, ...]
@@ -128,7 +128,7 @@ def test_a_run_that_was_killed_in_every_stage_ends_as_if_it_had_not_been(task, u
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(task, uninterrupted):
-    """After some number of saved states, each time another."""
+    """Each kill comes after another random number of saved states."""
     generator = random.Random(0)
 
     def saved() -> set[tuple[str, int]]:
@@ -139,7 +139,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(task, u
         before, new, wanted = saved(), set(), generator.randint(2, 12)
 
         def enough(before: set = before, new: set = new, wanted: int = wanted) -> bool:
-            with contextlib.suppress(FileNotFoundError):  # a file that was there when it was listed
+            with contextlib.suppress(FileNotFoundError):  # a listed file may be gone again
                 new |= saved() - before
             return len(new) >= wanted
 
@@ -160,7 +160,7 @@ def test_a_run_that_was_asked_to_stop_says_so_and_goes_on_with_the_same_command(
         os.kill(command.process.pid, signum)
         outcome = command.finish()
         assert outcome.code == 128 + signum
-        assert outcome.err.splitlines()[-1] == f"stopped by {signum.name}; the same command goes on from here"
+        assert outcome.err.splitlines()[-1] == f"stopped by {signum.name}; the same command resumes from here"
         assert "Traceback" not in outcome.err
         assert task.state(slot)
     task.finish()
@@ -170,7 +170,7 @@ def test_a_run_that_was_asked_to_stop_says_so_and_goes_on_with_the_same_command(
 
 def test_a_second_process_is_refused_and_harms_nothing(task, uninterrupted):
     command = task.start_until(lambda: task.state("condense"))
-    os.kill(command.process.pid, signal.SIGSTOP)  # or it might be done before the second one asks
+    os.kill(command.process.pid, signal.SIGSTOP)  # otherwise it might finish before the second one asks
     second = run(task.where, *task.arguments)
     os.kill(command.process.pid, signal.SIGCONT)
     assert second.code == 75
@@ -190,5 +190,5 @@ def test_a_checkpoint_of_other_images_is_not_continued(task, tmp_path):
     arrays["x_train"][0] ^= 1
     np.savez(tmp_path / "own.npz", **arrays)
     again = run(task.where, *task.arguments)
-    assert (again.code, "its checkpoint was made on other images" in again.complaint) == (2, True)
+    assert (again.code, "its checkpoint was made from other images" in again.complaint) == (2, True)
     assert task.state("condense")

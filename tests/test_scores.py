@@ -1,4 +1,4 @@
-"""Scores of real images: margins and forgetting by hand, features of trained networks, and going on after a stop."""
+"""Scores of real images: margins and forgetting by hand, features of trained networks, and resuming after a stop."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from hmn.data.sampling import random_subset
 from hmn.data.splits import Split
 from hmn.errors import ArtifactError, DataError, Interrupted
 from hmn.evaluate import Judge
+from hmn.network_update import training_step
 from hmn.networks import Builder
 from hmn.networks.convnet import ConvNet
 from hmn.networks.resnet import ResNet
 from hmn.scores import SLOT, difficulty, features, networks_of, remembered, weights
 from hmn.seeding import generator
-from hmn.training import Recipe, logits_of, training_step
+from hmn.training import Recipe, logits_of
 
 NORMALISE = Normalise((0.5,), (0.25,))
 RECIPE = Recipe(
@@ -65,7 +66,7 @@ def judge(folder: Path, seed: int = 0, together: int = 1, stop: Stop | None = No
 
 
 def images(per_class: int = 4, side: int = 8) -> Split:
-    """uint8, ordered by class."""
+    """Random uint8 images, ordered by class."""
     pixels = torch.randint(0, 256, (3 * per_class, 1, side, side), generator=generator(0, "images"), dtype=torch.uint8)
     return Split(pixels, torch.arange(3).repeat_interleave(per_class))
 
@@ -78,7 +79,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 class Script(nn.Module):
-    """Logits of all images by epoch, written down beforehand; of several networks together too."""
+    """A network, or several together, with prescribed logits of all images for every epoch."""
 
     def __init__(self, by_epoch: Tensor) -> None:
         super().__init__()
@@ -109,15 +110,15 @@ class ScriptedTraining:
         return {}
 
 
-# Two classes, four images of class 0, so that a logit of class 0 above 0 is right. Networks by images by epochs.
+# Logits of class 0 for four images of that class. Class 1 has 0, so above 0 is right. Networks by images by epochs.
 OWN_LOGITS = torch.tensor(
     [
-        # right always; once forgotten; forgotten twice; never right
+        # always right; forgotten once; forgotten twice; never right
         [[1, 1, 1, 1, 1], [-1, 1, -1, 1, 1], [1, -1, 1, -1, -1], [-1, -2, -3, -4, -5]],
         [[2, 2, 2, 2, 2], [1, 1, 1, 1, 1], [-1, -1, 1, -1, -1], [-1, -1, -1, -1, 1]],
     ]
 ).float()
-EVENTS = [[0, 1, 2, 5], [0, 0, 1, 0]]  # never right: as many as epochs
+EVENTS = [[0, 1, 2, 5], [0, 0, 1, 0]]  # an image that is never right has as many events as epochs
 
 
 def scripted(folder: Path, together: int) -> SimpleNamespace:
@@ -146,7 +147,7 @@ def test_margins_and_forgetting_events_by_hand(tmp_path, together, groups):
     found = difficulty(stub, train, networks=2, epochs=5)
     assert found["forgetting"].tolist() == [sum(events) / 2 for events in zip(*EVENTS, strict=True)]
     torch.testing.assert_close(found["logit_margin"], OWN_LOGITS.mean((0, 2)))
-    # Of two classes, p_y - p_other = tanh(margin / 2).
+    # With two classes, p_y - p_other = tanh(margin / 2).
     by_hand = [sum(math.tanh(float(x) / 2) for x in OWN_LOGITS[:, i].flatten()) / 2 for i in range(4)]
     torch.testing.assert_close(found["softmax_margin"], torch.tensor(by_hand))
     recipe = dataclasses.replace(RECIPE, epochs=5, cutmix=0.0)
@@ -170,7 +171,7 @@ def test_features_are_what_the_classifier_of_each_trained_network_sees(tmp_path,
 
 @pytest.mark.parametrize(("build", "side"), [(convnet, 8), (resnet, 9)])
 def test_networks_whose_features_are_taken_have_been_trained_by_the_recipe_with_cutmix(tmp_path, build, side):
-    """Running statistics of batch norm are part of them."""
+    """This includes the running statistics of batch norm."""
     train, work = images(side=side), judge(tmp_path, build=build)
     (network,) = networks_of(build, weights(work, train, networks=1, epochs=2))
     training = work.training(train, dataclasses.replace(RECIPE, epochs=2), SLOT, range(1))
@@ -182,7 +183,7 @@ def test_networks_whose_features_are_taken_have_been_trained_by_the_recipe_with_
 
 
 class StopAfter(Stop):
-    """Asks to stop once ``epochs`` have ended."""
+    """Asks to stop after ``epochs`` epochs."""
 
     def __init__(self, epochs: int) -> None:
         super().__init__()
@@ -216,7 +217,7 @@ def test_what_was_made_once_is_read_the_next_time(tmp_path):
     path, calls = tmp_path / "cache" / "made.safetensors", []
 
     def make() -> dict[str, Tensor]:
-        calls.append(held(path.with_suffix("")))  # other runs wait for it
+        calls.append(held(path.with_suffix("")))  # other runs wait for the lock
         return made
 
     for _ in range(2):
@@ -228,7 +229,7 @@ def test_what_was_made_once_is_read_the_next_time(tmp_path):
 
 def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "made.safetensors").write_bytes(b"nothing of the kind")
-    with pytest.raises(ArtifactError, match="made.safetensors: not a safetensors file .*: remove it"):
+    with pytest.raises(ArtifactError, match="made.safetensors: not a safetensors file .*; remove it"):
         remembered(tmp_path / "made.safetensors", dict, torch.device("cpu"), Stop())
 
 
@@ -269,9 +270,9 @@ def test_random_images_are_those_of_the_reference(tmp_path):
 
 @pytest.mark.parametrize(("method", "expected"), [("herding", [2, 3]), ("k_center", [0, 3]), ("k_means", [1, 4])])
 def test_each_method_that_looks_at_features_makes_its_own_choice(tmp_path, monkeypatch, method, expected):
-    """The mean is 6.5, the clusters {0, 1, 2} and {10, 11, 15} of centres 1 and 12, from whatever seeds.
+    """The mean is 6.5; the clusters are {0, 1, 2} and {10, 11, 15} with centres 1 and 12, whatever the seeds.
 
-    Herding takes 10, and 2 as 13 - 10 is wanted next; k-center 10, and 0 as the farthest from it.
+    Herding takes 10 and then 2, the nearest to 13 - 10; k-center takes 10 and then 0, the farthest from it.
     """
     monkeypatch.setattr("hmn.coresets.remembered", lambda *_: {})
     monkeypatch.setattr("hmn.coresets.features", lambda _networks, images, _normalise: images.flatten(1))

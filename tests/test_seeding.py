@@ -1,4 +1,4 @@
-"""Named random streams: apart from each other, and the same in every version of this program."""
+"""Named random streams: distinct from each other, and the same in every version of this program."""
 
 from __future__ import annotations
 

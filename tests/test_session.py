@@ -1,4 +1,4 @@
-"""The stages of a run, each by itself: what is judged, whose scores are read, what is recorded and drawn."""
+"""The stages of a run, each by itself: what is evaluated, whose scores are read, what is recorded and drawn."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def session_with(folder: Path, *overrides: str) -> Session:
 
 @pytest.fixture
 def judged(monkeypatch) -> list[Split]:
-    """What networks were to be trained on; none is."""
+    """The images that networks were to be trained on; none is trained."""
     seen = []
 
     def evaluate(_judge, train: Split, *_: Any) -> Accuracies:
@@ -75,7 +75,7 @@ def scores_folder(folder: Path, *overrides: str) -> Path:
     [
         *("seed=1", "network.width=8", "container.networks=2", "container.epochs=3"),
         *("dataset.mean=[0.4]", "dataset.std=[0.4]", "evaluation.lr=0.5"),
-        "dataset.held_out_fraction=0.2",  # and so of other images
+        "dataset.held_out_fraction=0.2",  # trains on other images
     ],
 )
 def test_what_networks_say_of_real_images_is_not_read_where_they_would_say_something_else(tmp_path, other):
@@ -83,7 +83,7 @@ def test_what_networks_say_of_real_images_is_not_read_where_they_would_say_somet
 
 
 def test_nor_where_they_were_computed_otherwise(tmp_path):
-    """Whatever was asked for: a machine without bf16 computes in fp32."""
+    """The precision in use counts and not the one asked for: where bf16 does not pay, it is fp32."""
     made = session_with(tmp_path, *SCORED)
     made.compute = dataclasses.replace(made.compute, precision="bf16")
     assert made._scores_folder() != scores_folder(tmp_path) == scores_folder(tmp_path, "compute.precision=bf16")
@@ -95,7 +95,7 @@ def test_coresets_of_other_methods_and_sizes_ask_the_same_networks(tmp_path, oth
 
 
 def test_an_evaluation_that_is_read_back_is_recorded_once(tmp_path, judged):
-    """As where the disk was full when the set was to be kept."""
+    """This happens, for example, where the disk was full when the set was to be saved."""
     made = session_with(tmp_path)
     for _ in range(2):
         made._evaluate(Split(torch.zeros(10, 1, 8, 8), torch.arange(10)))
@@ -107,7 +107,7 @@ def test_an_evaluation_that_is_read_back_is_recorded_once(tmp_path, judged):
 
 
 def test_the_picture_of_what_is_pruned_is_drawn_for_as_many_of_each_end_as_go(tmp_path, monkeypatch):
-    """Of 10 that go, a beta of 0.3 takes the 3 hardest."""
+    """Of 10 pruned images, a beta of 0.3 takes the 3 hardest."""
     drawn = []
 
     def grid(_images, _scores, keep: int, hardest: int) -> Image.Image:
@@ -133,7 +133,7 @@ STAGES = (
 
 @pytest.fixture
 def given(monkeypatch) -> dict[str, tuple[Any, ...]]:
-    """The arguments of every stage of a run, by its name; each is called once and computes nothing."""
+    """The arguments of every stage of a run, by the stage's name; each is called once and computes nothing."""
     seen: dict[str, tuple[Any, ...]] = {}
 
     def stage(name: str, found: Callable[..., Any]) -> Callable[..., Any]:
@@ -203,7 +203,7 @@ def test_the_full_training_set_has_its_own_epochs(tmp_path):
 
 @pytest.mark.parametrize("flip", [True, False])
 def test_nothing_is_mirrored_where_a_mirror_changes_the_class(tmp_path, monkeypatch, flip):
-    """Neither judges nor condensing, its networks and experts."""
+    """This holds for evaluation, for condensing, and for the networks and experts of condensing."""
     used = []
     mirrors = [f"{key}=flip_crop" for key in ("evaluation.strategy", "objective.strategy")]
     made = session_with(tmp_path, f"dataset.flip={flip}", *mirrors, "objective.network_strategy=flip_crop")

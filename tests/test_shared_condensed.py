@@ -1,4 +1,4 @@
-"""Condensations that several runs share: who does, that it changes nothing, and what becomes of bad files."""
+"""Condensations that several runs share: which runs do, that it changes nothing, and what becomes of bad files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hmn.results import code_version
 from tests.command import TINY, configured, planned, run, run_several, start
 
 SHARED = "compute.share_condensed=true"
-# One condensation, over budget, and what may come after it
+# Settings of what may come after one condensation over budget
 AFTER = {
     "beta": ("pruning.beta=1",),
     "score": ("pruning.score=random", "pruning.beta=0"),
@@ -45,7 +45,7 @@ OTHERWISE = {
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """Where one run has finished that shares its condensation."""
+    """A folder in which one run that shares its condensation has finished."""
     folder = tmp_path_factory.mktemp("finished")
     assert run(folder, *TINY, SHARED).code == 0
     return folder
@@ -53,7 +53,7 @@ def finished(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def made(finished, tmp_path) -> Path:
-    """A copy of it."""
+    """A copy of the folder ``finished``."""
     return shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
 
 
@@ -141,11 +141,11 @@ def test_several_processes_take_it_together(made):
 
 
 def killed_at(slot: str, folder: Path, *arguments: str) -> None:
-    """Start a run in ``folder`` and kill it once a checkpoint of this slot is there."""
+    """Start a run in ``folder`` and kill it once it has a checkpoint of ``slot``."""
     command = start(folder, *arguments)
     command.wait_for(lambda: any(folder.glob(f"runs/*/checkpoints/{slot}.pt")))
     command.process.kill()
-    assert command.finish().code == 128 + signal.SIGKILL  # it was not done before
+    assert command.finish().code == 128 + signal.SIGKILL  # it had not finished before
 
 
 def test_a_killed_run_goes_on_and_keeps_the_same_condensation(tmp_path):
@@ -188,7 +188,7 @@ def test_a_killed_run_keeps_its_record_of_what_it_condensed_itself(tmp_path):
 
 
 def test_a_run_that_has_condensed_alone_and_begun_to_judge_keeps_its_own(tmp_path):
-    """Another run may have condensed the same, in other numbers, and have kept it meanwhile."""
+    """Meanwhile, another run may have saved the same condensation with other numbers."""
     given = (*TINY, "evaluation.epochs=60", "compute.checkpoint_every_seconds=0")
     killed_at("evaluate", tmp_path, *given)
     assert run(tmp_path, *TINY, SHARED, *AFTER["networks"]).code == 0
@@ -197,7 +197,7 @@ def test_a_run_that_has_condensed_alone_and_begun_to_judge_keeps_its_own(tmp_pat
 
 
 def test_what_a_run_took_and_has_begun_to_judge_it_keeps(made):
-    """Though it is not there any more and shared no longer: half of its accuracy would be of another set."""
+    """Even with the shared file gone and sharing off: otherwise half of its accuracy would be of another set."""
     given = (*TINY, SHARED, "pruning.score=random", "evaluation.epochs=60", "compute.checkpoint_every_seconds=0")
     killed_at("evaluate", made, *given)
     shutil.rmtree(made / ".cache" / "condensed")
@@ -225,10 +225,10 @@ def test_what_two_versions_of_the_sources_condensed_is_not_shared(tmp_path):
     began = torch.load(clock, weights_only=True)
     torch.save(began | {"codes": ["0123456789ab"]}, clock)
     outcome = run(tmp_path, *given)
-    assert outcome.code == 0 and "going on with what other sources" in outcome.out
+    assert outcome.code == 0 and "continuing from a state of another code version" in outcome.out
     assert not any(tmp_path.glob(".cache/condensed/*/*.safetensors"))
     (result,) = results(tmp_path).values()
-    assert result["codes"] == ["0123456789ab", code_version()]  # or a sweep would take it for one of today's
+    assert result["codes"] == ["0123456789ab", code_version()]  # otherwise a sweep would take it for a current one
 
 
 def test_what_a_run_had_begun_to_condense_before_another_had_done_it_is_not_in_its_record(tmp_path):

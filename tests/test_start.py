@@ -1,4 +1,4 @@
-"""Condensing that starts from a kept set: what is taken over, what the run id says of it, and what is refused."""
+"""Condensing that starts from a saved set: what is taken over, what the run id says of it, and what is refused."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from tests.small_matching import CLASSES, MEAN, PER_CLASS, REAL, STD, assert_sam
 
 ALONE = (*TINY, "pruning=none")
 FROM = "container.init=kept"
-# A step so small that float32 does not see it
+# Steps too small to change a float32 number
 STILL = ("objective.memory_lr=1e-30", "objective.weights_lr=1e-30")
 KINDS = {
     "hmn": (),
-    "image": ("container=image", "container.pixel_space=normalised"),  # which nothing clamps
+    "image": ("container=image", "container.pixel_space=normalised"),  # normalised pixels are not clamped
     "fred": ("container=fred", "memory=ipc10"),
     "linba": ("container=linba", "memory=ipc10"),
 }
 
 
 def kept(folder: Path, *given: str) -> Path:
-    """The folder of a finished run."""
+    """Finish a run and return its folder."""
     before = set(folder.glob("runs/*/result.json"))
     outcome = run(folder, *given)
     assert outcome.code == 0, outcome.err
@@ -46,7 +46,7 @@ def kept(folder: Path, *given: str) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
-    """The folder of a finished run of the usual settings."""
+    """The folder of a finished run with the settings ``ALONE``."""
     return kept(tmp_path_factory.mktemp("alone"), *ALONE)
 
 
@@ -72,7 +72,7 @@ def test_another_objective_goes_on_from_it(tmp_path, alone):
     then = kept(tmp_path, *ALONE[1:], *given, FROM, f"container.start={alone}")
     was, found = (load_condensed(folder).container.instances for folder in (alone, then))
     assert not torch.equal(was, found)
-    assert (found - was).abs().max() < 0.05 < was.abs().mean()  # near it, where a new start would not be
+    assert (found - was).abs().max() < 0.05 < was.abs().mean()  # near the set, where a fresh container would not be
 
 
 def test_the_run_id_is_of_what_it_started_from_and_not_of_where_that_lay(tmp_path, alone):
@@ -86,9 +86,9 @@ def test_the_run_id_is_of_what_it_started_from_and_not_of_where_that_lay(tmp_pat
 
 
 REFUSED = {
-    "another shape": (("container.decoder_width=6",), "decoder_width 4 there, 6 here"),
-    "over budget": (("pruning=double_end", "memory=ipc10", "container=hmn_digits_ipc1"), "pruning=none starts"),
-    "another container": (("container=image",), "name hmn there, image here"),
+    "another shape": (("container.decoder_width=6",), "decoder_width is 4 in the set, 6 in this run"),
+    "over budget": (("pruning=double_end", "memory=ipc10", "container=hmn_digits_ipc1"), "set pruning=none"),
+    "another container": (("container=image",), "name is hmn in the set, image in this run"),
 }
 
 
@@ -104,7 +104,7 @@ def test_a_set_of_other_classes_is_refused_in_one_line(tmp_path):
     first = kept(tmp_path, *ALONE, "memory=ipc10", "dataset.class_range=[0,2]")
     outcome = run(tmp_path, *ALONE, "memory=ipc10", "dataset.class_range=[2,4]", FROM, f"container.start={first}")
     assert outcome.code == 2
-    assert "its class_names is ['0', '1'], that of these data ['2', '3']" in outcome.complaint
+    assert "its class_names is ['0', '1'], but this run's dataset has ['2', '3']" in outcome.complaint
 
 
 def raw(pixel_space: str) -> RawImages:
@@ -123,12 +123,14 @@ def test_pixels_that_were_normalised_in_another_way_are_refused(tmp_path, pixel_
     own = workshop(
         tmp_path, "container=image", f"container.pixel_space={pixel_space}", FROM, f"container.start={folder}"
     )
-    if pixel_space == "unit":  # pixels in [0, 1] are the same whatever networks see of them
+    if pixel_space == "unit":  # pixels in [0, 1] do not depend on the normalisation
         start(own, container)
     else:
         with pytest.raises(DataError) as caught:
             start(own, container)
-        assert str(caught.value) == f"container.start={folder}: its {key} is {other}, that of these data {data[key]}"
+        assert str(caught.value) == (
+            f"container.start={folder}: its {key} is {other}, but this run's dataset has {data[key]}"
+        )
 
 
 def test_init_and_start_are_given_together():

@@ -26,12 +26,13 @@ from hmn.containers.multiformation import Multiformation, MultiformationShape
 from hmn.data import augment
 from hmn.data.preprocess import Normalise
 from hmn.data.sampling import per_class
+from hmn.network_update import training_step
 from hmn.networks import initialise
 from hmn.networks.convnet import ConvNet
 from hmn.objectives.unroll import Unrolled
 from hmn.seeding import derived_seed, generator
 from hmn.through_student import ClassifyReal, LearnedRate, ReachExpert, ThroughStudent, of_every_class, shuffled
-from hmn.training import Training, training_step
+from hmn.training import Training
 from tests.command import configured
 from tests.small_matching import (
     CLASSES,
@@ -140,7 +141,7 @@ def adversary_of(container: Haba, **weights: float) -> StyleAdversary:
 
 
 def student_by_autograd(work: ThroughStudent, start: dict[str, Tensor], lr: Tensor) -> dict[str, Tensor]:
-    """theta_T, with a graph to the container and to ``lr``; draws what ``work`` is about to draw."""
+    """theta_T with a graph to the container and to ``lr``; it makes the draws that ``work`` is about to make."""
     streams = {name: torch.Generator().set_state(s.get_state()) for name, s in work.generators.items()}
     settings, container, normalise = work.config, work.container, Normalise(MEAN, STD)
     theta, v = dict(start), {name: torch.zeros_like(value) for name, value in start.items()}
@@ -157,7 +158,7 @@ def student_by_autograd(work: ThroughStudent, start: dict[str, Tensor], lr: Tens
 
 
 def moved(before: dict[str, Tensor], container: Container) -> dict[str, Tensor]:
-    """The gradient of a plain SGD step at rate 1."""
+    """The gradient, recovered from a plain SGD step at learning rate 1."""
     return {name: value - container.state_dict()[name] for name, value in before.items()}
 
 
@@ -236,7 +237,7 @@ def test_images_that_no_batch_takes_are_not_decoded(expert_files):
     decode = work.container.decode_matched
     work.container.decode_matched = lambda index: seen.append(index) or decode(index)
     work.run_step()
-    assert [len(index) for index in seen] == [2, 2]  # without a graph, and with one
+    assert [len(index) for index in seen] == [2, 2]  # decoded without a graph, and then with one
 
 
 def test_a_container_s_penalty_is_part_of_the_gradient(expert_files):
@@ -401,7 +402,7 @@ def test_the_adversary_is_shown_what_a_student_sees(expert_files, rule):
 
 
 def test_a_step_counts_all_images_of_its_student(expert_files):
-    """Of six bases in one style four at a time."""
+    """It sees six bases in one style, four at a time: batches of 4, 2 and 4."""
     work = trajectory_run(expert_files, config(student_steps=3, student_batch=4), make_haba())
     assert work.images_per_step == 4 + 2 + 4
 
@@ -422,7 +423,7 @@ def hmn_config(**changes: Any) -> TrajectoryMatchingConfig:
 
 
 def test_hmn_under_trajectory_matching_learns(expert_files):
-    """The paper left this pair open: its students come closer to where an expert went than where they started."""
+    """The paper left this pair open. Here, students come closer to where an expert went than where they started."""
     work = trajectory_run(expert_files[:1], hmn_config(), strategy="none")
     losses = [float(work.run_step()[0]) for _ in range(15)]
     assert losses[0] > 1

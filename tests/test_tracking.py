@@ -1,4 +1,4 @@
-"""The local record (``metrics.jsonl``), its W&B mirror as W&B itself wrote it offline, and what breaks neither."""
+"""The local record (``metrics.jsonl``), its W&B mirror as W&B itself writes it offline, and what breaks neither."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ def test_a_run_of_a_sweep_shows_its_labels_and_numbers_as_columns(tmp_path):
 
 
 def test_under_an_agent_the_run_is_the_agent_s_and_keeps_its_whole_configuration(tmp_path, monkeypatch, capfd):
-    given = tmp_path / "given.yaml"  # what the agent writes of the values it chose
+    given = tmp_path / "given.yaml"  # the agent writes the values that it chose into this file
     given.write_text("wandb_version: 1\nmemory: {value: ipc10}\n")
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep-of-agent")
     monkeypatch.setenv("WANDB_RUN_ID", "made-by-agent")
@@ -340,7 +340,7 @@ def test_an_interrupt_inside_the_mirror_is_not_swallowed(tmp_path):
 
 @pytest.fixture
 def started(monkeypatch):
-    """The modes and settings that W&B is started in; no server is asked, not even for its address."""
+    """The modes and settings that W&B is started with; no server is contacted, nor is its address looked up."""
     import wandb
 
     started = SimpleNamespace(modes=[], settings=[])
@@ -387,11 +387,11 @@ def test_that_w_and_b_has_not_heard_the_end_of_an_online_run_is_remembered(tmp_p
     start(tmp_path, mode="offline")
     assert not left_open(tmp_path)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    start(tmp_path, mode="online")  # and killed
+    start(tmp_path, mode="online")  # as if killed: it is never closed
     assert left_open(tmp_path)
     tracker = start(tmp_path, mode="online")
     monkeypatch.setattr(tracker.mirror, "finish", lambda exit_code: pytest.fail("timed out"))
-    with pytest.raises(pytest.fail.Exception):  # no Exception, as a kill
+    with pytest.raises(pytest.fail.Exception):  # not a subclass of Exception, as for a kill
         tracker.close()
     assert left_open(tmp_path)
     start(tmp_path, mode="online").close()
@@ -460,7 +460,7 @@ def test_online_sends_history_and_exit_code_to_the_server(tmp_path, monkeypatch,
 
 
 class WandbServer(http.server.ThreadingHTTPServer):
-    """As much of a W&B server as one online run asks for; ``streamed`` is what it was sent of history and exit."""
+    """The part of a W&B server that one online run needs; ``streamed`` holds the history and exit code sent to it."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), WandbHandler)
@@ -476,7 +476,7 @@ class WandbServer(http.server.ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, *_):
-        """W&B's service ends without closing its connections: nothing to print."""
+        """Print nothing: W&B's service ends without closing its connections."""
 
     def answer(self, query: str, variables: dict) -> dict:
         if "mutation UpsertBucket" in query:
@@ -540,7 +540,7 @@ def test_who_stops_an_online_run_is_told_that_its_state_is_kept_before_w_and_b_t
     finished = []
 
     def finish(exit_code: int) -> None:
-        finished.append((exit_code, capsys.readouterr().err.count("its state is kept; W&B may take up to 600 s")))
+        finished.append((exit_code, capsys.readouterr().err.count("state is kept; W&B may take up to 600 s to upload")))
 
     with pytest.raises(Interrupted), Tracker(tmp_path, SimpleNamespace(offline=offline, finish=finish)):
         raise Interrupted("stopped", signal.SIGINT)

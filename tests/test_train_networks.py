@@ -1,4 +1,4 @@
-"""Trainings of several networks, observed, stopped and continued; what a trained network says of images."""
+"""Trainings of several networks, observed, stopped and continued; predictions of a trained network."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.small_training import NORMALISE, assert_equal_states, generator, imag
 
 
 def observe(networks: range, run: Training, memo: dict[str, Tensor]) -> None:
-    """Something that adds up over epochs and depends on every parameter."""
+    """Add up something over epochs that depends on every parameter."""
     for position, index in enumerate(networks):
         for value in run.network.state_dict().values():
             own = value[position] if len(networks) > 1 else value
@@ -75,7 +75,7 @@ def test_a_bar_says_which_networks_are_trained(tmp_path: Path, monkeypatch, toge
 @pytest.mark.parametrize("together", [1, 2, 3])
 @pytest.mark.parametrize("batch", [0, 1, 2])
 def test_a_loss_that_is_not_finite_in_any_batch_stops_training_and_names_the_network(tmp_path, together, batch):
-    """One bad loss of the second network in the second epoch, whose update did no harm."""
+    """The second network reports one infinite loss in the second epoch, though its update did no harm."""
     bad = torch.tensor([0.0, torch.inf, 0.0])
 
     def make(networks: range) -> Training:
@@ -124,7 +124,7 @@ def test_an_interruption_with_the_second_of_three_networks_leaves_no_trace(tmp_p
 
 
 def test_what_was_begun_together_is_finished_together(tmp_path: Path):
-    """A setting that may change between sittings must not lose what is trained: here from 2 at once to 1."""
+    """A setting that changes between sittings must not lose training: here from 2 networks at once to 1."""
     expected, _ = train_three(Checkpoints(tmp_path / "whole", 1e9), together=2)
     stop = Stop()
     stop.signum = 15
@@ -167,7 +167,7 @@ def test_a_finished_stage_is_read_back_without_training(tmp_path: Path):
 
 
 class ByHand(nn.Module):
-    """Logits are the first pixels' normalised channels; the mode the network is in when called is noted."""
+    """Its logits are the channels of the first pixel; it records its mode and the batch size of every call."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A network's training, and those of several at once: order, resuming bit for bit, batch norm."""
+"""The training of one network, or of several at once: order, bit-for-bit resuming, batch norm."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hmn import network_update
 from hmn import training as trainer
 from hmn.capture import warm_up
 from hmn.checkpoint import Checkpoints
 from hmn.compute import Compute
 from hmn.data import augment
+from hmn.network_update import training_step
 from hmn.networks import Builder, initialise
 from hmn.networks.resnet import ResNet
-from hmn.training import Recipe, Training, accuracy, batches_of, learning_rate, logits_of, training_step
+from hmn.training import Recipe, Training, accuracy, batches_of, learning_rate, logits_of
 from tests.small_training import (
     CPU,
     NORMALISE,
@@ -46,7 +48,7 @@ def test_a_training_starts_from_the_parameters_its_generator_draws():
 
 
 class Recorder:
-    """Stands for an update on images that are numbers, and notes which ones it is given."""
+    """A stand-in for an update that records the images it is given, which are numbers here."""
 
     def __init__(self) -> None:
         self.seen: list[Tensor] = []
@@ -61,7 +63,7 @@ class Recorder:
 
 
 def shown(run: Training, epochs: int) -> list[Tensor]:
-    """The indices that each of a training's updates is given."""
+    """The indices of the images that each update of ``run`` is given."""
     run.images, run.update = torch.arange(21), Recorder()
     for _ in range(epochs):
         run.run_epoch()
@@ -135,7 +137,7 @@ def test_two_epochs_a_checkpoint_and_two_more_are_four_epochs_bit_for_bit(tmp_pa
 
 
 class Calls(TorchDispatchMode):
-    """Notes every operator that is called."""
+    """Records the name of every operator that is called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,7 +180,7 @@ def assert_each_is_in(together: Training, each: list[Training]) -> None:
 
 
 def test_networks_together_are_each_what_it_is_alone(monkeypatch):
-    """Equal orders, no augmentation: momentum, decay, three learning rates and a padded last batch included."""
+    """Orders are equal and nothing is augmented; momentum, decay, three rates and a padded last batch are included."""
     recipe = dataclasses.replace(
         RECIPE, epochs=6, strategy="none", cutmix=0.0, weight_decay=0.1, lr=0.1, schedule="multistep"
     )
@@ -254,7 +256,7 @@ def test_networks_together_draw_from_the_first_ones_generator_alone():
 @pytest.mark.parametrize("build", [build, with_batch_norm])
 @pytest.mark.parametrize("seeds", [[0], [0, 1, 2]])
 def test_what_is_loaded_goes_into_the_tensors_that_a_captured_update_uses(seeds: list[int], build: Builder):
-    """And it makes those of the first update beforehand: a graph must not make them anew at every replay."""
+    """Momentum tensors exist before the first update, because a graph must not create them at every replay."""
     run, other = training(seeds=seeds, build=build), training(seeds=seeds, build=build)
     before = {name: value.data_ptr() for name, value in state_of(run).items()}
     assert any(name.startswith("momentum") for name in before)
@@ -269,13 +271,13 @@ def test_what_is_loaded_goes_into_the_tensors_that_a_captured_update_uses(seeds:
 @pytest.mark.parametrize("seeds", [[0], [0, 1, 2]])
 def test_an_update_that_can_be_captured_is_the_same_and_reads_its_rate_from_a_tensor(monkeypatch, seeds, build):
     usual = training(seeds=seeds, build=build)
-    monkeypatch.setattr(trainer, "_replayable", lambda _: True)
+    monkeypatch.setattr(network_update, "_replayable", lambda _: True)
     monkeypatch.setattr(trainer.Replay, "_warm_up", lambda self, inputs: None)  # then recording fails on a CPU
     captured = training(seeds=seeds, build=build)
     step, rate = captured.update.step, captured.update.optimizer.param_groups[0]["lr"]
 
     def otherwise_laid_out(*batch: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """As a compiler may: columns of gradients lie together in memory, not rows."""
+        """Lay out gradients as a compiler may: columns, not rows, are contiguous in memory."""
         loss, gradients, buffers = step(*batch)
         return loss, {name: g.mT.contiguous().mT if g.ndim > 1 else g for name, g in gradients.items()}, buffers
 
@@ -299,7 +301,7 @@ def resnet_with_batch_norm() -> nn.Module:
 
 
 def plain_loop(network: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, orders: Tensor) -> nn.Module:
-    """What PyTorch's own modules and optimiser make of these orders (epochs, N), without augmentation."""
+    """Train ``network`` with PyTorch's own modules and optimiser in these orders (epochs, N), without augmentation."""
     optimizer = torch.optim.SGD(
         network.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
     )
@@ -348,7 +350,7 @@ def test_batch_norm_judges_every_image_by_itself():
     together, alone = (logits_of(run.network, images, NORMALISE, batch=batch) for batch in (21, 1))
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
     with torch.no_grad():
-        assert not torch.allclose(run.network(NORMALISE(images)), together, atol=1e-3)  # by the batch's statistics
+        assert not torch.allclose(run.network(NORMALISE(images)), together, atol=1e-3)  # by batch statistics
 
 
 def test_a_training_step_writes_to_nothing():

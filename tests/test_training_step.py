@@ -16,8 +16,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 from hmn.compute import Compute
 from hmn.data import augment
 from hmn.data.preprocess import Normalise
+from hmn.network_update import NetworkUpdate, training_step
 from hmn.networks import initialise
-from hmn.training import NetworkUpdate, learning_rate, training_step
+from hmn.training import learning_rate
 from tests.small_training import (
     CPU,
     MEAN,
@@ -146,7 +147,7 @@ def test_an_update_augments_with_parameters_per_image_and_mixes_by_the_cutmix_lo
 
 @pytest.mark.parametrize("cutmix", [0.0, 0.7])
 def test_batches_that_are_augmented_at_once_are_those_one_after_the_other(cutmix, double, monkeypatch):
-    """As on a GPU and as on a CPU: the same draws, and updates in the same order."""
+    """A GPU does the former and a CPU the latter, with the same draws and with updates in the same order."""
     strategy = "color_crop_cutout_flip_scale_rotate"
     images, labels = images_and_labels(40)
     index = torch.rand(5, 40, generator=generator()).argsort(-1)[:, :8]
@@ -234,7 +235,7 @@ def test_a_batch_weighs_its_images_equally_and_its_padding_not_at_all():
 
 @pytest.mark.parametrize("cutmix", [0.0, 1.0])
 def test_a_short_batch_is_padded_without_effect(cutmix):
-    """Padded from 5 to 8, and mixed among its own images only, it is the same update as a full batch of 5."""
+    """Padding it from 5 to 8 and mixing among its own images only gives the same update as a full batch of 5."""
     network, reference = pair()
     images, labels = images_and_labels(5)
     padded = update_of(network, 8, cutmix=cutmix)(images, labels)

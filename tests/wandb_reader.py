@@ -1,4 +1,4 @@
-"""Reads back what W&B wrote offline: the records of a ``.wandb`` file, the file that ``wandb sync`` uploads."""
+"""Read back what W&B wrote offline: the records of a ``.wandb`` file, which ``wandb sync`` uploads."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from typing import Any
 
 BLOCK = 32768
 FIRST_BYTES = 7  # ":W&B", a magic number and a version
-FULL, FIRST, LAST = 1, 2, 4  # kinds of a record's pieces; 3 is a middle one
+FULL, FIRST, LAST = 1, 2, 4  # kinds of a record's pieces; 3 is a middle piece
 
 
 def without_login(monkeypatch: Any, home: Path) -> None:
-    """No W&B login or setting reaches this process or the ones it starts; what W&B caches goes under ``home``."""
+    """Keep W&B's login and settings from this process and those it starts; W&B's caches go under ``home``."""
     outside = ("NETRC", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME")
     for name in [name for name in os.environ if name.startswith("WANDB_") or name in outside]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    _end_service()  # settings and login that an earlier test left in the process
+    _end_service()  # it may hold the settings and login of an earlier test
 
 
 def read_offline_run(run_dir: Path, part: int = -1) -> dict[str, Any]:
     """One offline start of the run in ``run_dir``, by default the last.
 
     ``run``: id, name, project, group, job_type, resume, sweep · ``config`` · ``history``: one dict per logged row ·
-    ``summary`` · ``metrics``: metric -> its step metric · ``kept``: metric -> its summaries, where they are chosen ·
+    ``summary`` · ``metrics``: metric -> its step metric · ``kept``: metric -> its chosen summaries ·
     ``artifacts``: name, type, metadata, files (path -> digest,
     size, local_path) · ``files``: paths below ``files_dir`` · ``exit_code``: ``None`` if the run never ended.
     """
-    _end_service()  # which may write the last records after the run's end
+    _end_service()  # it may write the last records after the run's end
     path = sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))[part]
     result: dict[str, Any] = {"config": {}, "history": [], "summary": {}, "metrics": {}, "artifacts": [], "files": []}
     result |= {"exit_code": None, "kept": {}}
@@ -102,7 +102,7 @@ def _records(data: bytes) -> Iterator[Any]:
 def _messages(data: bytes) -> Iterator[bytes]:
     """LevelDB's log format: blocks of 32 KiB that hold whole records or, for longer ones, their pieces in order.
 
-    Ends at a piece that was cut short, as the last one of a killed run may be.
+    Stops at a truncated piece, which the last one of a killed run may be.
     """
     assert data[:4] == b":W&B", "not a .wandb file"
     position, message = FIRST_BYTES, b""

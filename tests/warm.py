@@ -1,6 +1,6 @@
 """What every process that a test starts would do first, done once in the server that it is forked from.
 
-No arithmetic: a fork of a process whose OpenMP threads have begun would wait for them for ever.
+It does no arithmetic: a fork of a process whose OpenMP threads have started would wait for them forever.
 """
 
 import functools
@@ -11,9 +11,9 @@ import sklearn.datasets
 from hmn.results import code_version
 from tests.command import TINY, planned
 
-planned(*TINY)  # Hydra's plugins, the grammar of overrides
+planned(*TINY)  # loads Hydra's plugins and the grammar of overrides
 code_version()
 sklearn.datasets.load_digits = functools.cache(sklearn.datasets.load_digits)
 sklearn.datasets.load_digits()
 gc.collect()
-gc.freeze()  # or the first collection of every fork would copy all pages
+gc.freeze()  # otherwise the first collection of every fork would copy all pages

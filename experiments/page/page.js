@@ -8,7 +8,7 @@
   const COLOURS = 8, STYLES = 3, PICKED_AT_FIRST = 8;
   const SVG = "http://www.w3.org/2000/svg";
 
-  // Sorting: what has no value comes last, whichever way
+  // Sorting: runs without a value come last in either direction
 
   const cellOf = (body, key) => find(`[data-key="${key}"]`, body);
   const valueOf = (body, key) => {
@@ -43,7 +43,7 @@
     if (event.target.value) sortBy(...event.target.value.split(" "));
   });
 
-  // Filtering: for everything that belongs to a run
+  // Filtering: shows or hides everything that belongs to a run
 
   const texts = bodies.map((body) => `${body.dataset.name} ${body.textContent}`.toLowerCase());
   const parts = all("[data-index]");
@@ -65,7 +65,7 @@
   find("#filter").addEventListener("input", filter);
   find("#status").addEventListener("change", filter);
 
-  // Picked runs have a colour and a dash of their own as long as they are picked
+  // Picking: a picked run has its own colour and dash for as long as it is picked
 
   const drawable = new Set([...runs.keys()].filter((index) => runs[index].loss.length || runs[index].accuracy.length));
   const slots = new Map(), muted = new Set();
@@ -87,7 +87,7 @@
   best.sort((a, b) => a - b).forEach((index) => pick(index, true));
   find("#pick-shown")?.addEventListener("click", () => {
     [...drawable].forEach((index) => pick(index, false));
-    all("tbody.run").map((body) => Number(body.dataset.index)) // in the order they are sorted in
+    all("tbody.run").map((body) => Number(body.dataset.index)) // in their sorted order
       .filter((index) => shown.has(index) && drawable.has(index)).forEach((index) => pick(index, true));
     draw();
   });
@@ -241,7 +241,7 @@
     chart(find("#chart-loss"), "loss", { log: true, unit: "" });
   }
 
-  // A link to a run opens it; paper shows what is folded
+  // A link to a run opens its details; printing opens all of them
 
   function openTarget() {
     const target = document.getElementById(location.hash.slice(1));
@@ -249,7 +249,7 @@
   }
   addEventListener("hashchange", openTarget);
   let width = innerWidth;
-  addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; draw(); } }); // not for a phone's address bar
+  addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; draw(); } }); // a phone's address bar changes only the height
   let opened = [];
   addEventListener("beforeprint", () => { opened = all("details:not([open])"); opened.forEach((one) => { one.open = true; }); });
   addEventListener("afterprint", () => opened.forEach((one) => { one.open = false; }));

@@ -1,4 +1,4 @@
-"""Starts a container and makes the condensation that the configured objective asks for, out of what a run has."""
+"""Initialises a run's container and builds the condensation that its configured objective asks for."""
 
 from __future__ import annotations
 

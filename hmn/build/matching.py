@@ -1,4 +1,4 @@
-"""Makes the condensations that compare real and synthetic images class by class."""
+"""Builds the condensations that compare real and synthetic images class by class."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from hmn.objectives.gradient import MatchingStep, matching_step, real_gradients,
 from hmn.pool import PoolSide
 from hmn.realside import LiveSide, RealSide, SyntheticSide, UntrainedSide
 
-KEPT_ON_GPU = 8 << 30  # bytes of a snapshot bank at most: 200 snapshots of ten classes take 2.6e9
+KEPT_ON_GPU = 8 << 30  # most bytes of a snapshot bank to keep: 200 snapshots of ten classes take 2.6e9
 
 
 def kept_on(device: torch.device) -> int:
-    """How many bytes of a snapshot bank stay on ``device``, of which steps and other runs need the most."""
+    """Bytes of a snapshot bank to keep on ``device``, most of whose memory steps and other runs need."""
     return min(KEPT_ON_GPU, torch.cuda.mem_get_info(device)[0] // 4) if device.type == "cuda" else 0
 
 
 def gradient_matching(shop: Workshop, container: Container) -> ClassMatching:
-    """Networks and real images as the run goes, or from a bank, which is made first if it is missing."""
+    """Gradient matching on networks trained as the run goes, or on a snapshot bank, which is built first if missing."""
     config, compute, objective = shop.config, shop.compute, shop.config.objective
     network = shop.build().to(compute.device)
     folder = Path(config.paths.cache_dir) / "banks" / digest(bank_identity(config) | shop.arithmetic)
     banked = objective.bank.networks and all(path.exists() for path in bank.files(folder, objective.bank))
-    real_batch = 0 if banked else objective.real_batch  # of a bank that is there only real gradients are read
+    real_batch = 0 if banked else objective.real_batch  # an existing bank supplies real gradients, not images
     chunk = _chunk(shop, container, network, partial(matching_bytes, metric=objective.metric), real_batch=real_batch)
 
     def live(seed: int, stream: str) -> LiveSide:
@@ -54,7 +54,7 @@ def gradient_matching(shop: Workshop, container: Container) -> ClassMatching:
                     stop=shop.checkpoints.stop,
                 )
             )
-        # Where memory is limited, the limit is for what a step needs.
+        # With a memory limit no part of the bank stays on the device: the limit is for what a step needs.
         keep = kept_on(compute.device) if config.compute.memory_limit is None else 0
         rule, seed = objective.augmentation_rule, config.seed
         side = bank.BankSide(paths, objective.bank, shop.strategy, compute.device, seed, rule, keep)

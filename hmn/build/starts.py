@@ -1,4 +1,4 @@
-"""What a container starts from: random numbers or real images, a fit to real images, or a kept set."""
+"""What a container starts from: random numbers, real images, a fit to real images, or a kept set."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from hmn.training import features_of
 
 
 def start(shop: Workshop, container: Container) -> None:
-    """Fill ``container`` as ``container.init`` says, but for the fit of ``fit_real``.
+    """Fill ``container`` as ``container.init`` says, except for the fit of ``fit_real``, which :func:`fit` does.
 
-    Raises ``DataError`` for a kept set of other classes or of pixels normalised in another way.
+    Raises ``DataError`` for a kept set that has other classes or pixels normalised with other statistics.
     """
     settings, device = shop.config.container, shop.compute.device
     if settings.init == KEPT:
@@ -37,7 +37,7 @@ def start(shop: Workshop, container: Container) -> None:
 
 
 def fit(shop: Workshop, container: Container) -> float:
-    """The fit to real images of ``container.init=fit_real``; returns its mean squared error, of pixels in [0, 1]."""
+    """Fit ``container`` to real images (``fit_real``); returns the mean squared error of pixels in [0, 1]."""
     settings = shop.config.container
     stream = generator(shop.config.seed, "fit", device=shop.compute.device)
     how = {"random": "random", "k_means": "k_means_of_pixels"}[settings.fit_images]
@@ -56,7 +56,7 @@ def fit(shop: Workshop, container: Container) -> float:
 
 
 def how_started(settings: ContainerConfig, artifact: str | None) -> dict[str, Any]:
-    """For the card: what the container started as; ``artifact`` is the checksum of a kept set."""
+    """How the container was started, for the card; ``artifact`` is the checksum of a kept set."""
     if settings.init == KEPT:
         return {"init": settings.init, "sha256": artifact}
     fit = dataclasses.asdict(settings) if settings.init == "fit_real" else {}
@@ -64,7 +64,7 @@ def how_started(settings: ContainerConfig, artifact: str | None) -> dict[str, An
 
 
 def _training_images(shop: Workshop, stream: torch.Generator) -> TrainingImages:
-    """From which containers start; what is clustered is as a fresh network sees it, DREAM's way."""
+    """The real images that containers start from; ``k_means`` clusters a fresh network's features, as in DREAM."""
     train, device = shop.data.train, shop.compute.device
 
     @functools.cache
@@ -82,11 +82,11 @@ def _training_images(shop: Workshop, stream: torch.Generator) -> TrainingImages:
 
 
 def _check_kept(shop: Workshop, container: Container, kept: dict[str, Any]) -> None:
-    """Refuse a set of other classes, or one whose pixels are normalised by other statistics than these data's."""
+    """Refuse a set of other classes, or one whose pixels are normalised with statistics other than this dataset's."""
     normalised = getattr(container.shape, "pixel_space", None) == "normalised"
     own = {"class_names": list(shop.data.class_names)}
     own |= {"mean": list(shop.data.mean), "std": list(shop.data.std)} if normalised else {}
     for key, value in own.items():
         if kept[key] != value:
             named = f"container.start={shop.config.container.start}"
-            raise DataError(f"{named}: its {key} is {kept[key]}, that of these data {value}")
+            raise DataError(f"{named}: its {key} is {kept[key]}, but this run's dataset has {value}")

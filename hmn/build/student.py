@@ -1,4 +1,4 @@
-"""Makes the condensations that go through the training of a student, and the experts that it aims at."""
+"""Builds the condensations that differentiate through a student's training, and the experts that students aim at."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def experts(shop: Workshop) -> list[Path]:
 
 
 def trajectory_matching(shop: Workshop, container: Container) -> ThroughStudent:
-    """Experts are trained first if they are missing; of several views of a container a student sees one per step."""
+    """MTT. Experts are trained first if missing; at each of its steps a student sees one of the container's views."""
     config, objective, device = shop.config, shop.config.objective, shop.compute.device
     views = container.views()
     batches = shuffled(views, objective.student_batch)
-    chunk = _chunk(shop, container, batches)  # too little memory is said before experts are trained
+    chunk = _chunk(shop, container, batches)  # first, to report too little memory before experts are trained
     goal = ReachExpert(
         experts(shop),
         max_start=objective.max_start_epoch,
@@ -69,9 +69,9 @@ def trajectory_matching(shop: Workshop, container: Container) -> ThroughStudent:
         generator=generator(config.seed, "condense", "experts"),
     )
     adversary = None
-    if isinstance(config.container, HabaConfig) and len(views) > 1:  # one style has none to differ from
+    if isinstance(config.container, HabaConfig) and len(views) > 1:  # a single style has no other to differ from
         shape = container.shape
-        depth = min(3, int(math.log2(shape.image_size)))  # HaBa's three, or as many as leave a pixel
+        depth = min(3, int(math.log2(shape.image_size)))  # HaBa's three blocks, or as many as leave one pixel
         extractor = ConvNet(shape.channels, shape.classes, shape.image_size, depth=depth).to(device)
         adversary = StyleAdversary(
             initialise(extractor, generator(config.seed, "condense", "adversary", device=device)),
@@ -93,7 +93,7 @@ def trajectory_matching(shop: Workshop, container: Container) -> ThroughStudent:
 
 
 def bptt(shop: Workshop, container: Container) -> ThroughStudent:
-    """LinBa's own: fresh students of random images of every class, judged by a batch of real ones; their rate stays."""
+    """LinBa's objective: fresh students train on random images of every class at a fixed rate; real ones judge them."""
     objective, data, device = shop.config.objective, shop.data, shop.compute.device
     stream = generator(shop.config.seed, "condense", "real", device=device)
     unrolled = _unrolled(shop)

@@ -1,4 +1,4 @@
-"""What the makers of condensations take of a run."""
+"""The parts of a run that condensations are built from."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from hmn.config import Config
 from hmn.data.augment import usable
 from hmn.data.datasets import RealData
 from hmn.data.preprocess import Normalise
+from hmn.network_update import TrainingStep
 from hmn.networks import Builder
 from hmn.optimizer import idc_rate_factor
-from hmn.training import TrainingStep
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workshop:
-    """What condensing needs of a run, the container aside."""
+    """Everything that condensing needs from a run, except the container."""
 
     config: Config
     data: RealData
@@ -37,7 +37,7 @@ class Workshop:
 
     @property
     def arithmetic(self) -> dict[str, str]:
-        """In which what runs share is computed: machines without bf16 have fp32 instead, and files of their own."""
+        """The precision of files that runs share: where bf16 does not pay it is fp32, in files of its own."""
         return {"precision": self.compute.precision}
 
     @property
@@ -46,5 +46,5 @@ class Workshop:
         return usable(strategy, self.config.dataset.flip)
 
     def side_of(self, seed: int) -> dict[str, Any]:
-        """What every real side takes."""
+        """The arguments that every real side takes."""
         return {"build": self.build, "compute": self.compute, "seed": seed, "flip": self.config.dataset.flip}

@@ -1,7 +1,8 @@
 """The configuration's schemas and range checks.
 
-Every value is checked where it is declared; a message names the dotted key, the value and the rule. The core takes
-tensors, numbers or one section; the whole :class:`Config` is for what plans a run, makes its parts and keeps it.
+Every value is checked where it is declared; the message names the dotted key, the value and the rule. The core takes
+tensors, numbers or a single section. Only the code that plans a run, makes its parts and keeps its results takes the
+whole :class:`Config`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from hmn.config.objectives import BankConfig, GradientMatchingConfig, ObjectiveC
 from hmn.config.sweeps import LauncherConfig, SweepConfig
 from hmn.errors import ConfigError
 
-__all__ = [  # what other modules take from here
+__all__ = [  # what other modules import from here
     "BankConfig",
     "ContainerConfig",
     "GradientMatchingConfig",
@@ -67,21 +68,21 @@ DATASETS = ("svhn", "cifar10", "cifar100", "tiny_imagenet", "imagenet10", "folde
 class DatasetConfig:
     kind: str = MISSING  # which loader, one of DATASETS
     name: str | None = None  # shown in tables and run ids; null: the kind, or the folder's or file's own name
-    # imagenet10 (but for its plan), folder: the directory; arrays: the .npz; null: paths.data_dir/<kind>
+    # imagenet10 (not needed for its plan), folder: the directory; arrays: the .npz file; null: paths.data_dir/<kind>
     root: str | None = None
     image_size: int | None = None  # side in pixels; null (arrays only): the array's own
     channels: int = 3
-    classes: int | None = None  # of the whole data set; null: counted from the class folders or the label array
-    # Class-incremental learning: the classes, all C of them, in the order of numpy's RandomState(class_order)
-    # .permutation(C), null: in their own; and of these only the ones at the positions [first, last), null: all.
+    classes: int | None = None  # in the whole dataset; null: counted from the class folders or the label array
+    # Class-incremental learning. class_order: all C classes are put in the order of numpy's RandomState(class_order)
+    # .permutation(C); null: their own order. class_range: of these, only positions [first, last) are used; null: all.
     class_order: int | None = newer(None)
     class_range: list[int] | None = newer(None)
-    # Of pixels in [0, 1]; null: measured on the training split, of all classes: what is condensed apart fits together
+    # Of pixels in [0, 1]; null: measured on all classes of the training split, so sets condensed apart fit together
     mean: list[float] | None = None
     std: list[float] | None = None
-    flip: bool = True  # whether a mirrored image keeps its class: else "flip" is dropped from every strategy
-    held_out_fraction: float = 0.1  # of train, per class, never trained on: every selection is judged on it
-    test_fraction: float | None = None  # of each class, kept for test: digits, and a folder without test or val
+    flip: bool = True  # whether a mirrored image keeps its class; if not, "flip" is dropped from every strategy
+    held_out_fraction: float = 0.1  # share of each class's training images, never trained on; judges every selection
+    test_fraction: float | None = None  # share of each class for test: digits, and folders without test/ or val/
     download: bool = unscientific(True)
 
     def __post_init__(self) -> None:
@@ -106,19 +107,19 @@ class DatasetConfig:
         require("dataset.root", not needs_root or bool(self.root), "null", f"given for dataset={self.kind}")
 
     def identity(self) -> dict[str, Any]:
-        """What images and labels depend on, as plain values."""
+        """The settings that images and labels depend on, as plain values."""
         values = identity_of(self)
         if self.kind not in ("folder", "arrays"):
-            del values["root"]  # official data are the same wherever they lie
+            del values["root"]  # official datasets are the same wherever they are stored
         else:
-            values["root"] = os.path.normpath(values["root"])  # with a slash at its end or not
+            values["root"] = os.path.normpath(values["root"])  # the same with or without a slash at its end
         return values
 
 
 @dataclass(kw_only=True)
 class MemoryConfig:
     images_per_class: int = MISSING  # IPC: the budget is IPC * classes * channels * side^2 numbers
-    # In which a container's are kept, and judged: float16 takes half the bytes of the paper's float32 and has 11 bits
+    # Type in which a container's numbers are kept and judged; float16: half the bytes of the paper's float32, 11 bits
     number: str = newer("float32", modes=("run", "coreset"))
 
     def __post_init__(self) -> None:
@@ -132,12 +133,13 @@ class PruningConfig:
 
     # Storage condensed beyond the budget, as a fraction of it (the paper's p)
     over_budget: float = field(default=MISSING, metadata={"modes": ("run",)})
-    score: str = "logit_margin"  # mean over epochs (HMN); softmax_margin: probabilities, summed (CCS); random
-    # share of the cut taken from the hardest end; null: searched on held-out real images
+    # logit_margin: mean over epochs (HMN); softmax_margin: of probabilities, summed over epochs (CCS); random
+    score: str = "logit_margin"
+    # share of the cut taken from the hardest end; null: found by a search on held-out real images
     beta: float | None = field(default=None, metadata={"modes": ("run",)})
     score_networks: int = 3  # margins are averaged over this many networks
-    score_epochs: int = 200  # a fifth of the evaluation's, whose schedule is made as short
-    # each candidate of the beta search trains one network this long
+    score_epochs: int = 200  # a fifth of the evaluation's epochs; its schedule is shortened to them
+    # epochs of the one network that the beta search trains for each candidate
     search_epochs: int = field(default=100, metadata={"modes": ("run",)})
 
     def __post_init__(self) -> None:
@@ -154,8 +156,8 @@ class NetworkConfig:
 
     name: str = MISSING  # one of NETWORK_NORMS
     width: int | None = None  # of the first layer (densenet121: growth; mlp: every hidden layer); null: the paper's
-    depth: int | None = None  # convnet only; null: as many blocks as leave a map of at most 4 x 4, at least 2
-    norm: str = "instance"  # instance: GroupNorm of one channel per group; batch, which cannot be matched; none
+    depth: int | None = None  # convnet only; null: the fewest blocks, at least 2, that leave a map of at most 4 x 4
+    norm: str = "instance"  # instance: GroupNorm with one channel per group; batch: cannot be matched; none
 
     def __post_init__(self) -> None:
         one_of("network.name", self.name, tuple(NETWORK_NORMS))
@@ -177,17 +179,17 @@ class EvaluationConfig:
     epochs: int = 1000
     full_data_epochs: int | None = field(default=None, metadata={"modes": ("full_data",)})  # null: epochs
     batch: int = 64
-    # Where an epoch ends in a batch of a few images, their noisy step weighs as much as that of a full one and costs
-    # points. false, as IDC: full batches and that rest; true: as many batches, of equal size
+    # false: full batches and a smaller last one, as in IDC; true: as many batches, of equal size. A last batch of a few
+    # images makes a noisy step that weighs as much as a full batch's and costs accuracy points.
     even_batches: bool = newer(False)
     lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 5e-4
     schedule: str = MISSING  # cosine: to 0, stepped per epoch; multistep: x 0.2 at 2/3 and 5/6 of the epochs
-    strategy: str = "color_crop_flip_scale_rotate"  # IDC's rule, parameters per image
+    strategy: str = "color_crop_flip_scale_rotate"  # by IDC's rule, with parameters per image
     cutmix: float = 0.5  # probability per batch
     test_points: int = 4  # evenly spaced tests; the best of them is printed as an extra, the last is the result
-    # tests during condensing, on held-out real images: first and last step included
+    # number of tests during condensing, on held-out real images; the first and last steps are among them
     curve_points: int = field(default=0, metadata={"modes": ("run",)})
     curve_epochs: int = field(default=100, metadata={"modes": ("run",)})
 
@@ -208,11 +210,11 @@ class EvaluationConfig:
 
 @dataclass(kw_only=True)
 class TrackingConfig:
-    mode: str = "auto"  # auto: online when logged in, else offline
+    mode: str = "auto"  # auto: online when logged in to W&B, else offline
     project: str = "hmn"
     entity: str | None = None
     group: str | None = None  # null: one per sweep
-    labels: dict[str, str] = field(default_factory=dict)  # of the run in its table, by axis: columns in W&B
+    labels: dict[str, str] = field(default_factory=dict)  # the run's label on each axis of its table; columns in W&B
     log_every_steps: int = 10
     images_every_steps: int = 1000
 
@@ -224,24 +226,24 @@ class TrackingConfig:
 
 @dataclass(kw_only=True)
 class ComputeConfig:
-    device: str = unscientific("auto")  # auto, cpu, cuda or cuda:N; under torchrun the GPU of the process's number
-    # tf32 (CUDA), bf16: convolutions and matrix products; statistics, softmax, distances and memories stay fp32
+    device: str = unscientific("auto")  # auto, cpu, cuda or cuda:N; under torchrun: the GPU of the local rank
+    # tf32 (CUDA) and bf16 are for convolutions and matrix products; statistics, softmax, distances, memories stay fp32
     precision: str = "fp32"
     deterministic: bool = unscientific(True)
-    # loop: autograd twice; compiled: nested derivatives; r_operator: written out, for ConvNet only; auto: by cost.
-    # All but loop are compiled, and so is the training of networks then.
+    # loop: autograd twice; compiled: nested derivatives; r_operator: written out, ConvNet only; auto: chosen by cost.
+    # With all but loop, matching and the training of networks are compiled.
     matching: str = unscientific("auto")
     classes_per_call: int | None = unscientific(None)  # null: 1 on a CPU or for the loop, else at most 20
-    # GiB, of each process: classes are condensed in chunks that fit; null: 20 at once on a GPU, one by one on a CPU
+    # GiB per process; classes are condensed in chunks that fit. null: 20 classes at once on a GPU, one by one on a CPU
     memory_limit: float | None = unscientific(None)
     threads: int | None = unscientific(None)  # CPU threads; null: torch's own choice
-    record: bool = unscientific(True)  # GPU: steps as CUDA graphs, which are replayed; false: launched kernel by kernel
-    # Trained at once, by other random numbers of the same distribution; null: all on a GPU, one on a CPU
+    record: bool = unscientific(True)  # GPU: record steps as CUDA graphs, replay them; false: launch kernel by kernel
+    # Networks trained at once; changes their random numbers, not the distribution; null: all on a GPU, one on a CPU
     networks_together: int | None = unscientific(None)
-    # Runs that condense the same, and differ in how they prune or evaluate, do it once: the first keeps what it
-    # condensed in paths.cache_dir, the others take that
+    # Runs that condense the same and differ in how they prune or evaluate condense once: the first keeps the result in
+    # paths.cache_dir, and the others use it
     share_condensed: bool = unscientific(False)
-    keep_heap: bool = unscientific(True)  # Linux: freed memory stays with the process instead of being mapped anew
+    keep_heap: bool = unscientific(True)  # Linux: keep freed memory in the process instead of mapping it again
     checkpoint_every_seconds: float = unscientific(60.0)
 
     def __post_init__(self) -> None:
@@ -263,7 +265,7 @@ class ComputeConfig:
 class PathsConfig:
     runs_dir: str = "runs"
     data_dir: str = "data"
-    cache_dir: str = ".cache"  # compiled functions and what networks on real images gave: made again if removed
+    cache_dir: str = ".cache"  # compiled functions and what networks computed on real images; made again if removed
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -274,7 +276,7 @@ class PathsConfig:
 class RedundancyConfig:
     """``mode=redundancy``: what a kept set is worth without the images that networks find easiest."""
 
-    # Shares of each class that are left out, one after the other; pruning.score* say how the easiest are found
+    # Shares of each class to leave out, one after the other; pruning.score* set how the easiest images are found
     drop: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
 
     def __post_init__(self) -> None:
@@ -317,7 +319,7 @@ class Config:
         if self.judges:
             self._check_artifacts()
         else:
-            require("artifact", self.artifact is None, self.artifact, "null but for mode=evaluate and mode=redundancy")
+            require("artifact", self.artifact is None, self.artifact, "null unless mode=evaluate or mode=redundancy")
         if self.condenses and self.pruning.over_budget > 0 and self.pruning.beta is None:
             share = self.dataset.held_out_fraction
             rule = "positive while pruning.beta is null: the search is judged on held-out images"
@@ -339,12 +341,12 @@ class Config:
 
     @property
     def condenses(self) -> bool:
-        """Whether images are made, and not chosen."""
+        """Whether the run condenses images instead of choosing real ones."""
         return self.mode == "run" and self.container.CONDENSED
 
     @property
     def judges(self) -> bool:
-        """Whether kept sets are read, and none is made."""
+        """Whether the mode reads kept sets and makes none."""
         return self.mode in ("evaluate", "redundancy")
 
     @property
@@ -354,13 +356,13 @@ class Config:
 
     @property
     def kind(self) -> str:
-        """The mode, but ``coreset`` for a run that condenses nothing: a key of ``SECTIONS``."""
+        """The mode, or ``coreset`` for a run that condenses nothing; a key of ``SECTIONS``."""
         return "coreset" if self.mode == "run" and not self.condenses else self.mode
 
 
 @functools.cache
 def register() -> None:
-    """Make the schemas known to Hydra; every file of ``conf/`` names the one it must fit."""
+    """Register the schemas with Hydra; every file of ``conf/`` names the one that it must match."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     sections = {
@@ -384,16 +386,16 @@ def register() -> None:
 
 
 def from_hydra(raw: DictConfig) -> Config:
-    """The checked configuration of a composed ``raw``, Hydra's own node aside. Raises ``ConfigError`` with one line."""
+    """The checked configuration of a composed ``raw``, without Hydra's own node. Raises a one-line ``ConfigError``."""
     known = [item.name for item in dataclasses.fields(Config)]
     _refuse_added("", [str(key) for key in raw if key != "hydra"], known)
     return Config(**sections(raw, known))
 
 
 def sections(raw: DictConfig, names: Sequence[str]) -> dict[str, Any]:
-    """The checked sections ``names`` of a composed ``raw``; what spans sections is not checked. Raises as above."""
+    """The checked sections ``names`` of a composed ``raw``, without checks across sections. Raises ``ConfigError``."""
     try:
-        # Hydra keeps the schemas of the groups but not the root's, so its sections come back checked and it does not.
+        # Hydra keeps the schemas of the groups but not the root's: the sections come back checked, the root does not.
         found = OmegaConf.to_object(OmegaConf.masked_copy(raw, list(names)))
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key}: give it a value") from None
@@ -411,7 +413,7 @@ def _refuse_added_to(section: Any, prefix: str) -> None:
 
 
 def _refuse_added(prefix: str, keys: Sequence[str], known: Sequence[str]) -> None:
-    """``+key=value`` adds keys that nothing reads."""
+    """Refuse keys outside the schema, which ``+key=value`` adds and nothing reads."""
     for key in keys:
         if key not in known:
             raise ConfigError(f"{prefix}{key}: unknown key; valid are {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""Of fields: range checks, whose message names the dotted key, the value and the rule; and which name a run."""
+"""Range checks of fields, whose messages name dotted key, value and rule; and which fields enter the run id."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def one_of(key: str, value: str, choices: Sequence[str]) -> None:
 
 
 def at_least(section: str, least: float, config: object, *names: str) -> None:
-    """Every field ``names`` of ``config`` must be null or at least ``least``."""
+    """Require every field in ``names`` to be null or at least ``least``."""
     for name in names:
         value = getattr(config, name)
         require(f"{section}.{name}", value is None or value >= least, value, f"at least {least}")
 
 
 def positive(section: str, config: object, *names: str) -> None:
-    """Every field ``names`` of ``config`` must be null or above 0."""
+    """Require every field in ``names`` to be null or above 0."""
     for name in names:
         value = getattr(config, name)
         require(f"{section}.{name}", value is None or value > 0, value, "positive")
@@ -48,12 +48,12 @@ def unscientific(default: Any) -> Any:
 
 
 def newer(default: Any, **metadata: Any) -> Any:
-    """A field that kept run ids are older than: it is left out of them while it has its default."""
+    """A field added after run ids were in use: at its default it stays out of the id, so that old ids remain valid."""
     return field(default=default, metadata={"newer": True, **metadata})
 
 
 def in_identity(item: Field, value: Any) -> bool:
-    """Whether ``value`` of the field is part of what a result depends on."""
+    """Whether a result depends on the field's ``value``."""
     return is_scientific(item) and not (item.metadata.get("newer", False) and value == item.default)
 
 
@@ -67,7 +67,7 @@ def is_scientific(item: Field) -> bool:
 
 
 def identity_of(section: object, kind: str | None = None) -> dict[str, Any]:
-    """What a result depends on in ``section``, of the fields that this ``kind`` of run reads, as plain values."""
+    """The plain values of ``section`` that a result depends on, among the fields that this ``kind`` of run reads."""
     values = {}
     for item in dataclasses.fields(section):
         value = getattr(section, item.name)

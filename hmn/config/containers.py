@@ -1,6 +1,6 @@
 """Schemas of the data containers: what their shapes and starting values depend on.
 
-A field left null is filled in by the plan: from a row of the container's presets, or by what fits the budget.
+The plan fills in a field left null, from a row of the container's presets or with what fits the budget.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ CORESET_METHODS = ("random", "herding", "k_center", "k_means", "ccs", "aum", "fo
 
 @dataclass(kw_only=True)
 class ContainerConfig:
-    """What all containers have; ``NAME`` and ``INITS`` are the values a container's own fields may take."""
+    """The settings of all containers; ``NAME`` and ``INITS`` are the values that ``name`` and ``init`` may take."""
 
     NAME: ClassVar[str] = ""
     INITS: ClassVar[tuple[str, ...]] = ()
-    CONDENSED: ClassVar[bool] = True  # else nothing is: objective, pruning and learning curve are not used
+    CONDENSED: ClassVar[bool] = True  # False: nothing is condensed; objective, pruning and learning curve are not used
 
     name: str = MISSING
-    # Where the parameters start. fit_real: fitted to as many real images; kept: as a kept set of the same shapes
-    # and count has them, so that one objective can go on where another ended
+    # Where the parameters start. fit_real: fitted to as many real images as the container holds; kept: at those of a
+    # kept set of the same shapes and count, so that one objective can go on where another ended
     init: str = MISSING
     start: str | None = unscientific(None)  # a run folder or its condensed.safetensors; its checksum is in the run id
     fit_steps: int = 500  # Adam steps of fit_real
-    fit_batch: int = 1024  # images per such step
-    fit_learning_rate: float = 2e-2  # its peak, one-cycle
-    fit_weights_lr: float | None = newer(None)  # the peak for networks, where it differs from that for memories
-    fit_images: str = newer("random")  # k_means: those nearest to the centres of per-class k-means on pixels
+    fit_batch: int = 1024  # images per step of fit_real
+    fit_learning_rate: float = 2e-2  # peak of its one-cycle schedule
+    fit_weights_lr: float | None = newer(None)  # peak for networks; null: as for memories
+    fit_images: str = newer("random")  # k_means: the images nearest to the centres of per-class k-means on pixels
     # By tier: factors on objective.memory_lr (memories) or objective.weights_lr (networks)
     lr_scale: dict[str, float] = field(default_factory=dict)
 
@@ -56,21 +56,21 @@ class HmnConfig(ContainerConfig):
     """Shapes of the Hierarchical Memory Network; a field left null is taken from the preset."""
 
     NAME: ClassVar[str] = "hmn"
-    INITS: ClassVar[tuple[str, ...]] = ("random", "fit_real")  # random: as the paper
+    INITS: ClassVar[tuple[str, ...]] = ("random", "fit_real")  # random: as in the paper
 
     init: str = "random"
     preset: str = "auto"  # a row of hmn/containers/presets.py; auto: the row nearest to dataset and memory
     latent_side: int | None = None  # s: memories are s x s maps, doubled log2(image_size / s) times
     dataset_channels: int | None = None  # C_D of the dataset memory
-    feature_channels: int | None = None  # C_F that each class's extractor makes of it; 0: neither of them
+    feature_channels: int | None = None  # C_F of each class's extractor output; 0: no dataset memory, no extractors
     feature_kernel: int | None = None  # k_f of the extractors
-    class_channels: int | None = None  # C_C of each class memory; 0: none
+    class_channels: int | None = None  # C_C of each class memory; 0: no class memories
     instance_channels: int | None = None  # C_I of each instance memory
     decoder_width: int | None = None  # W
     decoder: str = "upsample"  # upsample: convolution then nearest x2; transposed: 4x4 transposed convolution
     decoder_norm: bool = False  # one-group GroupNorm after each hidden convolution
-    output: str = newer("sigmoid")  # pixels in [0, 1]; linear: the sigmoid's tangent at 0, 1/2 + x/4, without bounds
-    instance_init_scale: float = 1.0  # of the N(0, 1) the instance memories start from
+    output: str = newer("sigmoid")  # pixels in [0, 1]; linear: the sigmoid's tangent at 0, 1/2 + x/4, unbounded
+    instance_init_scale: float = 1.0  # factor on the N(0, 1) that instance memories start from
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,9 +88,9 @@ class HmnConfig(ContainerConfig):
 class PixelConfig(ContainerConfig):
     """A container that is not bounded by a sigmoid."""
 
-    # unit: of pixels in [0, 1], to which those that are stored as such (image, multiformation, HaBa's bases) are
-    # clamped before every fresh network, as IDC; normalised: of mean/std-normalised ones, never clamped, as DC, DM, MTT
-    # and what builds on them
+    # unit: pixels in [0, 1]; those stored as such (image, multiformation, HaBa's bases) are clamped before every fresh
+    # network, as in IDC. normalised: mean/std-normalised pixels, never clamped, as in DC, DM, MTT and the methods built
+    # on them
     pixel_space: str = "normalised"
 
     def __post_init__(self) -> None:
@@ -104,7 +104,7 @@ class ImageConfig(PixelConfig):
 
     NAME: ClassVar[str] = "image"
     # k_means: the images nearest to the centres of per-class k-means on an untrained network's features (DREAM); first:
-    # IDC's "random"
+    # the first images of each class, which IDC calls "random"
     INITS: ClassVar[tuple[str, ...]] = ("real", "noise", "k_means", "first")
 
     init: str = "real"
@@ -113,20 +113,20 @@ class ImageConfig(PixelConfig):
 
 @dataclass(kw_only=True)
 class MultiformationConfig(PixelConfig):
-    """IDC (Kim et al., ICML 2022): every stored image is cut into f x f tiles that are each an image."""
+    """IDC (Kim et al., ICML 2022): every stored image is cut into f x f tiles, each of which is an image."""
 
     NAME: ClassVar[str] = "multiformation"
-    # Every tile is a shrunk real image: mix: the first ones of the class (IDC); random: random ones, bilinearly (IDM);
-    # k_means: those nearest to the centres of clusters (DREAM)
+    # Except for noise, every tile is a shrunk real image. mix: the first ones of the class (IDC); random: random ones,
+    # shrunk bilinearly (IDM); k_means: those nearest to the centres of clusters (DREAM)
     INITS: ClassVar[tuple[str, ...]] = ("mix", "random", "noise", "k_means")
 
     init: str = "mix"
     pixel_space: str = "unit"
     factor: int = 2  # f
-    # single: factor f; multi: every factor from 1 to f; bound: single, but condensing sees stored images at smaller
-    # factors too, so that a class has at most ``bound`` decoded ones
+    # single: factor f; multi: every factor from 1 to f; bound: as single, but condensing decodes some stored
+    # images at smaller factors, so that it sees at most ``bound`` images of a class
     decode: str = "single"
-    bound: int | None = None  # decode=bound: null: 128
+    bound: int | None = None  # for decode=bound; null: 128
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -152,11 +152,11 @@ class HabaConfig(PixelConfig):
     INITS: ClassVar[tuple[str, ...]] = ("real", "noise", "fit_real")  # of the bases
 
     init: str = "real"
-    styles: int | None = None  # S hallucinators; null: the most images that the budget pays for, at most 5 styles
-    base_channels: int | None = None  # 1 or the image's; null: as styles
-    # Under objective=trajectory_matching alone: weights of the losses that push styles apart
-    club_weight: float = 0.1  # on the container, cosine similarity of two styles' features
-    contrast_weight: float = 0.1  # on the adversary that gives the features
+    styles: int | None = None  # S hallucinators; null: the number, at most 5, with the most images in the budget
+    base_channels: int | None = None  # 1 or the image's; null: the image's if the budget pays for them, else 1
+    # Only for objective=trajectory_matching: weights of the losses that push styles apart
+    club_weight: float = 0.1  # loss of the container: cosine similarity of two styles' features
+    contrast_weight: float = 0.1  # loss of the adversary that computes the features, as the next two are
     class_weight: float = 1.0
     likeli_weight: float = 0.1
     adversary_lr: float = 1e-3
@@ -179,8 +179,8 @@ class LinbaConfig(PixelConfig):
     INITS: ClassVar[tuple[str, ...]] = ("xavier", "fit_real")
 
     init: str = "xavier"
-    bases: int | None = None  # null: the tabled number nearest to dataset and memory
-    downsample: int = 2  # bases are stored at 1 / downsample of the side
+    bases: int | None = None  # null: from the row nearest to dataset and memory in the container's table
+    downsample: int = 2  # bases are stored at 1 / downsample of the image's side
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -198,10 +198,11 @@ class SpeedConfig(PixelConfig):
     preset: str = "auto"  # a row of hmn/containers/speed.py; auto: the row nearest to dataset and memory
     tokens: int | None = None  # K
     token_dim: int | None = None  # D
-    depth: int | None = None  # R blocks, each with weights of its own, that read the same tokens and code
+    depth: int | None = None  # R blocks with weights of their own that read the same tokens and code
     heads: int | None = None
-    top_k: int | None = None  # entries of each image's and head's code that are kept and charged, 1.5 floats each
-    cut: str = newer("end")  # when the others go: after condensing, as the paper, or always, fitted and matched without
+    top_k: int | None = None  # entries kept of each image's code per head, charged at 1.5 floats each
+    # When the other entries are cut. end: after condensing, as in the paper; always: in fitting and matching, too
+    cut: str = newer("end")
     patch: int | None = None  # side of a patch in pixels
     l1: float | None = None  # weight of the codes' absolute sum in the loss
 
@@ -220,9 +221,9 @@ class FredConfig(PixelConfig):
     INITS: ClassVar[tuple[str, ...]] = ("real",)
 
     init: str = "real"
-    coefficients: int | None = None  # per image and channel; null: the tabled number nearest to the image side
+    coefficients: int | None = None  # per image and channel; null: the table's number for the nearest image side
     count_mask: bool = False  # charge the kept positions too, half a float each; the paper does not
-    orthonormal: bool = True  # scale of the stored coefficients; false: as the paper, whose rates are then 1e3 to 1e8
+    orthonormal: bool = True  # scale of the stored coefficients; false: as in the paper, whose rates are 1e3 to 1e8
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -241,9 +242,9 @@ class CoresetConfig(ContainerConfig):
     method: str = "random"
     hard_cut: float | None = None  # ccs: share of the hardest images left out first; null: 0.3
     bins: int | None = None  # ccs: score bins sampled evenly; null: 50
-    # All but random: networks whose features are joined, or whose margins or events are averaged; null: 1
+    # All but random: number of networks whose features are joined, or margins or forgetting events averaged; null: 1
     networks: int | None = None
-    epochs: int | None = None  # that they train on the full training set; null: 200
+    epochs: int | None = None  # epochs of their training on the full training set; null: 200
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""What results depend on: the settings whose hash names a run, and what runs must agree on to share what they make."""
+"""What results depend on: the settings whose hash names a run, and those that runs must agree on to share files."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def scientific(config: Config) -> dict[str, Any]:
 
 
 def condensation_identity(config: Config) -> dict[str, Any]:
-    """What condensing depends on, as plain values: its curve too, of which the evaluation's recipe is a part."""
+    """What condensing depends on, as plain values; with a learning curve, that includes the evaluation's recipe."""
     everything = scientific(config)
     names = ("seed", "precision", "dataset", "memory", "container", "objective", "network")
     kept = {name: everything[name] for name in names} | {"over_budget": config.pruning.over_budget}
-    kept["memory"].pop("number", None)  # numbers are rounded at the end
+    kept["memory"].pop("number", None)  # numbers are rounded after condensing
     if config.evaluation.curve_points:
         unread = ("profile", "networks", "epochs", "test_points")
         kept["curve"] = {name: value for name, value in everything["evaluation"].items() if name not in unread}

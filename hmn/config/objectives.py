@@ -13,7 +13,7 @@ SECTION = "objective"
 
 
 def fraction(config: object, *names: str, below_one: bool = False) -> None:
-    """Every field ``names`` of ``config`` must lie in [0, 1], or in [0, 1)."""
+    """Require every field in ``names`` to lie in [0, 1], or in [0, 1) with ``below_one``."""
     for name in names:
         value = getattr(config, name)
         fits = 0 <= value < 1 if below_one else 0 <= value <= 1
@@ -21,7 +21,7 @@ def fraction(config: object, *names: str, below_one: bool = False) -> None:
 
 
 def untouched(config: object, where: str, *names: str) -> None:
-    """Every field ``names`` of ``config`` must have its default ``where`` nothing reads it."""
+    """Require every field in ``names`` to have its default; ``where`` says when, or why, nothing reads it."""
     defaults = {item.name: item.default for item in fields(config)}
     for name in names:
         value, default = getattr(config, name), defaults[name]
@@ -30,24 +30,24 @@ def untouched(config: object, where: str, *names: str) -> None:
 
 @dataclass(kw_only=True)
 class ObjectiveConfig:
-    """What all objectives have: how long, and how the container is stepped."""
+    """The settings of all objectives: how long to condense, and how to update the container."""
 
     NAMES: ClassVar[tuple[str, ...]] = ()
 
     name: str = MISSING
     outer_steps: int = MISSING  # each starts from a fresh network or trajectory
-    inner_steps: int | None = 1  # container steps in each
-    optimizer: str = "adam"  # adam or sgd, of the container
+    inner_steps: int | None = 1  # container steps in each outer step
+    optimizer: str = "adam"  # of the container: adam or sgd
     memory_lr: float = 1e-2  # dataset, class and instance memories, pixels, codes
     weights_lr: float = 1e-3  # networks inside the container: extractors, decoders
     lr_scaling: str = "none"  # idc: both rates times (images per class / 10) * (side / 32)^2, or 224 from 128 pixels on
     beta1: float = 0.9  # adam
     beta2: float = 0.99
     momentum: float = 0.5  # sgd
-    final_lr_fraction: float = 0.1  # cosine decay over the run ends here; 1: constant
-    gradient_clip: float | None = None  # largest norm of the container's whole gradient; null: none
-    # What is kept is an exponential moving average of the container's parameters over steps, of this decay; it follows
-    # faster at the start, by (1 + t) / (10 + t) after t steps. null: the last step's
+    final_lr_fraction: float = 0.1  # cosine decay over the run ends at this fraction; 1: constant rate
+    gradient_clip: float | None = None  # largest norm of the container's whole gradient; null: not clipped
+    # Keep an exponential moving average of the container's parameters over steps, with this decay; it follows faster at
+    # the start, with a decay of at most (1 + t) / (10 + t) after t steps. null: keep the last step's parameters
     average: float | None = newer(None)
 
     def __post_init__(self) -> None:
@@ -61,7 +61,7 @@ class ObjectiveConfig:
         average = self.average
         require("objective.average", average is None or 0 <= average < 1, average, "null or in [0, 1)")
         others = {"adam": ("momentum",), "sgd": ("beta1", "beta2")}[self.optimizer]
-        untouched(self, f"with objective.optimizer={self.optimizer}, which has none", *others)
+        untouched(self, f"with objective.optimizer={self.optimizer}, which does not use it", *others)
 
 
 @dataclass(kw_only=True)
@@ -72,10 +72,10 @@ class ClassMatchingConfig(ObjectiveConfig):
     synthetic_batch: int | None = 128  # at most this many decoded images per class and step; null: all
     classes_per_step: int | None = None  # null: all; with many classes, a random group of this size
     strategy: str = "color_crop_cutout"  # siamese augmentation of real and synthetic images
-    # idc: flip, all colours, one geometric operator, cutout; vico: one operator of those listed (DSA, DM, MTT)
+    # idc: flip, all colours, one geometric operator, cutout; vico: one of the listed operators (DSA, DM, MTT)
     augmentation_rule: str = "idc"
-    step_policy: str = "accumulate"  # accumulate: one optimiser step for all classes; per_class: one per class, as IDC
-    class_reduction: str = "mean"  # of the distances that one optimiser step is for: mean or, as DC and DM, sum
+    step_policy: str = "accumulate"  # accumulate: one optimiser step for all classes; per_class: one per class (IDC)
+    class_reduction: str = "mean"  # of the distances in one optimiser step: mean or, as in DC and DM, sum
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,7 +102,7 @@ class BankConfig:
 
     networks: int = 0  # trained from scratch for the bank; 0: no bank, every run trains its own networks
     snapshots: int = 10  # of each network, spread over its inner_steps
-    seed: int = 0  # its own, so that runs of other seeds share it
+    seed: int = 0  # the bank's own, so that runs of other seeds share it
 
     def __post_init__(self) -> None:
         at_least("objective.bank", 0, self, "networks", "seed")
@@ -117,19 +117,19 @@ class GradientMatchingConfig(ClassMatchingConfig):
 
     outer_steps: int = 200  # IDC: 2000
     inner_steps: int | None = 100
-    metric: str = "mse"  # mse, l1 or cosine; nothing normalises by count, so the learning rates belong to the metric
-    # mse of all a class's synthetic images, estimated from the random ones of a step: their own mean's mse is lower
-    # where the images of a class are alike
+    metric: str = "mse"  # mse, l1 or cosine; nothing is divided by a count, so each metric needs its own learning rates
+    # Estimate without bias, from a step's random images, the mse of all synthetic images of a class; the mse of the
+    # step's own mean is lower where the images of a class are alike
     unbiased: bool = newer(False)
     network_samples: int = 2000  # real images the matched network trains on between matching steps; 0: none
     network_batch: int = 64
     network_lr: float = 0.01
     network_momentum: float = 0.9
     network_weight_decay: float = 5e-4
-    network_strategy: str = "color_crop"  # by the rule idc
+    network_strategy: str = "color_crop"  # by augmentation rule idc
     network_cutmix: float = 0.5  # probability per batch
     # DREAM (Liu et al., ICCV 2023): real batches are the images nearest to the centres of per-class k-means on the
-    # matched network's features, chosen anew every so many steps; null: random batches
+    # matched network's features, chosen again every so many steps; null: random batches
     k_means_interval: int | None = None
     bank: BankConfig = field(default_factory=BankConfig)
 
@@ -139,7 +139,7 @@ class GradientMatchingConfig(ClassMatchingConfig):
         one_of("objective.metric", self.metric, ("mse", "l1", "cosine"))
         even = self.synthetic_batch is None or self.synthetic_batch % 2 == 0
         can = not self.unbiased or (self.metric == "mse" and even)
-        require("objective.unbiased", can, "true", "false but for metric=mse and an even synthetic_batch")
+        require("objective.unbiased", can, "true", "false unless metric=mse and synthetic_batch is even or null")
         at_least(SECTION, 1, self, "network_batch", "k_means_interval")
         at_least(SECTION, 0, self, "network_samples", "network_weight_decay")
         positive(SECTION, self, "network_lr")
@@ -166,18 +166,18 @@ class SyntheticGradientConfig(ClassMatchingConfig):
     NAMES: ClassVar[tuple[str, ...]] = ("dc", "dsa")
 
     outer_steps: int = 1000
-    inner_steps: int | None = None  # null: their table by images per class, 1 to 50
-    metric: str = "cosine"  # of all convolutions and the classifier, which IDC leaves out
+    inner_steps: int | None = None  # null: from DC's table by images per class, 1 to 50
+    metric: str = "cosine"  # over all convolutions and the classifier; IDC leaves the classifier out
     real_batch: int = 256
     synthetic_batch: int | None = None
-    network_epochs: int | None = None  # on the synthetic set between matching steps; null: their table
+    network_epochs: int | None = None  # on the synthetic set between matching steps; null: from DC's table
     network_batch: int = 256
     network_lr: float = 0.01
     optimizer: str = "sgd"
     memory_lr: float = 0.1
     weights_lr: float = 0.1
     final_lr_fraction: float = 1.0
-    strategy: str = "none"  # of the images that networks train on, too
+    strategy: str = "none"  # also for the images that networks train on
     augmentation_rule: str = "vico"
     class_reduction: str = "sum"
 
@@ -189,7 +189,7 @@ class SyntheticGradientConfig(ClassMatchingConfig):
         positive(SECTION, self, "network_lr")
 
     def with_loops(self, images_per_class: int) -> SyntheticGradientConfig:
-        """With ``inner_steps`` and ``network_epochs`` from :data:`DC_LOOPS` where they are null.
+        """This section, with ``inner_steps`` and ``network_epochs`` from :data:`DC_LOOPS` where they are null.
 
         Raises ``ConfigError`` for a budget that the table lacks.
         """
@@ -199,7 +199,7 @@ class SyntheticGradientConfig(ClassMatchingConfig):
         missing = next(name for name, value in given.items() if value is None)
         budgets = ", ".join(map(str, DC_LOOPS))
         known = images_per_class in DC_LOOPS
-        rule = f"given where DC's table has no row: memory.images_per_class={images_per_class} is none of {budgets}"
+        rule = f"given: DC's table has no row for memory.images_per_class={images_per_class}, only for {budgets}"
         require(f"objective.{missing}", known, "null", rule)
         table = dict(zip(given, DC_LOOPS[images_per_class], strict=True))
         return replace(self, **{name: table[name] if value is None else value for name, value in given.items()})
@@ -221,17 +221,17 @@ class DistributionMatchingConfig(ClassMatchingConfig):
     strategy: str = "color_crop_cutout_flip_scale_rotate"
     augmentation_rule: str = "vico"
     class_reduction: str = "sum"
-    # IDM (Zhao et al., CVPR 2023): a first-in-first-out pool of networks that train on real images meanwhile; 0: every
-    # step a fresh random network
-    pool_networks: int = 0  # at most
+    # IDM (Zhao et al., CVPR 2023): a first-in-first-out pool of networks that go on training on real images; 0: a fresh
+    # random network for every step
+    pool_networks: int = 0  # most networks in the pool
     pool_interval: int = 30  # steps between fresh networks
     pool_trained: int = 2  # networks trained after every step
-    pool_steps: int = 10  # on batches of pool_batch real images, each
+    pool_steps: int = 10  # training steps of each of them, on batches of pool_batch real images
     pool_batch: int = 256
     pool_lr: float = 0.01
     pool_momentum: float = 0.9
     pool_weight_decay: float = 5e-4
-    ce_weight: float = 0.0  # of the cross entropy on synthetic images, times the network's accuracy in percent
+    ce_weight: float = 0.0  # weight of the cross entropy on synthetic images, times the network's accuracy in percent
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -254,7 +254,7 @@ class UnrolledConfig(ObjectiveConfig):
     student_momentum: float = 0.0
     student_dampening: float = 0.0  # v <- momentum * v + (1 - dampening) * gradient
     student_lr: float = 0.01
-    # Student steps of which only the first one's parameters are kept; the others are computed again on the way back.
+    # Keep the student's parameters only every so many steps and compute the others again in the backward pass.
     segment: int = unscientific(1)
     optimizer: str = "sgd"
     final_lr_fraction: float = 1.0
@@ -273,7 +273,7 @@ class UnrolledConfig(ObjectiveConfig):
 
 @dataclass(kw_only=True)
 class ExpertsConfig:
-    """Networks trained on real images, kept once per epoch: what trajectory matching aims at."""
+    """Networks trained on real images and saved once per epoch: the targets of trajectory matching."""
 
     count: int = 100
     epochs: int = 50
@@ -283,7 +283,7 @@ class ExpertsConfig:
     batch: int = 256
     strategy: str = "color_crop_cutout_flip_scale_rotate"
     augmentation_rule: str = "vico"
-    seed: int = 0  # their own, so that runs of other seeds share them
+    seed: int = 0  # the experts' own, so that runs of other seeds share them
 
     def __post_init__(self) -> None:
         at_least("objective.experts", 1, self, "count", "epochs", "batch")
@@ -296,7 +296,7 @@ class ExpertsConfig:
 
 @dataclass(kw_only=True)
 class TrajectoryMatchingConfig(UnrolledConfig):
-    """MTT (Cazenavette et al., CVPR 2022): a student on synthetic images is to end where an expert on real ones did."""
+    """MTT (Cazenavette et al., CVPR 2022): students on synthetic images should end where experts on real ones did."""
 
     NAMES: ClassVar[tuple[str, ...]] = ("trajectory_matching",)
 
@@ -304,10 +304,10 @@ class TrajectoryMatchingConfig(UnrolledConfig):
     student_steps: int = 50
     expert_epochs: int = 2  # M, between the student's start and its target
     max_start_epoch: int = 20  # the start is drawn from the epochs before this one
-    student_lr: float = 0.01  # alpha, where it starts
-    student_lr_lr: float = 1e-5  # of alpha's own SGD; 0: alpha stays
+    student_lr: float = 0.01  # alpha's starting value
+    student_lr_lr: float = 1e-5  # rate of alpha's own SGD; 0: alpha is fixed
     student_lr_momentum: float = 0.5
-    student_lr_min: float = newer(1e-3)  # where a learned alpha is held, as HaBa, SPEED and FreD do; MTT does not: 0
+    student_lr_min: float = newer(1e-3)  # lower bound of a learned alpha, as in HaBa, SPEED and FreD; MTT has none: 0
     memory_lr: float = 100.0
     weights_lr: float = 100.0
     strategy: str = "color_crop_cutout_flip_scale_rotate"
@@ -336,7 +336,7 @@ class BpttConfig(UnrolledConfig):
     student_steps: int = 150
     student_momentum: float = 0.9
     class_batch: int = 32  # decoded images of every class per student step
-    real_batch: int = 64  # per class, on which the trained student is judged
+    real_batch: int = 64  # real images per class that judge the trained student
     memory_lr: float = 0.1
     weights_lr: float = 0.1
     gradient_clip: float | None = 2.0
@@ -344,7 +344,12 @@ class BpttConfig(UnrolledConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(SECTION, 1, self, "class_batch", "real_batch")
-        require("objective.student_batch", self.student_batch is None, self.student_batch, "null: see class_batch")
+        require(
+            "objective.student_batch",
+            self.student_batch is None,
+            self.student_batch,
+            "null: objective.class_batch is used instead",
+        )
 
 
 SCHEMAS = {

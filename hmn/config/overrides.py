@@ -1,4 +1,4 @@
-"""What an override ``KEY=VALUE`` of the command line is about, without composing it."""
+"""The key and the section of a command-line override ``KEY=VALUE``, without composing it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Settings that another setting makes a run read nothing of: a run that is given one says so.
+"""Settings that a run does not read because of another setting; a run reports those that it was given.
 
-They are no errors: what is combined may give them for what else it is combined with.
+They are not errors: a sweep may combine a setting with options that read it and with others that do not.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from hmn.config.overrides import key_of
 
 @dataclasses.dataclass(frozen=True)
 class Condensed:
-    """Of the container that a run condenses."""
+    """What :func:`unread` needs to know of the container that a run condenses."""
 
-    networks: bool  # beside its memories
-    images_per_class: int  # from which a step takes its own
+    networks: bool  # whether it has networks beside its memories
+    images_per_class: int  # from which a step takes its images
 
 
 def unread(config: Config, condensed: Condensed | None) -> dict[str, str]:
-    """Every section and field that this run does not read, and the setting that keeps it from it."""
+    """Every section and field that this run does not read, with the setting that is the reason."""
     found = dict(_of_kind(config))
     if condensed is not None:
         found |= dict([*_of_container(config), *_of_objective(config, condensed), *_of_judging(config)])
@@ -40,7 +40,7 @@ def unread(config: Config, condensed: Condensed | None) -> dict[str, str]:
 
 
 def keys_not_read(reasons: Mapping[str, str], typed: Sequence[str]) -> tuple[str, ...]:
-    """Of the keys that were ``typed`` those that are not read, each with its reason: its own or its section's."""
+    """The keys among the ``typed`` overrides that are not read, each with its own reason or its section's."""
     told = {}
     for key in map(key_of, typed):
         above = [key.rsplit(".", dots)[0] for dots in range(key.count(".") + 1)]
@@ -57,7 +57,7 @@ def _of_kind(config: Config) -> Iterator[tuple[str, str]]:
         if section not in SECTIONS[kind] and (kind, section) != ("experts", "objective"):
             yield section, why
         for item in dataclasses.fields(getattr(config, section)):
-            # A run prints the references that were measured by these.
+            # A run prints the references that were measured with these.
             if not read_by(item, kind) and not (config.mode == "run" and read_by(item, "full_data")):
                 yield f"{section}.{item.name}", why
     if kind == "experts":
@@ -100,12 +100,12 @@ def _of_objective(config: Config, condensed: Condensed) -> Iterator[tuple[str, s
     if isinstance(objective, DistributionMatchingConfig) and objective.pool_networks:
         settings = ("pool_trained", "pool_steps")
         zero = next((name for name in settings if getattr(objective, name) == 0), None)
-        if zero is not None:  # ce_weight is times an accuracy, which nobody measures
+        if zero is not None:  # ce_weight multiplies an accuracy, which is then not measured
             for name in ("pool_batch", "pool_lr", "pool_momentum", "pool_weight_decay", "ce_weight", *settings):
                 if name != zero:
                     yield f"objective.{name}", f"objective.{zero}=0"
     if isinstance(objective, SyntheticGradientConfig):
-        # Their own table has one step of a network at one image per class.
+        # At one image per class DC's own table has one step of a network.
         untrained = "objective.inner_steps=1" if objective.inner_steps == 1 else "objective.network_epochs=0"
         if objective.inner_steps == 1 or objective.network_epochs == 0:
             for name in ("network_batch", "network_lr"):
@@ -132,7 +132,7 @@ def _of_judging(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _named(section: str, config: object, head: str, why: str) -> Iterator[tuple[str, str]]:
-    """All fields whose name begins with ``head``."""
+    """All fields of ``config`` whose names begin with ``head``, with the reason ``why``."""
     for item in dataclasses.fields(config):
         if item.name.startswith(head):
             yield f"{section}.{item.name}", why

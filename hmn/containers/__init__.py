@@ -1,4 +1,4 @@
-"""Data containers: parameters that decode to images, how many fit a budget, and how a kept one is made again."""
+"""Data containers: parameters that decode to images, how many fit a budget, and how to rebuild a kept one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Kind(NamedTuple):
     """A kind of container: ``container(shape, instances)`` makes an empty one with that many instances per class.
 
     ``fill(config, classes=, channels=, image_size=, images_per_class=)`` chooses what ``config`` leaves null, and
-    ``shape.of(config, classes=, channels=, image_size=)`` is the shape of a filled one; both raise ``ConfigError``.
+    ``shape.of(config, classes=, channels=, image_size=)`` is a filled one's shape. Both raise ``ConfigError``.
     """
 
     container: type[Container]
@@ -43,7 +43,7 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Storage:
-    """What a container takes of the budget, in float32 numbers, and how many instances per class that leaves."""
+    """What a container takes of the budget, in float32 numbers, and how many instances per class fit into it."""
 
     budget_floats: int
     shared_floats: int
@@ -54,12 +54,12 @@ class Storage:
 
     @property
     def images_per_class(self) -> int:
-        """G."""
+        """Images per class, G."""
         return self.instances * self.images_per_instance
 
     @property
     def over_budget_images_per_class(self) -> int:
-        """G_o."""
+        """Images per class that are condensed over budget, G_o."""
         return self.over_budget_instances * self.images_per_instance
 
     def stored_floats(self, classes: int) -> int:
@@ -67,7 +67,10 @@ class Storage:
 
 
 def storage(shape: ContainerShape, images_per_class: int, over_budget: float) -> Storage:
-    """Raises ``ConfigError`` if the budget of ``images_per_class`` does not pay for one instance of every class."""
+    """What a container of ``shape`` stores within the budget of ``images_per_class``.
+
+    Raises ``ConfigError`` if the budget does not pay for one instance of every class.
+    """
     budget = budget_floats(images_per_class, shape.classes, shape.channels, shape.image_size)
     counts = [
         instances_that_fit(budget, shape.shared_floats, shape.instance_floats, shape.classes, over_budget=fraction)
@@ -84,7 +87,7 @@ def storage(shape: ContainerShape, images_per_class: int, over_budget: float) ->
 
 
 def rebuild(specification: dict[str, Any]) -> Container:
-    """An uninitialised container from what :meth:`Container.specification` wrote; ``KeyError`` for another name."""
+    """An uninitialised container from a :meth:`Container.specification`; raises ``KeyError`` for an unknown name."""
     values = dict(specification)
     kind = KINDS[values.pop("name")]
     count = values.pop("images_per_class")

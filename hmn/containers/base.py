@@ -1,4 +1,4 @@
-"""What condensing, pruning, evaluation and artifacts need of a data container, and what containers share."""
+"""What condensing, pruning, evaluation and artifacts need from a data container, and what containers share."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from hmn.config.containers import ContainerConfig
 
 
 class RealImages(Protocol):
-    """Where containers that start from real images get them."""
+    """The source of the real images that containers start from."""
 
     def draw(self, count: int, how: str = "random") -> Tensor:
         """``count`` training images of every class, (C * count, channels, H, W) in [0, 1], by class.
 
-        ``how``: ``random``, ``first`` of the data set, or ``k_means``, nearest to the centres of a class's clusters in
+        ``how``: ``random``; ``first`` of the dataset; or ``k_means``, nearest to the centres of a class's clusters in
         an untrained network's features. A class with too few images gives all of them and then repeats them.
         """
 
 
 def parameter_floats(make: Callable[[], nn.Module]) -> int:
-    """The numbers of a module's parameters, counted without storage."""
+    """How many numbers a module's parameters hold, counted without allocating them."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in make().parameters())
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContainerShape(ABC):
-    """What the data set fixes; every container's shape adds what fixes the shapes of its parameters.
+    """Sizes that the dataset fixes; every container's shape adds those that fix the shapes of its parameters.
 
-    It counts in float32 numbers: ``shared_floats``, what the container takes however many images it holds, and
-    ``instance_floats``, what each instance adds, from which ``images_per_instance`` images are decoded.
+    Storage is counted in float32 numbers: a container takes ``shared_floats`` however many images it holds, and each
+    instance adds ``instance_floats``. From an instance, ``images_per_instance`` images are decoded.
     """
 
     classes: int
@@ -44,9 +44,9 @@ class ContainerShape(ABC):
 
     @classmethod
     def of(cls, config: ContainerConfig, **data: int) -> Self:
-        """The shape of a filled ``config``, whose values it takes by name, for ``data``: classes, channels, image_size.
+        """The shape for ``data`` (classes, channels, image_size), with values taken by name from a filled ``config``.
 
-        Raises ``ConfigError`` for values that do not go with the data.
+        Raises ``ConfigError`` for values that do not suit the data.
         """
         own = {item.name for item in fields(cls)} & vars(config).keys()
         return cls(**data, **{name: getattr(config, name) for name in own})
@@ -65,13 +65,13 @@ class ContainerShape(ABC):
 
     @property
     def tied(self) -> str | None:
-        """Why single images cannot be dropped, where they cannot."""
+        """Why single images cannot be dropped; ``None`` if they can."""
         return None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PixelShape(ContainerShape):
-    """With the space of the container's own pixels; ``mean`` and ``std`` of the data where they are normalised."""
+    """A shape with the space of the container's own pixels; ``mean`` and ``std`` are the data's, if normalised."""
 
     pixel_space: str = "unit"
     mean: tuple[float, ...] | None = None
@@ -81,9 +81,9 @@ class PixelShape(ContainerShape):
 class Container(nn.Module, ABC):
     """A differentiable store of C classes with G images each; image i belongs to class i // G.
 
-    What the budget is charged for are its parameters: ``instances`` (C, N, ...), one row per instance, and whatever a
-    kind of container adds to them. Nothing in one may normalise over a batch: an image must not change when another
-    one is dropped. Fixed transforms are buffers that are not persistent.
+    The budget is charged for its parameters: ``instances`` (C, N, ...), one row per instance, and whatever a kind of
+    container adds to them. Nothing in a container may normalise over a batch: an image must not change when another
+    one is dropped. Fixed transforms are non-persistent buffers.
     """
 
     NAME: ClassVar[str]
@@ -97,43 +97,43 @@ class Container(nn.Module, ABC):
 
     @property
     def images_per_class(self) -> int:
-        """G."""
+        """Images per class, G."""
         return self.instances.shape[1] * self.shape.images_per_instance
 
     @property
     def tied(self) -> str | None:
-        """Why single images cannot be dropped, where they cannot: :meth:`keep` refuses with it."""
+        """Why single images cannot be dropped, as :meth:`keep` says when it refuses; ``None`` if they can."""
         return self.shape.tied
 
     @abstractmethod
     def decode(self, index: Tensor) -> Tensor:
         """Images (n, channels, H, W) of ``index`` (n,), differentiable.
 
-        0 is black and 1 white; what is not bounded may leave that range.
+        0 is black and 1 white; containers without bounds may leave that range.
         """
 
     @property
     def matched_per_class(self) -> int:
-        """How many images of each class condensing chooses from; more than G where it sees more forms of them."""
+        """How many images of each class condensing chooses from; differs from G where it sees other forms of them."""
         return self.images_per_class
 
     def decode_matched(self, index: Tensor) -> Tensor:
-        """As :meth:`decode`, for what condensing sees: ``index`` // ``matched_per_class`` is the class."""
+        """Like :meth:`decode`, for the images that condensing sees: ``index`` // ``matched_per_class`` is the class."""
         return self.decode(index)
 
     def views(self) -> Tensor:
-        """Sets of what condensing sees (v, n), on the host: the images of a student's batch are all of one of them."""
+        """Sets of the images that condensing sees, (v, n) on the host; a student's batch is drawn from one set."""
         return torch.arange(self.classes * self.matched_per_class)[None]
 
     @abstractmethod
     def initialise(self, generator: torch.Generator, config: Any, real: RealImages) -> None:
-        """Give all parameters their starting values by ``config.init``; ``config`` is the container's own section.
+        """Set all parameters to their starting values by ``config.init``; ``config`` is the container's own section.
 
-        ``fit_real``, which fits them to real images afterwards, starts at random.
+        With ``fit_real`` they start at random and are fitted to real images afterwards.
         """
 
     def tiers(self) -> dict[str, list[nn.Parameter]]:
-        """All parameters by tier; a tier is what logs, gradient norms and learning rates go by."""
+        """All parameters by tier; logs, gradient norms and learning rates are per tier."""
         return {"instances": [self.instances]}
 
     def memory_tiers(self) -> frozenset[str]:
@@ -149,15 +149,15 @@ class Container(nn.Module, ABC):
         return None
 
     def project(self) -> None:
-        """Bring the parameters back to where they are valid; called before every fresh network."""
+        """Bring the parameters back to valid values; called before every fresh network."""
 
     def finish(self) -> None:
-        """Bring a condensed container into the form that is kept: called once, before anything judges it."""
+        """Bring a condensed container into the form that is kept; called once, before anything judges it."""
 
     def keep(self, index: Tensor) -> None:
         """Keep only the images ``index`` (n,).
 
-        Raises ``ValueError`` unless all classes keep equally many, at least one, and for images that are tied.
+        Raises ``ValueError`` if images are tied, or unless all classes keep equally many, at least one.
         """
         if self.tied is not None:
             raise ValueError(f"{self.NAME}: {self.tied}")
@@ -166,7 +166,7 @@ class Container(nn.Module, ABC):
         self.instances = nn.Parameter(kept.unflatten(0, (self.classes, -1)).clone())
 
     def kept_rows(self, index: Tensor) -> Tensor:
-        """``index`` in order, without doubles. Raises ``ValueError`` unless all classes keep equally many, and some."""
+        """``index``, sorted and unique. Raises ``ValueError`` unless all classes keep equally many, at least one."""
         index = index.unique()
         counts = torch.bincount(index // self.images_per_class, minlength=self.classes)
         if counts.min() < 1 or counts.min() != counts.max():
@@ -174,11 +174,11 @@ class Container(nn.Module, ABC):
         return index
 
     def tier_floats(self) -> dict[str, int]:
-        """The float32 numbers that each tier takes in the form that is kept: by default every parameter."""
+        """The float32 numbers that each tier takes in the form that is kept; by default, all of its parameters."""
         return {name: sum(p.numel() for p in parameters) for name, parameters in self.tiers().items()}
 
     def storage_floats(self) -> int:
-        """What the budget is charged for."""
+        """The float32 numbers that the budget is charged for."""
         return sum(self.tier_floats().values())
 
     def specification(self) -> dict[str, Any]:
@@ -190,7 +190,7 @@ class Container(nn.Module, ABC):
 class PixelSpace(nn.Module):
     """The map between a container's own pixels and those of images, where 0 is black and 1 white.
 
-    Normalised pixels are affine in them, with the data set's constants, which are charged nothing.
+    Normalised pixels are affine in them, with the dataset's constants, which cost no budget.
     """
 
     def __init__(self, shape: PixelShape) -> None:
@@ -207,6 +207,6 @@ class PixelSpace(nn.Module):
         return (images - self.mean) / self.std if self.normalised else images
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """N(0, 1) in normalised space; clamped N(0.5, 1/16) in [0, 1], as IDC."""
+        """N(0, 1) in normalised space; in [0, 1], clamped N(0.5, 1/16), as in IDC."""
         values = torch.randn(shape, generator=generator, device=generator.device)
         return values if self.normalised else (values / 4 + 0.5).clamp(0, 1)

@@ -8,7 +8,7 @@ from hmn.config.containers import CoresetConfig
 
 
 def fill(config: CoresetConfig, **_data: int) -> CoresetConfig:
-    """What the method uses and ``config`` leaves null."""
+    """``config`` with a default for every field that the method uses and that is null."""
     defaults = {} if config.method == "random" else {"networks": 1, "epochs": 200}
     if config.method == "ccs":
         defaults |= {"hard_cut": 0.3, "bins": 50}

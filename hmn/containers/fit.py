@@ -30,9 +30,9 @@ def fit_real(
 ) -> float:
     """Fit image i of ``container`` to ``targets[i]`` (C * G, channels, H, W) uint8; returns the last squared error.
 
-    Adam with a one-cycle learning rate that peaks at ``lr``, for network weights at ``weights_lr`` if given, on random
-    batches; resumable from the slot ``fit``. Raises ``Diverged`` if the images of the first batch end further from
-    theirs than they began: with too high a rate a decoder saturates, and no gradient brings it back.
+    Runs Adam on random batches with a one-cycle learning rate that peaks at ``lr``, or for network weights at
+    ``weights_lr`` if given; resumable from the slot ``fit``. Raises ``Diverged`` if the first batch ends further from
+    its targets than it began: at too high a rate a decoder saturates, and no gradient brings it back.
     """
     tiers, memories = container.tiers(), container.memory_tiers()
     peaks = [lr if tier in memories or weights_lr is None else weights_lr for tier in tiers]
@@ -78,7 +78,7 @@ def fit_real(
                 first, began = index, error.detach()
             error.backward()
             optimizer.step()
-            optimizer.zero_grad()  # after the step: what is left would be added to the first matching gradient
+            optimizer.zero_grad()  # after the step: gradients left here would be added to the first matching gradient
             schedule.step()
             done += 1
             bar.update()

@@ -13,8 +13,8 @@ from hmn.config.containers import FredConfig
 from hmn.containers import positions as packed
 from hmn.containers.base import Container, PixelShape, PixelSpace, RealImages
 
-# Coefficients per channel by image side: 32 and 128 as published for trajectory matching, the others chosen to leave
-# 4, 16 and 12 images for one.
+# Coefficients per channel by image side: for 32 and 128 as published for trajectory matching; for 8, 64 and 224 chosen
+# so that 4, 16 and 12 images take the storage of one.
 COEFFICIENTS = {8: 16, 32: 64, 64: 256, 128: 2048, 224: 4096}
 
 
@@ -26,7 +26,7 @@ class FredShape(PixelShape):
 
     @property
     def shared_floats(self) -> int:
-        """The kept positions, 16 bits each, where they are counted; the paper does not."""
+        """The kept positions, 16 bits each, if they are charged; the paper does not charge them."""
         return math.ceil(self.classes * self.coefficients / 2) if self.count_mask else 0
 
     @property
@@ -35,10 +35,10 @@ class FredShape(PixelShape):
 
 
 class FrequencyMemory(Container):
-    """x = IDCT(M_c F_{c,i}): of every image's DCT only the coefficients at its class's positions are stored.
+    """x = IDCT(M_c F_{c,i}): of every image's DCT, only the coefficients at its class's positions are stored.
 
-    Shapes: ``instances`` (C, G, channels, k); ``positions`` (C, k) int16, a buffer that is kept with them: where in the
-    flattened (H, W) coefficients they belong, for all images and channels of the class.
+    Shapes: ``instances`` (C, G, channels, k); ``positions`` (C, k) int16, a persistent buffer: their places in the
+    flattened (H, W) coefficients, the same for all images and channels of the class.
     """
 
     NAME = "fred"
@@ -61,7 +61,7 @@ class FrequencyMemory(Container):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator, config: FredConfig, real: RealImages) -> None:
-        """Real images, and from the same ones each class's positions."""
+        """Start from real images, which also decide each class's positions."""
         images = self.space.from_images(real.draw(self.images_per_class))
         by_class = (self.classes, self.images_per_class)
         chosen = most_varying(dct(images, orthonormal=False).unflatten(0, by_class), self.shape.coefficients)
@@ -76,8 +76,8 @@ class FrequencyMemory(Container):
 
 def most_varying(spectrum: Tensor, count: int) -> Tensor:
     """The ``count`` positions (C, count) int64, ascending, where ``spectrum`` (C, G, channels, H, W), averaged over the
-    channels, has the largest variance over a class's images. Of equals, the lower vertical frequency, then the lower
-    horizontal one.
+    channels, has the largest variance over a class's images. Ties go to the lower vertical frequency, then to the
+    lower horizontal one.
 
     The order depends on the scale of the coefficients: the paper's are not normalised.
     """
@@ -99,25 +99,28 @@ def dct_matrix(side: int, orthonormal: bool) -> Tensor:
 
 
 def inverse_dct_matrix(side: int, orthonormal: bool) -> Tensor:
-    """The inverse of :func:`dct_matrix`, float32: its rows are orthogonal, so the transpose with scaled columns."""
+    """The inverse of :func:`dct_matrix`, float32: the transpose with scaled columns, as its rows are orthogonal."""
     transposed = dct_matrix(side, orthonormal).T
     return (transposed if orthonormal else transposed / _row_norms(side).square()).float()
 
 
 def _row_norms(side: int) -> Tensor:
-    """Of the matrix that is not normalised: 2 sqrt(N) for the constant row, sqrt(2 N) for the others."""
+    """Row norms of the unnormalised matrix: 2 sqrt(N) for the constant row, sqrt(2 N) for the others."""
     squares = torch.full((side,), 2.0 * side, dtype=torch.float64)
     squares[0] *= 2
     return squares.sqrt()
 
 
 def fill(config: FredConfig, *, image_size: int, **_data: int) -> FredConfig:
-    """``coefficients`` of the nearest tabled side. Raises ``ConfigError`` for more than an image has."""
+    """Fill in ``coefficients`` from the nearest side in the table.
+
+    Raises ``ConfigError`` for more of them than an image has.
+    """
     pixels = image_size**2
-    require("dataset.image_size", pixels <= packed.LIMIT, image_size, "at most 256: positions take 16 bits")
+    require("dataset.image_size", pixels <= packed.LIMIT, image_size, "at most 256: positions must fit in 16 bits")
     count = config.coefficients
     if count is None:
         nearest_side = min(COEFFICIENTS, key=lambda side: abs(math.log(side / image_size)))
         count = min(COEFFICIENTS[nearest_side], pixels)
-    require("container.coefficients", count <= pixels, count, f"at most the {pixels} of a channel")
+    require("container.coefficients", count <= pixels, count, f"at most the {pixels} coefficients of a channel")
     return replace(config, coefficients=count)

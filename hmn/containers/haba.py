@@ -1,4 +1,4 @@
-"""HaBa (Liu et al., NeurIPS 2022): bases of every class, seen through styles ("hallucinators") that all share."""
+"""HaBa (Liu et al., NeurIPS 2022): each class has bases, seen through styles ("hallucinators") that all share."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ class HabaShape(PixelShape):
 
     @property
     def inner_side(self) -> int:
-        """Of the map that has lost a border to the first convolution."""
+        """Side of the map after the first convolution, which takes off a border."""
         return self.image_size - KERNEL + 1
 
     @property
     def tied(self) -> str | None:
         if self.styles == 1:
             return None
-        return f"dropping a base drops the images of all {self.styles} styles, and dropping one of them frees nothing"
+        return f"dropping a base drops the images of all {self.styles} styles, and dropping one of these frees nothing"
 
 
 class Hallucinators(nn.Module):
@@ -65,14 +65,14 @@ class Hallucinators(nn.Module):
         self.encoder_bias = nn.Parameter(torch.empty(styles, channels))
         self.scale = nn.Parameter(torch.empty(styles, channels, side, side))
         self.shift = nn.Parameter(torch.empty(styles, channels, side, side))
-        # A transposed convolution has its inputs first.
+        # A transposed convolution's weight has its inputs first.
         self.decoder_weight = nn.Parameter(torch.empty(styles, channels, channels, KERNEL, KERNEL))
         self.decoder_bias = nn.Parameter(torch.empty(styles, channels))
 
     def forward(self, bases: Tensor, style: Tensor) -> Tensor:
         """Images (n, channels, H, W) of ``bases`` (n, base_channels, H, W), each through its own ``style`` (n,).
 
-        One convolution with n groups: images of different styles share a batch, and none touches another.
+        A convolution with n groups lets images of different styles share a batch, and none touches another.
         """
         count = len(bases)
         weight, bias = self.encoder_weight[style].flatten(0, 1), self.encoder_bias[style].flatten()
@@ -96,7 +96,7 @@ class Hallucinators(nn.Module):
 class Haba(Container):
     """``instances`` (C, N, base_channels, H, W), the bases: image g of a class is its base g // S in style g % S.
 
-    Unit-space bases are clamped to [0, 1], as stored pixels are; no image that comes out is.
+    Unit-space bases are clamped to [0, 1], as all stored pixels are; decoded images are not.
     """
 
     NAME = "haba"
@@ -116,12 +116,12 @@ class Haba(Container):
         return self.space.to_images(self.hallucinators(bases, index % self.shape.styles))
 
     def views(self) -> Tensor:
-        """One style of all bases each, (S, C * bases)."""
+        """One view per style, with all bases in it: (S, C * bases)."""
         return torch.arange(self.classes * self.images_per_class).view(-1, self.shape.styles).T
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator, config: HabaConfig, real: RealImages) -> None:
-        """``real``: a random real image per base, its mean over channels for a grey one."""
+        """``real``: a random real image per base; a grey base takes its mean over channels."""
         if config.init == "real":
             images = self.space.from_images(real.draw(self.instances.shape[1]))
             bases = images.mean(1, keepdim=True) if self.shape.base_channels == 1 else images
@@ -143,11 +143,11 @@ class Haba(Container):
 
 
 def fill(config: HabaConfig, *, classes: int, channels: int, image_size: int, images_per_class: int) -> HabaConfig:
-    """Up to the paper's 5 ``styles``: those with the most images that the budget pays for, then with the most bases.
+    """Choose up to the paper's 5 ``styles``: for the most images that the budget pays for, then for the most bases.
 
-    Bases have the image's channels, as in the paper's tables, and are grey only where a budget that pays for the
-    styles too has no room for one such base per class, as at 1 image per class. Where not even grey ones fit, the
-    smallest container comes back, for the count of its storage to refuse.
+    Bases have the image's channels, as in the paper's tables. They are grey only if the budget, which pays for the
+    styles too, has no room for one such base per class, as at 1 image per class. If not even grey ones fit, this
+    returns the smallest container, which is refused when its storage is counted.
     """
     data = {"classes": classes, "channels": channels, "image_size": image_size}
     budget = budget_floats(images_per_class, **data)

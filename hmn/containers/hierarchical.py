@@ -18,7 +18,7 @@ LEAK = 0.2  # negative slope of every LeakyReLU; initialisation and layers must 
 
 @dataclass(frozen=True, kw_only=True)
 class HmnShape(ContainerShape):
-    """All numbers that fix the parameter shapes, the number of images aside."""
+    """All numbers that fix the parameter shapes, except the number of images."""
 
     latent_side: int  # s
     dataset_channels: int  # C_D
@@ -33,7 +33,7 @@ class HmnShape(ContainerShape):
 
     @property
     def doublings(self) -> int:
-        """L with s * 2^L = image side."""
+        """How many times the side doubles: L with s * 2^L = image side."""
         return round(math.log2(self.image_size / self.latent_side))
 
     @property
@@ -42,12 +42,12 @@ class HmnShape(ContainerShape):
 
     @property
     def shared_floats(self) -> int:
-        """F: all but the instances."""
+        """The floats of all but the instances, F."""
         return parameter_floats(lambda: HierarchicalMemory(self, 0))
 
 
 class HierarchicalMemory(Container):
-    """x_{c,i} = D([f_c(m_D), m_c, m_{c,i}]), joined along channels: one m_D for the data set, one m_c and one extractor
+    """x_{c,i} = D([f_c(m_D), m_c, m_{c,i}]), joined along channels: one m_D for the dataset, one m_c and one extractor
     f_c per class, one m_{c,i} per image, one decoder D for all.
 
     Shapes: ``dataset`` (C_D, s, s), ``class_memory`` (C, C_C, s, s), ``instances`` (C, G, C_I, s, s). No two images
@@ -76,7 +76,7 @@ class HierarchicalMemory(Container):
     def decode(self, index: Tensor) -> Tensor:
         """Images (n, channels, H, W) of instances ``index`` (n,): i is the image i % G of class i // G.
 
-        In [0, 1] but for a linear output.
+        Pixels are in [0, 1] unless the output is linear.
         """
         label = index // self.images_per_class
         parts = [self.instances.flatten(0, 1)[index]]
@@ -84,7 +84,7 @@ class HierarchicalMemory(Container):
             parts.insert(0, self.class_memory[label])
         if self.shape.feature_channels:
             parts.insert(0, self._features()[label])
-        # With channels as the innermost axis a CPU decodes in three fifths of the time.
+        # In the channels-last layout a CPU decodes in three fifths of the time.
         return self.decoder(torch.cat(parts, dim=1).contiguous(memory_format=torch.channels_last))
 
     def _features(self) -> Tensor:
@@ -98,8 +98,8 @@ class HierarchicalMemory(Container):
     def initialise(self, generator: torch.Generator, config: HmnConfig, real: RealImages) -> None:
         """Memories N(0, 1), instances times ``instance_init_scale``; weights kaiming normal with the leak, biases zero.
 
-        PyTorch's default weights would decode to flat grey (pixel deviation about 0.01); these decode to a deviation
-        about that of natural images (0.2), which the first gradients need.
+        PyTorch's default weights would decode to flat grey (pixel deviation about 0.01); these decode to about
+        the deviation of natural images (0.2), which the first gradients need.
         """
         for name, parameter in self.named_parameters():
             if name in ("dataset", "class_memory", "instances"):
@@ -107,7 +107,7 @@ class HierarchicalMemory(Container):
             elif name == "extractor_weight":
                 nn.init.kaiming_normal_(parameter.flatten(0, 1), a=LEAK, generator=generator)
             elif parameter.ndim == 4:
-                # A transposed convolution has its inputs first; at stride 2 a quarter of its taps reach an output.
+                # A transposed convolution's weight has inputs first; at stride 2 a quarter of its taps reach an output.
                 transposed = self.shape.decoder == "transposed" and parameter.shape[-1] == 4
                 fan_in = parameter.shape[0] * 4 if transposed else parameter[0].numel()
                 nn.init.normal_(parameter, std=math.sqrt(2 / (1 + LEAK**2) / fan_in), generator=generator)
@@ -154,7 +154,7 @@ def make_decoder(shape: HmnShape) -> nn.Sequential:
             layers.append(nn.GroupNorm(1, outputs))  # one group: per image, never over the batch
         layers.append(nn.LeakyReLU(LEAK))
         if shape.decoder == "upsample":
-            # The next convolution upsamples by itself. Kept sets count the place where upsampling stood alone.
+            # The next convolution upsamples; this placeholder keeps the layer numbers that kept sets have.
             layers.append(nn.Identity())
             convolution = UpsamplingConv2d
         inputs = outputs
@@ -163,12 +163,12 @@ def make_decoder(shape: HmnShape) -> nn.Sequential:
 
 
 class UpsamplingConv2d(nn.Conv2d):
-    """Nearest x2, then the 3x3 convolution of padding 1, (n, c, h, w) to (n, k, 2h, 2w), without the large map.
+    """Nearest x2, then a 3x3 convolution of padding 1, (n, c, h, w) to (n, k, 2h, 2w), without building the large map.
 
-    Of three neighbours on the large map two are copies of one pixel of the small one, so output pixel (2i + a, 2j + b)
-    is a 2x2 convolution around pixel (i, j) whose taps are sums of the weight's, other ones for each phase (a, b).
-    All four phases are one 3x3 convolution of the small map with 4k outputs. Nothing large is copied, and where k is 3,
-    as in the last layer, it takes a third of the time: a CPU computes 16 outputs no slower than 3.
+    Of three neighbours on the large map, two are copies of one pixel of the small map. Output pixel (2i + a, 2j + b) is
+    therefore a 2x2 convolution around pixel (i, j), whose taps are sums of the weight's taps that differ by phase
+    (a, b). All four phases together are one 3x3 convolution of the small map with 4k outputs. Nothing large is copied.
+    With k = 3, as in the last layer, it takes a third of the time: a CPU computes 16 outputs no slower than 3.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -185,7 +185,7 @@ class UpsamplingConv2d(nn.Conv2d):
 
 
 class Tangent(nn.Module):
-    """The sigmoid's tangent at 0: the same pixels around grey, and no bounds."""
+    """The sigmoid's tangent at 0: the same pixels around grey, without bounds."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 0.5 + x / 4

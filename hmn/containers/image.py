@@ -24,7 +24,7 @@ class RawShape(PixelShape):
 
 
 class RawImages(Container):
-    """``instances`` (C, G, channels, H, W): pixels in the shape's space, those of [0, 1] clamped to it as IDC does."""
+    """``instances`` (C, G, channels, H, W): pixels in the shape's space, clamped to [0, 1] in unit space, as in IDC."""
 
     NAME = "image"
 
@@ -57,5 +57,5 @@ class RawImages(Container):
 
 
 def fill(config: ImageConfig, **_data: int) -> ImageConfig:
-    """Nothing is left open."""
+    """``config`` as it is: no field is left to be filled in."""
     return config

@@ -22,8 +22,9 @@ class Row:
     bases: int
 
 
-# For bases at half the side. 16 for CIFAR-10 at 1 image per class, which leaves G = 115, is the authors' only setting
-# for a budget; the others are the powers of two that leave G nearest to that, but more for the 8 x 8 digits.
+# For bases at half the image's side. The authors' only setting for a budget is 16 bases for CIFAR-10 at 1 image per
+# class, which leaves G = 115. The others are the powers of two that leave G nearest to that, but more bases for the
+# 8 x 8 digits.
 # fmt: off
 ROWS = (
     #    side classes  IPC  bases
@@ -91,7 +92,7 @@ class LinearBases(Container):
         return self.space.to_images(F.interpolate(low, size=(side, side), mode="bilinear", align_corners=False))
 
     def initialise(self, generator: torch.Generator, config: LinbaConfig, real: RealImages) -> None:
-        """Xavier uniform, of the coefficients as one (C * G, K) matrix and of the bases as (K, pixels)."""
+        """Xavier uniform for the coefficients as one (C * G, K) matrix, and for the bases as (K, pixels)."""
         nn.init.xavier_uniform_(self.instances.flatten(0, 1), generator=generator)
         nn.init.xavier_uniform_(self.bases.flatten(1), generator=generator)
 
@@ -100,7 +101,10 @@ class LinearBases(Container):
 
 
 def fill(config: LinbaConfig, *, classes: int, channels: int, image_size: int, images_per_class: int) -> LinbaConfig:
-    """``bases`` of the nearest row that the budget pays for. Raises ``ConfigError`` unless the side can be divided."""
+    """Fill in ``bases`` from the nearest row that the budget pays for.
+
+    Raises ``ConfigError`` unless ``downsample`` divides the image's side.
+    """
     divides = image_size % config.downsample == 0
     require("container.downsample", divides, config.downsample, f"a divisor of dataset.image_size={image_size}")
     if config.bases is not None:

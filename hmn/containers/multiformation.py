@@ -17,7 +17,7 @@ from hmn.config.checks import require
 from hmn.config.containers import MultiformationConfig
 from hmn.containers.base import Container, PixelShape, PixelSpace, RealImages
 
-BOUND = 128  # IDC's
+BOUND = 128  # IDC's number
 
 
 class Form(NamedTuple):
@@ -34,7 +34,7 @@ class Form(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class MultiformationShape(PixelShape):
-    """``tiles``: what pruning makes of it, where every image is stored as the tile it is enlarged from."""
+    """``tiles``: the form after pruning, in which every image is stored as the tile that it is enlarged from."""
 
     factor: int
     decode: str = "single"
@@ -43,7 +43,7 @@ class MultiformationShape(PixelShape):
 
     @classmethod
     def of(cls, config: MultiformationConfig, *, image_size: int, **data: int) -> Self:
-        """Refuses a factor whose last tiles would be nothing but padding."""
+        """As in the base class; also refuses a factor whose last tiles would hold nothing but padding."""
         shape = super().of(config, image_size=image_size, **data)
         used = range(1, config.factor + 1) if config.decode == "bound" else shape.factors
         holds = all((factor - 1) * tile_side(image_size, factor) < image_size for factor in used)
@@ -64,15 +64,15 @@ class MultiformationShape(PixelShape):
     @property
     def tied(self) -> str | None:
         if len(self.factors) > 1:
-            return "decode=multi shows every pixel at several factors: to drop one of the images would free none"
+            return "decode=multi shows every pixel at several factors: dropping one of the images frees none"
         if self.image_size % self.factor:
             rule = f"factor {self.factor} does not divide the image side {self.image_size}"
-            return f"{rule}: its tiles have unequal numbers of pixels, so an image is not stored without the others"
+            return f"{rule}: its tiles have unequal numbers of pixels, so no image can be stored without the others"
         return None
 
     @property
     def factors(self) -> Sequence[int]:
-        """At which every stored image is decoded, in the order of its images."""
+        """The factors at which every stored image is decoded, in the order of its images."""
         return range(1, self.factor + 1) if self.decode == "multi" else (self.factor,)
 
     def forms(self, instances: int) -> list[Form]:
@@ -80,15 +80,16 @@ class MultiformationShape(PixelShape):
         return [Form(factor, 0, instances) for factor in self.factors]
 
     def matched_forms(self, instances: int) -> list[Form]:
-        """As :meth:`forms`, for what condensing sees."""
+        """Like :meth:`forms`, for the images that condensing sees."""
         return bound_forms(instances, self.factor, self.bound) if self.decode == "bound" else self.forms(instances)
 
 
 def bound_forms(instances: int, factor: int, bound: int) -> list[Form]:
-    """Each stored image at one factor, so that at most ``bound`` images come out, or as many as are stored.
+    """Each stored image at one factor, so that at most ``bound`` images are decoded, or as many as are stored.
 
-    From ``factor`` downwards it is as many of the stored images as fit while one image is set aside for each that no
-    larger factor took. Those that this factor takes count among them, as in IDC's code, so that a few more would fit.
+    From ``factor`` downwards, each factor takes as many stored images as fit while one image is set aside for each that
+    no larger factor took. As in IDC's code, those that this factor takes are counted there too, so a few more would
+    fit.
     """
     forms, first, decoded = [], 0, 0
     for size in range(factor, 0, -1):
@@ -108,8 +109,9 @@ def tile_side(image_size: int, factor: int) -> int:
 class Multiformation(Container):
     """``instances`` (C, N, channels, H, W): image g of a class is tile g // N of its stored image g % N.
 
-    Tiles go row by row; one has the side t = ceil(H / f), in images padded at right and bottom to f * t pixels, and is
-    enlarged to H x W (bilinear, half-pixel centres). With several factors the images of the first come first.
+    Tiles are ordered row by row. A tile has the side t = ceil(H / f), in images padded at right and bottom to f * t
+    pixels, and is enlarged to H x W (bilinear, half-pixel centres). With several factors, the images of the first
+    factor come first.
     """
 
     NAME = "multiformation"
@@ -149,7 +151,7 @@ class Multiformation(Container):
             stored = label * self.instances.shape[1] + form.first + place % form.count
             tiles = self._tiles(self.instances.flatten(0, 1)[stored], form.factor, place // form.count)
             found = self._enlarged(tiles)
-            # Every form decodes all of ``index``: to take only its own would wait for the device to say how many.
+            # Every form decodes all of ``index``: selecting its own would have to wait for the device to count them.
             here = (image >= start)[:, None, None, None]
             pixels = found if pixels is None else torch.where(here, found, pixels)
             start += form.images
@@ -170,8 +172,8 @@ class Multiformation(Container):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator, config: MultiformationConfig, real: RealImages) -> None:
-        """``mix``: the first N f^2 real images of the class, as IDC; ``k_means``: as many that stand for it (DREAM);
-        ``random``: random ones, whose pixels are not picked but averaged (IDM)."""
+        """``mix``: the first N f^2 real images of the class (IDC); ``k_means``: as many representative ones (DREAM);
+        ``random``: as many random ones, shrunk by averaging pixels instead of picking them (IDM)."""
         if config.init == "noise":
             self.instances.copy_(self.space.noise(tuple(self.instances.shape), generator))
             return
@@ -192,7 +194,7 @@ class Multiformation(Container):
             self.instances.clamp_(0, 1)
 
     def keep(self, index: Tensor) -> None:
-        """As all containers; from then on every image is stored as its tile."""
+        """As in the base class; from then on every image is stored as its tile."""
         if self.tied is None and not self.shape.tiles:
             self.kept_rows(index)  # refuses before anything has changed
             factor = self.shape.factor
@@ -205,9 +207,9 @@ class Multiformation(Container):
 
 
 def mix_slices(image_size: int, factor: int) -> list[slice]:
-    """Where the ``factor`` real images along one side start out: sides of H // f, the first H % f one pixel larger.
+    """Places of the ``factor`` real images along one side: H // f pixels each, the first H % f one pixel larger.
 
-    They fill the stored image; where f does not divide H they are not quite the tiles that decoding cuts, as in IDC.
+    They fill the stored image; if f does not divide H, they are not quite the tiles that decoding cuts, as in IDC.
     """
     side, larger = divmod(image_size, factor)
     starts = [tile * side + min(tile, larger) for tile in range(factor + 1)]

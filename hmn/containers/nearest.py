@@ -1,4 +1,4 @@
-"""Which row of a container's table of settings a data set and memory get: the nearest one that the budget pays for."""
+"""Which row of a container's table of settings a dataset and memory get: the nearest one that the budget pays for."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class MadeFor(Protocol):
 
 
 def distance(row: MadeFor, image_size: int, classes: int, images_per_class: int) -> tuple[float, float, float]:
-    """Sorts rows by image side, then number of classes, then images per class, each as a ratio."""
+    """Sort key of a row: by image side, then number of classes, then images per class, each as a ratio."""
     pairs = ((row.image_size, image_size), (row.classes, classes), (row.images_per_class, images_per_class))
     side, count, memory = (abs(math.log(made_for / here)) for made_for, here in pairs)
     return side, count, memory
 
 
 def first_paid(ranked: Sequence[T], shape_of: Callable[[T], ContainerShape], images_per_class: int) -> T:
-    """The first row that the budget pays for; where it pays for none, the first of all, whose storage is refused."""
+    """The first row that the budget pays for; if it pays for none, the first of all, whose storage is then refused."""
     return next((row for row in ranked if fits(shape_of(row), images_per_class)), ranked[0])
 
 

@@ -9,7 +9,7 @@ LIMIT = 65_536  # positions that 16 bits can tell apart
 
 
 def pack(positions: Tensor) -> Tensor:
-    """Integers in [0, ``LIMIT``) as int16, the upper half as negative numbers of the same bits."""
+    """Integers in [0, ``LIMIT``) as int16; the upper half become negative numbers with the same bits."""
     return positions.to(torch.int16)
 
 

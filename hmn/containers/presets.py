@@ -1,6 +1,6 @@
-"""HMN shapes by data set and memory size. The paper's own are not public; these fill its budgets and decode alike.
+"""HMN shapes by dataset and memory size. The paper's own are not public; these fill its budgets and decode alike.
 
-With them come the rules for data of another size: the nearest row, its latent side moved to divide the image.
+Data of another size take the nearest row, with its latent side changed to divide the image's side.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def latent_side(preset: Preset, image_size: int) -> int:
 def fill(config: HmnConfig, *, classes: int, channels: int, image_size: int, images_per_class: int) -> HmnConfig:
     """``config`` with every null field taken from its preset; ``preset`` becomes the row's name.
 
-    ``auto`` is the row of the nearest data that the budget pays for. Raises ``ConfigError`` for an unknown preset or a
+    ``auto`` is the row for the nearest data that the budget pays for. Raises ``ConfigError`` for an unknown preset or a
     latent side from which doubling cannot reach the image's side.
     """
 
@@ -95,7 +95,7 @@ def _filled(config: HmnConfig, name: str, image_size: int) -> HmnConfig:
     config = replace(config, preset=name, **filled)
     factor = image_size / config.latent_side
     doubles = factor >= 2 and math.log2(factor).is_integer()
-    rule = "the image side divided by a power of two: "
-    rule += f"dataset.image_size={image_size} is not {config.latent_side} doubled"
+    rule = "the image side divided by 2, 4, 8 or a higher power of two: "
+    rule += f"dataset.image_size={image_size} is not {config.latent_side} doubled one or more times"
     require("container.latent_side", doubles, config.latent_side, rule)
     return config

@@ -34,7 +34,7 @@ class Preset:
     l1: float
 
 
-# As published, but for the 8 x 8 digits; imagenet is any of the authors' subsets of ten classes.
+# As published, except for the 8 x 8 digits; imagenet is any of the authors' subsets of ten classes.
 # fmt: off
 PRESETS = {
     #                        side classes  IPC    K    D  R  h    k  p    l1
@@ -61,20 +61,20 @@ class SpeedShape(PixelShape):
     token_dim: int  # D
     depth: int  # R
     heads: int
-    top_k: int  # of each image and head
+    top_k: int  # per image and head
     patch: int  # p
     l1: float
     cut: str = "end"  # when codes lose all but their top_k entries
-    sparse: bool = False  # only those are there, with their positions
+    sparse: bool = False  # whether only those are stored, with their positions
 
     @property
     def patches(self) -> int:
-        """P."""
+        """Number of patches, P."""
         return (self.image_size // self.patch) ** 2
 
     @property
     def code_size(self) -> int:
-        """Entries of one head's code, P K."""
+        """Number of entries in one head's code, P K."""
         return self.patches * self.tokens
 
     @property
@@ -90,10 +90,10 @@ class SpeedShape(PixelShape):
 class SparseCodes(Container):
     """x = FReeNet(E, A_{c,i}): every patch mixes the tokens E (SAET) by the image's code A (SCM), head by head.
 
-    Shapes: ``tokens`` (K, D), ``instances`` (C, G, heads, P, K) while condensing. :meth:`finish` leaves of them the k
-    largest of each head, ``instances`` (C, G, heads, k), and the buffer ``positions`` (C, G, heads, k) int16, where in
-    the flattened (P, K) they belong. Storage is that of the finished form from the start. With ``cut="always"`` images
-    are decoded from those entries alone from the start, and finishing changes none of them.
+    Shapes: ``tokens`` (K, D), ``instances`` (C, G, heads, P, K) while condensing. :meth:`finish` keeps the k
+    largest of each head as ``instances`` (C, G, heads, k), and their places in the flattened (P, K) as the buffer
+    ``positions`` (C, G, heads, k) int16. Storage is counted in the finished form from the start. With ``cut="always"``,
+    images are decoded from those entries alone from the start, and finishing does not change them.
     """
 
     NAME = "speed"
@@ -170,9 +170,9 @@ class SparseCodes(Container):
 
 
 def _largest(codes: Tensor, count: int) -> Tensor:
-    """``codes`` (n, heads, P, K) without all but the ``count`` largest absolute values of each head.
+    """``codes`` (n, heads, P, K) with zeros for all but the ``count`` largest absolute values of each head.
 
-    The derivative passes to all entries as if none were cut (straight through): one that is out can come back.
+    The gradient passes to all entries as if none were cut (straight-through), so that a cut entry can come back.
     """
     flat = codes.detach().flatten(2)
     kept = flat.abs().topk(count, dim=2).indices
@@ -224,8 +224,8 @@ class Block(nn.Module):
 def fill(config: SpeedConfig, *, classes: int, channels: int, image_size: int, images_per_class: int) -> SpeedConfig:
     """``config`` with every null field taken from its preset; ``preset`` becomes the row's name.
 
-    ``auto`` is the row of the nearest data that the budget pays for. Raises ``ConfigError`` for an unknown preset and
-    for settings that do not go together or not with the images.
+    ``auto`` is the row for the nearest data that the budget pays for. Raises ``ConfigError`` for an unknown preset and
+    for settings that do not fit each other or the images.
     """
 
     def shape(name: str) -> SpeedShape:
@@ -243,7 +243,7 @@ def fill(config: SpeedConfig, *, classes: int, channels: int, image_size: int, i
     rule = f"a divisor of container.token_dim={config.token_dim}"
     require("container.heads", config.token_dim % config.heads == 0, config.heads, rule)
     patches = (image_size // config.patch) ** 2
-    rule = f"at most {packed.LIMIT // patches}: positions among {patches} patches times tokens take 16 bits"
+    rule = f"at most {packed.LIMIT // patches}: a position among {patches} patches times tokens must fit in 16 bits"
     require("container.tokens", patches * config.tokens <= packed.LIMIT, config.tokens, rule)
     entries = patches * config.tokens
     rule = f"at most the {entries} entries of a code, {patches} patches times {config.tokens} tokens"
@@ -261,8 +261,8 @@ def _filled(config: SpeedConfig, name: str, image_size: int) -> SpeedConfig:
 
 
 def patch_side(preset: Preset, image_size: int, tokens: int) -> int:
-    """The divisor of the image's side that comes nearest to as many patches as the preset has, and not to more than
-    16-bit positions can tell apart."""
+    """The divisor of the image's side whose number of patches is nearest to the preset's, and no more than 16-bit
+    positions can tell apart."""
 
     def excess(patch: int) -> float:
         return abs(math.log(patch / preset.patch * preset.image_size / image_size))

@@ -1,4 +1,4 @@
-"""Data sets that are arrays already: a user's ``.npz`` and scikit-learn's packaged digits."""
+"""Datasets that are already arrays: a user's ``.npz`` and the digits that ship with scikit-learn."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from hmn.data.splits import Source, by_class, listing
 from hmn.errors import DataError
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
-DAMAGE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)  # what damaged and object arrays raise
+DAMAGE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)  # raised for damaged files and object arrays
 
 
 def from_pixels(
     parts: Mapping[str, tuple[np.ndarray, Tensor]], class_names: tuple[str, ...], config: DatasetConfig
 ) -> Source:
-    """``parts`` maps train and test, or only train, to pixels uint8 (N, H, W, 1 or 3) and labels int64 (N,)."""
+    """A source made of pixel arrays.
+
+    ``parts`` maps ``train``, and ``test`` if there is one, to pixels uint8 (N, H, W, 1 or 3) and labels int64 (N,).
+    """
     splits, modes = {}, []
     for name, (pixels, labels) in parts.items():
         side = config.image_size or pixels.shape[1]
@@ -36,10 +39,11 @@ def from_pixels(
 
 
 def npz(config: DatasetConfig, path: Path) -> Source:
-    """``x_train y_train x_test y_test``: uint8 (N, H, W) or (N, H, W, 1 or 3) and integers (N,).
+    """Read ``x_train y_train x_test y_test`` from an archive: images uint8 (N, H, W) or (N, H, W, 1 or 3), labels (N,).
 
-    Classes are 0 up to ``dataset.classes`` or the largest label. Raises :class:`DataError` naming the array that is
-    missing, of another type or shape, or holds a label out of range.
+    Labels are integers that count from 0, up to ``dataset.classes`` - 1 or, where that is null, to the largest label.
+    Raises :class:`DataError` naming the array that is missing, has the wrong type or shape, or holds a label that is
+    out of range.
     """
     with _open(path) as archive:
         labels = _labels(archive, path)
@@ -50,16 +54,16 @@ def npz(config: DatasetConfig, path: Path) -> Source:
             key = f"{path}: x_{name}"
             _check_images(key, pixels.shape, pixels.dtype, config.image_size)
             if len(pixels) != len(split_labels):
-                raise DataError(f"{key} has {len(pixels)} images, but y_{name} {len(split_labels)} labels")
+                raise DataError(f"{key} has {len(pixels)} images, but y_{name} has {len(split_labels)} labels")
             _check_range(f"{path}: y_{name}", split_labels, classes)
             parts[name] = (pixels if pixels.ndim == 4 else pixels[..., None], split_labels)
     if config.image_size is None and parts["train"][0].shape[1:3] != parts["test"][0].shape[1:3]:
-        raise DataError(f"{path}: x_train and x_test differ in size, set dataset.image_size to have both resized")
+        raise DataError(f"{path}: x_train and x_test differ in size, set dataset.image_size to resize both")
     return from_pixels(parts, _digits(classes), config)
 
 
 def peek_npz(config: DatasetConfig, path: Path) -> tuple[int, int]:
-    """(classes, image side) from the labels and the header of ``x_train``; no pixel is read."""
+    """Return (classes, image side), read from the labels and the header of ``x_train``; no pixel is read."""
     with _open(path) as archive:
         classes = config.classes or _count(_labels(archive, path), path)
     if config.image_size is not None:
@@ -73,8 +77,8 @@ def peek_npz(config: DatasetConfig, path: Path) -> tuple[int, int]:
 
 
 def digits(config: DatasetConfig, _root: Path) -> Source:
-    """The 1,797 8x8 images of the UCI test digits, their 17 grey levels spread over 0 to 255."""
-    from sklearn.datasets import load_digits  # takes a second to import, and only this data set needs it
+    """The 1,797 8x8 images of the UCI test digits, with their 17 grey levels scaled to 0 to 255."""
+    from sklearn.datasets import load_digits  # takes a second to import, and only this dataset needs it
 
     bunch = load_digits()
     pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
@@ -95,13 +99,13 @@ def _damage_named(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _open(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
-    """The archive, with every key present. Arrays are read when asked for; pickled ones are refused."""
+    """Open the archive and check that it has every key. Arrays are read on access; pickled ones are refused."""
     if not path.is_file():
         raise DataError(f"dataset.root={path}: no such file")
     with _damage_named(path), path.open("rb") as file:
         archive = np.load(file, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise DataError(f"{path} holds one array, make an .npz of {', '.join(KEYS)}")
+            raise DataError(f"{path} holds a single array: save an .npz with {', '.join(KEYS)}")
         with archive:
             if missing := [key for key in KEYS if key not in archive]:
                 raise DataError(f"{path} lacks {', '.join(missing)}")
@@ -122,7 +126,9 @@ def _count(labels: Mapping[str, Tensor], path: Path) -> int:
     largest = int(max(split.max() for split in labels.values()))
     if largest >= len(labels["train"]):
         images = len(labels["train"])
-        raise DataError(f"{path}: the largest label is {largest}, but y_train has {images} images, count from 0 up")
+        raise DataError(
+            f"{path}: the largest label is {largest}, but y_train has {images} images: number the classes from 0 up"
+        )
     return largest + 1
 
 
@@ -132,7 +138,7 @@ def _check_images(key: str, shape: tuple[int, ...], dtype: np.dtype, side: int |
     if len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)) or 0 in shape:
         raise DataError(f"{key} must be (N, H, W) or (N, H, W, C) with 1 or 3 channels, is {shape}")
     if side is None and shape[1] != shape[2]:
-        raise DataError(f"{key} has {shape[1]}x{shape[2]} images, set dataset.image_size to have them made square")
+        raise DataError(f"{key} has {shape[1]}x{shape[2]} images, set dataset.image_size to make them square")
 
 
 def _check_range(key: str, labels: Tensor, classes: int) -> None:

@@ -1,12 +1,12 @@
 """Differentiable augmentation (DSA, Zhao & Bilen, ICML 2021), its two rules of composition, and CutMix.
 
-Every operator takes one parameter per image, so siamese draws are the same parameter repeated; nothing branches on a
-draw, so no device waits for one. Operators work on mean/std-normalised images (n, channels, H, W): what they fill
-with zero is the mean colour.
+Every operator takes one parameter per image, so a siamese draw is one parameter repeated. No code branches on a drawn
+value, so the host never waits for the device. Operators work on mean/std-normalised images (n, channels, H, W), where
+the zeros that they fill in are the mean colour.
 
-The rules share operators and differ in how many of those listed an image gets. ``idc`` (Kim et al., ICML 2022): flip,
-all three colours, exactly one of crop, scale and rotate, then cutout. ``vico`` (DSA, and DM, MTT and others after it):
-exactly one of all, where the colours count as one.
+Both rules use the same operators and differ in how many of the listed ones an image gets. ``idc`` (Kim et al., ICML
+2022): flip, all three colour operators, exactly one of crop, scale and rotate, then cutout. ``vico`` (DSA, followed by
+DM, MTT and others): exactly one operator, where the three colour operators count as one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hmn.data.sampling import permutations
 
-# Of these, exactly one of those listed is applied; all others that are listed always are.
+# Of these operators, an image gets exactly one that the strategy lists; it gets every other listed operator as well.
 ALTERNATIVES = {
     "idc": ("crop", "scale", "rotate"),
     "vico": ("color", "crop", "cutout", "flip", "scale", "rotate"),
@@ -36,12 +36,12 @@ MAX_DEGREES = 15.0
 class Draw:
     """Parameters of one augmentation of n images, each (n,); ``None`` where the strategy lacks the operator.
 
-    ``chosen`` (n,) is the position in ``alternatives`` of the one of those operators that each image gets.
+    ``chosen`` (n,) is the position in ``alternatives`` of the operator that each image gets.
     """
 
     alternatives: tuple[str, ...]
     flip: Tensor | None = None  # bool
-    brightness: Tensor | None = None  # u of [0, 1), as are the other two colours
+    brightness: Tensor | None = None  # u in [0, 1), as for saturation and contrast
     saturation: Tensor | None = None
     contrast: Tensor | None = None
     chosen: Tensor | None = None
@@ -59,11 +59,11 @@ class Draw:
         return replace(self, **{name: value[part] for name, value in self.tensors().items()})
 
     def applies(self, name: str) -> Tensor | None:
-        """Which images (n,) get the operator ``name``; ``None``: all of them, as it is no alternative to another."""
+        """Mask (n,) of the images that get the operator ``name``; ``None`` if all do, as it is not an alternative."""
         return self.chosen == self.alternatives.index(name) if name in self.alternatives else None
 
     def tensors(self) -> dict[str, Tensor]:
-        """The parameters that the strategy draws; with :func:`draw_of`, all it takes to have the draw again."""
+        """The parameters that the strategy draws; :func:`draw_of` rebuilds the draw from them."""
         return {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
 
 
@@ -72,7 +72,7 @@ def operators(strategy: str) -> tuple[str, ...]:
 
 
 def usable(strategy: str, flip: bool) -> str:
-    """``strategy``, but for ``flip`` where that is not allowed: on data whose classes a mirror changes, as digits."""
+    """``strategy`` without ``flip`` unless flips are allowed: mirroring changes the class of data such as digits."""
     return strategy if flip else "_".join(name for name in operators(strategy) if name != "flip") or "none"
 
 
@@ -86,10 +86,10 @@ def draw(
     one_choice: bool = True,
     batches: int = 1,
 ) -> Draw:
-    """Parameters for ``n`` images of side ``size``; ranges as in IDC and DSA, which share them.
+    """Draw parameters for ``n`` images of side ``size``, from the ranges that IDC and DSA share.
 
-    ``one_choice``: all ``n`` share which alternative is applied, as in one batch that a network trains on, or all of
-    each of ``batches`` equal parts; else each image (or, after :meth:`Draw.repeat`, each group) has its own choice.
+    With ``one_choice``, all images of each of ``batches`` equal parts of the ``n`` get the same alternative, as in a
+    batch that a network trains on. Without it, each image (or, after :meth:`Draw.repeat`, each group) gets its own.
     """
     names = operators(strategy)
     device = generator.device
@@ -128,7 +128,7 @@ def draw_of(strategy: str, tensors: dict[str, Tensor], rule: str = "idc") -> Dra
 
 
 def joined(draws: Sequence[Draw]) -> Draw:
-    """The draw of all their images, by one strategy and rule, one after the other."""
+    """Concatenate draws that were made by the same strategy and rule."""
     names = draws[0].tensors()
     return replace(draws[0], **{name: torch.cat([one.tensors()[name] for one in draws]) for name in names})
 
@@ -138,7 +138,7 @@ def alternatives_of(strategy: str, rule: str) -> tuple[str, ...]:
 
 
 def apply(images: Tensor, drawn: Draw) -> Tensor:
-    """Flip, the three colours, crop, scale or rotate, cutout: of each image what it gets by the draw's rule."""
+    """Apply flip, colours, crop, scale or rotate, and cutout, in this order, to the images that ``drawn`` selects."""
     if drawn.flip is not None:
         images = _where(drawn.applies("flip"), _where(drawn.flip, images.flip(-1), images), images)
     images = _where(drawn.applies("color"), _colours(images, drawn), images)
@@ -152,7 +152,7 @@ def apply(images: Tensor, drawn: Draw) -> Tensor:
 
 
 def _colours(images: Tensor, drawn: Draw) -> Tensor:
-    """Brightness, saturation, contrast, in this order."""
+    """Apply brightness, saturation and contrast, in this order."""
     if drawn.brightness is not None:
         images = images + _column(drawn.brightness - 0.5)
     if drawn.saturation is not None:
@@ -179,7 +179,7 @@ def shift(images: Tensor, offsets: Tensor) -> Tensor:
 
 
 def cutout(images: Tensor, centres: Tensor) -> Tensor:
-    """Zero a square of half the side centred at ``centres[i]`` = (y, x); what lies outside the image is cut off."""
+    """Zero a square of half the side centred at ``centres[i]`` = (y, x); the part outside the image is cut off."""
     size = images.shape[-1]
     side = _cutout_side(size)
     positions = torch.arange(size, device=images.device)
@@ -190,7 +190,7 @@ def cutout(images: Tensor, centres: Tensor) -> Tensor:
 
 
 def _resample(images: Tensor, drawn: Draw) -> Tensor:
-    """Scale or rotate where chosen, by one bilinear resampling; the other images pass through untouched."""
+    """Scale or rotate the images for which that was chosen, in one bilinear resampling; the others stay unchanged."""
     n = len(images)
     theta = torch.zeros(n, 2, 3, device=images.device, dtype=images.dtype)
     theta[:, 0, 0] = theta[:, 1, 1] = 1
@@ -224,16 +224,18 @@ def _cutout_side(size: int) -> int:
 
 
 class MixDraw(NamedTuple):
-    """Parameters of CutMix: of one batch of n images, or of batches (m, n), each its own."""
+    """Parameters of CutMix for one batch of n images, or for m batches of n images, each with its own."""
 
-    uniform: Tensor  # (2,) or (2, m) of [0, 1): whether the batch is mixed, and lambda
-    centre: Tensor  # (2,) or (2, m) int64, of the box (y, x)
+    uniform: Tensor  # (2,) or (2, m) in [0, 1): whether the batch is mixed, and lambda
+    centre: Tensor  # (2,) or (2, m) int64, centre (y, x) of the box
     partners: Tensor  # (n,) or (m, n) int64, positions in the batch
 
 
 def draw_mix(shape: Sequence[int], size: int, generator: torch.Generator, *, real: int | None = None) -> MixDraw:
-    """For labels of ``shape`` and images of side ``size``. Only the first ``real`` images of a batch are partners: the
-    rest of a padded one stays out."""
+    """Draw CutMix parameters for labels of ``shape`` and images of side ``size``.
+
+    Only the first ``real`` images of a batch are mixed with one another: the padding after them stays out.
+    """
     *batches, total = shape
     n, device = total if real is None else real, generator.device
     uniform = torch.rand(2, *batches, generator=generator, device=device)
@@ -244,11 +246,11 @@ def draw_mix(shape: Sequence[int], size: int, generator: torch.Generator, *, rea
 
 
 def cutmix(images: Tensor, labels: Tensor, probability: float, drawn: MixDraw) -> tuple[Tensor, Tensor, Tensor]:
-    """CutMix of one batch (Yun et al., ICCV 2019) as IDC applies it: images, partners' labels and the own share r.
+    """CutMix of one batch (Yun et al., ICCV 2019) as IDC applies it: returns mixed images, partners' labels and r.
 
-    With ``probability``, a box of side H * sqrt(1 - lambda), lambda ~ U(0, 1), is taken from a random partner; the
-    loss is r * CE(labels) + (1 - r) * CE(partners'), r from the box after clipping. Batches (m, n, channels, H, W) with
-    labels (m, n) are mixed each by its own draw; r is then (m,).
+    With ``probability``, a box of side H * sqrt(1 - lambda), lambda ~ U(0, 1), is pasted from a random partner. The
+    loss is r * CE(labels) + (1 - r) * CE(partners' labels), where r is the image's own share of the area after the box
+    was clipped. Batches (m, n, channels, H, W) with labels (m, n) are mixed each by its own draw; r is then (m,).
     """
     *batches, total = labels.shape
     size, device = images.shape[-1], images.device

@@ -1,4 +1,4 @@
-"""The eight data sets, as uint8 tensors split into train, held out and test."""
+"""The eight kinds of datasets, as uint8 tensors split into train, held out and test."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from hmn.errors import ConfigError, DataError
 
 __all__ = ["RealData", "Shape", "Split", "display_name", "load", "peek"]
 
-TEST_SPLIT_SEED = 0  # of data sets without a test split: theirs must not change with a run's seed
+TEST_SPLIT_SEED = 0  # for datasets without a test split: the one made for them must not depend on a run's seed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What a budget depends on."""
+    """The properties of a dataset that a budget depends on."""
 
     classes: int
     channels: int
@@ -33,14 +33,14 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RealData:
-    """A data set in memory. ``mean`` and ``std`` are per channel, of pixels in [0, 1]."""
+    """A dataset in memory. ``mean`` and ``std`` are per channel, of pixels in [0, 1]."""
 
     name: str
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     train: Split
-    held_out: Split  # of the official training split, never trained on; may be empty, (0, channels, H, W)
+    held_out: Split  # from the official training split, never trained on; may be empty, (0, channels, H, W)
     test: Split
     notes: tuple[str, ...]  # what loading had to decide, for the log
     fingerprint: str  # SHA-256 over shapes, images and labels of the three splits
@@ -50,7 +50,7 @@ class RealData:
         return dataclasses.replace(self, **splits)
 
     def fingerprint_of(self, class_names: Sequence[str]) -> str:
-        """The ``fingerprint`` that these data have if there are only these classes, in this order."""
+        """The ``fingerprint`` of these data restricted to the classes ``class_names``, in this order."""
         if tuple(class_names) == self.class_names:
             return self.fingerprint
         labels = [self.class_names.index(name) for name in class_names]
@@ -58,9 +58,9 @@ class RealData:
 
 
 def peek(config: DatasetConfig, data_dir: Path) -> Shape:
-    """The data set's shape from the configuration, folder names, or an array's labels and header: no pixel is read.
+    """The dataset's shape from the configuration, folder names, or an array's labels and header: no pixel is read.
 
-    Raises :class:`ConfigError` or :class:`DataError` where that already shows that it cannot be loaded.
+    Raises :class:`ConfigError` or :class:`DataError` if these already show that the dataset cannot be loaded.
     """
     _check(config)
     root = _root(config, data_dir)
@@ -80,7 +80,7 @@ def peek(config: DatasetConfig, data_dir: Path) -> Shape:
 
 
 def display_name(config: DatasetConfig) -> str:
-    """The name that tables and run ids show: unless it is given, with the positions of the classes, if not all."""
+    """The name in tables and run ids: ``dataset.name`` or a default, which shows the class range if there is one."""
     if config.name is not None or config.class_range is None:
         return _whole_name(config)
     first, last = config.class_range
@@ -96,11 +96,10 @@ def _whole_name(config: DatasetConfig) -> str:
 
 
 def load(config: DatasetConfig, data_dir: Path, generator: torch.Generator) -> RealData:
-    """Read, download if need be and allowed, and check a data set. ``generator`` (CPU) draws the held-out images.
+    """Load and check a dataset, downloading it if necessary and allowed.
 
-    Splits and statistics are those of the whole data set, whichever of its classes are wanted.
-
-    Raises :class:`DataError` naming the class, file or array that cannot be used.
+    ``generator`` (CPU) draws the held-out images. Splits and statistics are those of the whole dataset, even if only
+    some of its classes are used. Raises :class:`DataError` naming the class, file or array that cannot be used.
     """
     _check(config)
     source = _LOADERS[config.kind](config, _root(config, data_dir))
@@ -129,10 +128,10 @@ def load(config: DatasetConfig, data_dir: Path, generator: torch.Generator) -> R
 def measure(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and population standard deviation per channel of uint8 (N, channels, H, W), as pixels in [0, 1].
 
-    From exact counts of the 256 values, so neither depends on the order or the number of images.
+    Both come from exact counts of the 256 values, so neither depends on the order or the number of images.
     """
     counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
-    for chunk in images.split(4096):  # a chunk's channel is copied to be counted
+    for chunk in images.split(4096):  # counting copies a chunk's channel
         for channel, pixels in enumerate(chunk.unbind(1)):
             counts[channel] += torch.bincount(pixels.flatten(), minlength=256)
     share = counts.double() / counts.sum(1, keepdim=True)
@@ -155,7 +154,7 @@ _LOADERS: dict[str, Callable[[DatasetConfig, Path], Source]] = {
 
 
 def _check(config: DatasetConfig) -> None:
-    """No setting is accepted that its kind would not use."""
+    """Refuse settings that this kind of dataset would not use."""
     kind, share = config.kind, config.test_fraction
     if kind == "digits" and share is None:
         raise ConfigError("dataset.test_fraction=null: must be given for dataset=digits")
@@ -173,7 +172,7 @@ def _check_count(config: DatasetConfig, found: int) -> None:
 
 
 def _chosen(config: DatasetConfig, classes: int) -> list[int]:
-    """The labels of the classes that are used, of ``classes``, in the order in which they are numbered anew."""
+    """The labels of the classes to use, out of ``classes``, in the order in which they are renumbered."""
     order = list(range(classes))
     if config.class_order is not None:
         # The generator of the published orders (DM's continual learning: Zhao & Bilen, WACV 2023)
@@ -193,7 +192,7 @@ def _root(config: DatasetConfig, data_dir: Path) -> Path:
 
 
 def _with_test(source: Source, config: DatasetConfig) -> tuple[Split, Split]:
-    """Train and test, every class present in both."""
+    """The train and test splits, checked to have every class."""
     if source.test is not None:
         check_classes(source.train, source.class_names, "train")
         check_classes(source.test, source.class_names, "test")
@@ -203,7 +202,7 @@ def _with_test(source: Source, config: DatasetConfig) -> tuple[Split, Split]:
 
 
 def _statistics(config: DatasetConfig, images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The configured mean and std; what is null is measured."""
+    """The configured mean and std; either one that is null is measured."""
     if config.mean is not None and config.std is not None:
         return tuple(config.mean), tuple(config.std)
     mean, std = measure(images)

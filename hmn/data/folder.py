@@ -1,4 +1,4 @@
-"""Class-folder trees: one folder per class, its name the class's, images anywhere below it."""
+"""Class-folder trees: one folder per class, named like the class, with images anywhere below it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"} 
 
 @dataclass(frozen=True, kw_only=True)
 class Tree:
-    """Where the class folders are. ``test`` is None where a share of ``train`` has to serve."""
+    """Where the class folders are. ``test`` is None if the test split is a share of ``train``."""
 
     train: Path
     test: Path | None
@@ -34,26 +34,26 @@ class Files:
     """The image files of one split, class by class."""
 
     per_class: tuple[tuple[Path, ...], ...]
-    skipped: tuple[Path, ...] = ()  # other files that lie among them
+    skipped: tuple[Path, ...] = ()  # files beside them that are not images
 
 
 def find(root: Path, test_fraction: float | None) -> Tree:
-    """The tree in ``root``: ``train/`` with ``test/`` or ``val/``, or class folders right away. Reads names only.
+    """Find the tree in ``root``: ``train/`` with ``test/`` or ``val/``, or class folders directly. Reads names only.
 
-    Raises :class:`DataError` if there is no class folder, the classes of the two splits differ, or both or neither of a
-    test folder and ``test_fraction`` are given.
+    Raises :class:`DataError` if there is no class folder, if the classes of the two splits differ, or if both or
+    neither of a test folder and ``test_fraction`` are given.
     """
     top = class_folders(root)
     train = root / "train" if "train" in top and _has_folders(root / "train") else root
     if train == root and set(top) <= {"train", "test", "val"}:
-        raise DataError(f"dataset.root={root}: no class folders in it or its train/, make one per class")
+        raise DataError(f"dataset.root={root}: no class folders in it or in its train/, make one per class")
     if train == root and set(map(str.lower, top)) <= SPLITS:
-        raise DataError(f"dataset.root={root}: {listing(top)} are no classes: name the folders train/ and test/")
+        raise DataError(f"dataset.root={root}: {listing(top)} are not classes: name the folders train/ and test/")
     tests = [name for name in ("test", "val") if train != root and name in top and _has_folders(root / name)]
     if tests and test_fraction is not None:
         raise DataError(f"dataset.test_fraction={test_fraction}: must be null, {root} has {tests[0]}/")
     if not tests and test_fraction is None:
-        near = [f"name {name}/ test/, or " for name in top if name != "train" and name.lower() in SPLITS][:1]
+        near = [f"rename {name}/ to test/, or " for name in top if name != "train" and name.lower() in SPLITS][:1]
         raise DataError(
             f"dataset.root={root}: no class folders in a test/ or val/ beside train/, {''.join(near)}set "
             "dataset.test_fraction"
@@ -73,7 +73,7 @@ def find(root: Path, test_fraction: float | None) -> Tree:
 
 
 def read(config: DatasetConfig, root: Path) -> Source:
-    """The images of the tree in ``root``. Raises :class:`DataError` for an empty class or an unreadable image."""
+    """Read the images of the tree in ``root``. Raises :class:`DataError` for an empty class or an unreadable image."""
     tree = find(root, config.test_fraction)
     train = class_files(tree.train, tree.class_names)
     test = None if tree.test is None else class_files(tree.test, tree.class_names)
@@ -83,7 +83,7 @@ def read(config: DatasetConfig, root: Path) -> Source:
 def read_files(
     train: Files, test: Files | None, class_names: Sequence[str], size: tuple[int, int], notes: tuple[str, ...]
 ) -> Source:
-    """Images of listed files; ``size`` is (side, channels). The notes say what was converted or skipped."""
+    """Read the listed files; ``size`` is (side, channels). Notes are added on what was converted or skipped."""
     paths, modes, splits = [], [], []
     for name, files in (("train", train), ("test", test)):
         if files is None:
@@ -102,7 +102,7 @@ def read_files(
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
-    """Names of the folders in ``folder``, sorted, without hidden ones. Raises :class:`DataError` if it is no folder."""
+    """Sorted names of the folders in ``folder``, except hidden ones. Raises :class:`DataError` if unreadable."""
     try:
         return tuple(sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")))
     except OSError as error:
@@ -139,7 +139,7 @@ def _has_folders(folder: Path) -> bool:
 def _files(folder: Path) -> list[Path]:
     """Every file below ``folder`` that is neither hidden nor in a hidden folder, sorted by path.
 
-    Links are followed, but not back to a folder above, nor to one that was seen.
+    Links are followed, except to a folder above ``folder`` or to one that was already visited.
     """
 
     def refuse(error: OSError) -> None:
@@ -153,6 +153,6 @@ def _files(folder: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))  # of two links one is followed
+        folders[:] = sorted(name for name in folders if not name.startswith("."))  # only one of two links is followed
         found += [Path(where, name) for name in names if not name.startswith(".")]
     return sorted(found)

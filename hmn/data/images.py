@@ -1,4 +1,4 @@
-"""Images of any size and pixel format as uint8 arrays of one shape."""
+"""Convert images of any size and pixel format to uint8 arrays of one shape."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hmn.errors import DataError
 
 Item = TypeVar("Item")
 CHUNK = 128  # images per task of the thread pool
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # tried in this order, nothing else is read
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # tried in this order; no other format is read
 TARGETS = {1: "L", 3: "RGB"}  # Pillow's mode for a number of channels
 MODE_NAMES = {"1": "black-and-white", "L": "grey", "LA": "grey with alpha", "P": "palette"}
 
@@ -29,9 +29,9 @@ MODE_NAMES = {"1": "black-and-white", "L": "grey", "LA": "grey with alpha", "P":
 def stack(
     decode: Callable[[Item], tuple[np.ndarray, str]], items: Sequence[Item], shape: tuple[int, int, int], label: str
 ) -> tuple[Tensor, list[str]]:
-    """``decode`` of every item, in threads: images uint8 (N, *shape) and the N modes they had.
+    """Decode every item in threads: returns images uint8 (N, *shape) and their N original modes.
 
-    The first item (by position) that cannot be decoded raises, and the rest is left alone.
+    Raises the error of the first item (by position) that cannot be decoded.
     """
     try:
         images = np.empty((len(items), *shape), np.uint8)
@@ -39,7 +39,7 @@ def stack(
         size = len(items) * math.prod(shape) / 2**30
         raise DataError(
             f"{label}: {len(items)} images of side {shape[-1]} take {size:.0f} GiB of memory: lower "
-            "dataset.image_size, or use fewer images"
+            "dataset.image_size or use fewer images"
         ) from None
     modes = [""] * len(items)
 
@@ -49,7 +49,7 @@ def stack(
             images[i], modes[i] = decode(items[i])
         return stop - start
 
-    Image.init()  # registers every file format now: two threads that both find one missing would race
+    Image.init()  # register every file format now: threads that do so on demand would race
     workers = min(8, os.cpu_count() or 1)
     bar = tqdm(total=len(items), desc=f"reading {label}", unit="img", disable=None)
     with bar, ThreadPoolExecutor(workers) as pool:
@@ -59,7 +59,7 @@ def stack(
 
 
 def stack_files(paths: Sequence[Path], side: int, channels: int, label: str) -> tuple[Tensor, list[str]]:
-    """The image files ``paths`` as uint8 (N, channels, side, side), and their modes.
+    """The image files ``paths`` as uint8 (N, channels, side, side), and their original modes.
 
     Raises :class:`DataError` naming the file that is not an image, is truncated or is corrupt.
     """
@@ -68,7 +68,7 @@ def stack_files(paths: Sequence[Path], side: int, channels: int, label: str) -> 
 
 
 def stack_array(array: np.ndarray, side: int, channels: int, label: str) -> tuple[Tensor, list[str]]:
-    """Pixels uint8 (N, H, W, 1 or 3) as uint8 (N, channels, side, side), and the modes they had."""
+    """Pixels uint8 (N, H, W, 1 or 3) as uint8 (N, channels, side, side), and their original modes."""
     if array.shape[1:] == (side, side, channels):
         return torch.from_numpy(np.ascontiguousarray(array.transpose(0, 3, 1, 2))), [TARGETS[channels]] * len(array)
     decode = partial(_decode_pixels, side=side, channels=channels)
@@ -76,10 +76,10 @@ def stack_array(array: np.ndarray, side: int, channels: int, label: str) -> tupl
 
 
 def fit(image: Image.Image, side: int, channels: int) -> np.ndarray:
-    """``image`` as uint8 (channels, side, side): converted, its short side resized to ``side``, its centre cropped.
+    """``image`` as uint8 (channels, side, side): converted, resized to a short side of ``side``, and centre-cropped.
 
-    The rounding of both steps is that of torchvision's ``Resize(side)`` and ``CenterCrop(side)``; an image that has the
-    size and format already keeps its exact pixels. Orientation tags are ignored.
+    Both steps round as torchvision's ``Resize(side)`` and ``CenterCrop(side)`` do. An image that already has the size
+    and format keeps its exact pixels. Orientation tags are ignored.
     """
     image = _convert(image, TARGETS[channels])
     short = min(image.size)
@@ -91,7 +91,7 @@ def fit(image: Image.Image, side: int, channels: int) -> np.ndarray:
 
 
 def conversions(modes: Sequence[str], channels: int, paths: Sequence[Path] | None = None) -> tuple[str, ...]:
-    """A note for each pixel format that :func:`fit` had to convert, with the first file of it where there are files."""
+    """A note for each pixel format that :func:`fit` had to convert, naming its first file if there are ``paths``."""
     target = TARGETS[channels]
     notes = []
     for mode, count in sorted(Counter(modes).items()):
@@ -108,9 +108,9 @@ def _convert(image: Image.Image, target: str) -> Image.Image:
     if image.mode.startswith("I;16"):  # Pillow would clip at 255 instead of scaling
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode} has no known range, save it as PNG with 8 or 16 bits per channel")
+        raise ValueError(f"mode {image.mode} has no known range: save it as PNG with 8 or 16 bits per channel")
     elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # the way that Pillow asks for
+        image = image.convert("RGBA")  # the conversion that Pillow asks for
     return image.convert(target)
 
 
@@ -121,8 +121,8 @@ def _decode_file(path: Path, side: int, channels: int) -> tuple[np.ndarray, str]
     except MemoryError:
         raise
     except UnidentifiedImageError:
-        reason = "not an image, or one whose header is damaged"
-    except Exception as error:  # broken bytes lead Pillow's decoders into errors of any type
+        reason = "not an image, or its header is damaged"
+    except Exception as error:  # damaged bytes make Pillow's decoders raise errors of any type
         reason = " ".join(str(error).split()) or type(error).__name__
     raise DataError(f"{path} cannot be read ({reason}): replace or remove it")
 

@@ -1,4 +1,4 @@
-"""k-means: Lloyd's iterations from k-means++ seeds (Arthur & Vassilvitskii, SODA 2007), and nearest samples."""
+"""k-means: Lloyd's iterations from k-means++ seeds (Arthur & Vassilvitskii, SODA 2007), and the nearest samples."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ITERATIONS = 50  # at most; a few hundred points in feature space settle in 10 to 20
+ITERATIONS = 50  # at most; a few hundred points in feature space converge in 10 to 20
 
 
 def nearest_to_centres(features: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """Indices (k,) of the samples nearest to the centres of k clusters of ``features`` (n, f), all distinct.
 
-    Every centre has the nearest of its own cluster: a sample that is still nearer to another centre belongs to that
-    one. Raises ``ValueError`` for k > n.
+    Each centre gets the nearest sample of its own cluster, even if a sample of another cluster is nearer. Raises
+    ``ValueError`` for k > n.
     """
     centres, assigned = k_means(features, k, generator)
     others = assigned[:, None] != torch.arange(k, device=features.device)
@@ -29,7 +29,7 @@ def k_means(features: Tensor, k: int, generator: torch.Generator) -> tuple[Tenso
 
 
 def seeds(features: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """k-means++: k distinct samples (k,), each drawn by its squared distance to the nearest one drawn before it."""
+    """k-means++: indices (k,) of distinct samples, each drawn by its squared distance to the nearest earlier one."""
     n = len(features)
     if k > n:
         raise ValueError(f"{n} samples cannot make {k} clusters")
@@ -38,7 +38,7 @@ def seeds(features: Tensor, k: int, generator: torch.Generator) -> Tensor:
     chosen = []
     for _ in range(k):
         weights = nearest * free
-        # Copies of drawn samples are at distance 0: where nothing else is left, they are drawn uniformly.
+        # Duplicates of drawn samples are at distance 0: where only such are left, they are drawn uniformly.
         weights = torch.where(weights.sum() > 0, weights, free)
         index = torch.multinomial(weights, 1, generator=generator)
         distance = (features - features[index]).square().sum(1)
@@ -49,9 +49,9 @@ def seeds(features: Tensor, k: int, generator: torch.Generator) -> Tensor:
 
 
 def lloyd(features: Tensor, centres: Tensor, *, iterations: int = ITERATIONS) -> tuple[Tensor, Tensor]:
-    """Centres (k, f) and clusters (n,) after at most ``iterations`` from ``centres``: each centre its cluster's mean.
+    """Centres (k, f), the means of their clusters, and clusters (n,) after at most ``iterations`` from ``centres``.
 
-    An empty cluster takes the sample that is farthest from its centre and does not leave its own cluster empty.
+    An empty cluster takes the sample farthest from its own centre, except one that would leave its cluster empty.
     """
     k, before = len(centres), None
     for _ in range(iterations):
@@ -69,7 +69,7 @@ def lloyd(features: Tensor, centres: Tensor, *, iterations: int = ITERATIONS) ->
 def _without_empty_clusters(distances: Tensor, assigned: Tensor) -> Tensor:
     """``assigned`` (n,), changed where one of the k clusters would be empty; ``distances`` (n, k) to the centres."""
     counts = torch.bincount(assigned, minlength=distances.shape[1])
-    for empty in (counts == 0).nonzero().flatten().tolist():  # rare: reading the list is the only cost otherwise
+    for empty in (counts == 0).nonzero().flatten().tolist():  # rare: otherwise the only cost is reading the list
         own = distances.gather(1, assigned[:, None])[:, 0]
         farthest = own.masked_fill(counts[assigned] == 1, -1).argmax()
         counts[assigned[farthest]] -= 1

@@ -22,7 +22,7 @@ from hmn.errors import DataError, Unreachable
 
 log = logging.getLogger(__name__)
 
-SILENT_SECONDS = 60.0  # of a server, before a download counts as failed
+SILENT_SECONDS = 60.0  # without an answer from the server, before a download counts as failed
 
 CLASSES = {"svhn": 10, "cifar10": 10, "cifar100": 100, "tiny_imagenet": 200, "imagenet10": 10}
 TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -43,7 +43,7 @@ IMAGENET10 = {  # the first ten of IDC's class list, in its label order; these a
 
 
 def svhn(config: DatasetConfig, root: Path) -> Source:
-    """The splits train (without ``extra``) and test; digit 0, stored as 10, is class 0."""
+    """SVHN's splits train (without ``extra``) and test; digit 0, stored as 10, is class 0."""
     dataset = vision.torchvision().datasets.SVHN
     parts = {}
     for name in ("train", "test"):
@@ -59,12 +59,12 @@ def cifar10(config: DatasetConfig, root: Path) -> Source:
 
 
 def cifar100(config: DatasetConfig, root: Path) -> Source:
-    """With the 100 fine labels."""
+    """CIFAR-100 with the 100 fine labels."""
     return _cifar(vision.torchvision().datasets.CIFAR100, config, root)
 
 
 def tiny_imagenet(config: DatasetConfig, root: Path) -> Source:
-    """Classes are the wnids in the order of ``wnids.txt``; the official validation images are the test split."""
+    """Tiny-ImageNet, classes in the order of ``wnids.txt``; the test split is the official validation images."""
     tree = _tiny_tree(root)
     if not tree.is_dir():
         archive = fetch(root, f"{TINY_FOLDER}.zip", TINY_URL, TINY_MD5, config.download)
@@ -82,7 +82,7 @@ def count_tiny_classes(root: Path) -> int:
 
 
 def imagenet10(config: DatasetConfig, root: Path) -> Source:
-    """Ten classes out of an ImageNet tree with ``train/<wnid>/`` and ``val/<wnid>/``."""
+    """Ten classes of an ImageNet tree that has ``train/<wnid>/`` and ``val/<wnid>/``."""
     check_imagenet10(root)
     train, test = (folder.class_files(root / name, tuple(IMAGENET10)) for name in ("train", "val"))
     size = (config.image_size, config.channels)
@@ -99,19 +99,19 @@ def check_imagenet10(root: Path) -> None:
 
 
 def fetch(root: Path, filename: str, url: str, md5: str, download: bool) -> Path:
-    """The archive ``root/filename``, downloaded if need be and allowed, its checksum verified."""
+    """The archive ``root/filename`` with a verified checksum, downloaded if it is missing and ``download`` is set."""
     if root.exists() and not root.is_dir():
-        raise DataError(f"dataset.root={root}: is a file: give the folder that it lies in")
+        raise DataError(f"dataset.root={root}: is a file: give its folder instead")
     utils = vision.torchvision().datasets.utils
     path = root / filename
     if path.is_file():
         if not utils.check_integrity(path, md5):
-            raise DataError(f"{path}: wrong checksum (its MD5 must be {md5}), remove it to have it downloaded again")
+            raise DataError(f"{path}: wrong checksum (its MD5 must be {md5}): remove it to download it again")
         return path
     if not download:
-        raise DataError(f"{path} is not there: put it there, or set dataset.download=true")
+        raise DataError(f"{path} does not exist: put it there, or set dataset.download=true")
     root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as scratch:  # no half file under the final name
+    with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as scratch:  # never a partial file at `path`
         try:
             with _answers_within(SILENT_SECONDS):
                 utils.download_url(url, scratch, filename, md5)
@@ -119,9 +119,9 @@ def fetch(root: Path, filename: str, url: str, md5: str, download: bool) -> Path
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise Unreachable(f"{url} cannot be downloaded ({error}): put the file at {path}") from None
-        except RuntimeError:  # torchvision's word for a checksum that does not fit
+        except RuntimeError:  # what torchvision raises for a wrong checksum
             raise Unreachable(
-                f"{url}: what was downloaded has a wrong checksum (its MD5 must be {md5}): try again, or put the file "
+                f"{url}: the downloaded file has a wrong checksum (its MD5 must be {md5}): try again, or put the file "
                 f"at {path}"
             ) from None
         os.replace(Path(scratch, filename), path)
@@ -130,7 +130,7 @@ def fetch(root: Path, filename: str, url: str, md5: str, download: bool) -> Path
 
 @contextlib.contextmanager
 def _answers_within(seconds: float) -> Iterator[None]:
-    """Within the block a server that says nothing for so long is an ``OSError``: torchvision would wait without end."""
+    """Within the block, a server silent for this long raises ``OSError``: by itself torchvision would wait forever."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -140,7 +140,7 @@ def _answers_within(seconds: float) -> Iterator[None]:
 
 
 def unpack(archive: Path, target: Path) -> None:
-    """Extract ``archive``'s folder of that name to ``target``, whole or not at all; others may be doing the same."""
+    """Extract the folder ``target.name`` of ``archive`` to ``target``, atomically: other processes may do the same."""
     log.info("unpacking %s", archive)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unpack-") as scratch:
         vision.torchvision().datasets.utils.extract_archive(str(archive), scratch)
@@ -168,20 +168,18 @@ def _check_batches(dataset: type, batches: Path) -> None:
     for filename, md5 in (*dataset.train_list, *dataset.test_list, meta):
         path = batches / filename
         if not path.is_file():
-            raise DataError(f"{path} is missing: remove {batches} to have it unpacked again")
+            raise DataError(f"{path} is missing: remove {batches} to unpack it again")
         if not vision.torchvision().datasets.utils.check_integrity(path, md5):
-            raise DataError(
-                f"{path}: wrong checksum (its MD5 must be {md5}), remove {batches} to have it unpacked again"
-            )
+            raise DataError(f"{path}: wrong checksum (its MD5 must be {md5}): remove {batches} to unpack it again")
 
 
 def _tiny_tree(root: Path) -> Path:
-    """``root`` itself may be the tree."""
+    """The folder of Tiny-ImageNet: ``root`` itself or the one that the archive unpacks into it."""
     return root if (root / "wnids.txt").is_file() else root / TINY_FOLDER
 
 
 def _tiny_validation(val: Path, wnids: list[str]) -> folder.Files:
-    """``val_annotations.txt`` names each image's class in its second column, the box follows."""
+    """The validation images by class, which is the second column of ``val_annotations.txt``; a box follows it."""
     per_class: dict[str, list[Path]] = {wnid: [] for wnid in wnids}
     for line in _lines(val / "val_annotations.txt"):
         filename, wnid = (line.split() + ["", ""])[:2]

@@ -1,4 +1,4 @@
-"""From stored pixels to what a network sees: [0, 1], then mean/std per channel."""
+"""Convert stored pixels to a network's input: to [0, 1], then normalised by mean and std per channel."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ class Normalise:
 
 
 def unit_range(images: Tensor) -> Tensor:
-    """uint8 pixels as float32 in [0, 1]; others, which are taken to be there already, as they are."""
+    """uint8 pixels as float32 in [0, 1]; other types are taken to be in that range already and returned as they are."""
     return images.float() / 255 if images.dtype == torch.uint8 else images

@@ -1,4 +1,4 @@
-"""Batches of real images drawn without replacement, per class or over the whole split, and their resumable state."""
+"""Batches of real images, drawn without replacement per class or from the whole split, with resumable state."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from hmn.errors import DataError
 
 
 class GroupSampler:
-    """Draws ``batch`` indices of each group without replacement; a group that runs short is shuffled anew.
+    """Draws ``batch`` indices per group without replacement; a group with too few left is reshuffled.
 
-    ``sizes`` (groups,) are the lengths of consecutive index ranges: the classes of a split ordered by class, or one
-    range that is the whole split. As IDC's loader, the rest of a pass that is smaller than ``batch`` is dropped.
+    ``sizes`` (groups,) are the lengths of consecutive index ranges: the classes of a split ordered by class, or a
+    single range for the whole split. As in IDC's loader, the end of a pass that is smaller than ``batch`` is dropped.
     """
 
     def __init__(self, sizes: Tensor, batch: int, generator: torch.Generator) -> None:
         self.batch = batch
         self.generator = generator
-        self.sizes = sizes.cpu()  # on the host with the cursors: deciding who is shuffled must not wait for a device
+        self.sizes = sizes.cpu()  # on the host, as the cursors: deciding what to shuffle must not wait for a device
         self.starts = self.sizes.cumsum(0) - self.sizes
         self.groups = torch.repeat_interleave(torch.arange(len(sizes)), self.sizes).to(generator.device)
         self.order = self._shuffled()
@@ -28,7 +28,7 @@ class GroupSampler:
         self._offsets = torch.arange(batch, device=generator.device)
 
     def draw(self, groups: Tensor) -> Tensor:
-        """Indices (k, batch) into the split, for the groups (k,) given by a CPU tensor."""
+        """Draw indices (k, batch) into the split for ``groups`` (k,), a CPU tensor."""
         runs_short = self.cursors[groups] + self.batch > self.sizes[groups]
         if runs_short.any():
             short = torch.zeros(len(self.sizes), dtype=torch.bool)
@@ -42,9 +42,9 @@ class GroupSampler:
         return self.order[first[:, None] + self._offsets]
 
     def batches(self, count: int) -> Tensor:
-        """Indices (count, batch) of ``count`` batches of the only group, as :meth:`draw` gives them one by one.
+        """Draw ``count`` batches (count, batch) of the only group, the same as from repeated calls of :meth:`draw`.
 
-        Between two shuffles they lie side by side, so a GPU is asked for a copy instead of three kernels for each.
+        Between two shuffles they are contiguous, so a GPU makes one copy instead of running three kernels per batch.
         """
         found, size = [], int(self.sizes[0])
         while count:
@@ -71,10 +71,10 @@ class GroupSampler:
 
 
 def permutations(groups: Sequence[int], n: int, generator: torch.Generator) -> Tensor:
-    """Random orders (*groups, n) of 0 .. n - 1, drawn apart for every group; without groups one order (n,)."""
+    """Random permutations (*groups, n) of 0 .. n - 1, one per group; without ``groups``, one permutation (n,)."""
     if not groups:
         return torch.randperm(n, generator=generator, device=generator.device)
-    # float64: equal keys, whose order is the sort's and not random, are as good as impossible.
+    # float64 makes equal keys, whose order would not be random, practically impossible.
     keys = torch.rand(*groups, n, generator=generator, device=generator.device, dtype=torch.float64)
     return keys.argsort(-1)
 
@@ -88,12 +88,12 @@ def per_class(labels: Tensor, class_names: tuple[str, ...], batch: int, generato
 
 
 def whole_split(images: int, batch: int, generator: torch.Generator) -> GroupSampler:
-    """A sampler of batches from all ``images``, at most as large as that; they are its only group."""
+    """A sampler of batches from all ``images`` as one group; a larger ``batch`` is cut to their number."""
     return GroupSampler(torch.tensor([images]), min(batch, images), generator)
 
 
 def class_sizes(labels: Tensor, least: int, class_names: Sequence[str], key: str = "memory.images_per_class") -> Tensor:
-    """How many images every class has, (C,) on the CPU.
+    """The number of images of every class, (C,) on the CPU.
 
     Raises ``DataError`` naming the first class that has fewer than ``least``, the value of the setting ``key``.
     """
@@ -110,7 +110,7 @@ def class_sizes(labels: Tensor, least: int, class_names: Sequence[str], key: str
 def random_subset(
     labels: Tensor, per_class_count: int, class_names: Sequence[str], generator: torch.Generator
 ) -> Tensor:
-    """Indices (C * per_class_count,), ordered by class, of a uniform draw without replacement from every class."""
+    """Indices (C * per_class_count,), ordered by class, drawn uniformly without replacement from every class."""
     sizes = class_sizes(labels, per_class_count, class_names)
     sampler = GroupSampler(sizes, per_class_count, generator)
     return sampler.draw(torch.arange(len(sizes))).flatten()
@@ -119,7 +119,7 @@ def random_subset(
 def repeated_subset(
     labels: Tensor, per_class_count: int, class_names: tuple[str, ...], generator: torch.Generator
 ) -> Tensor:
-    """As :func:`random_subset`, but a class with too few images gives all of them, and then repeats them."""
+    """Like :func:`random_subset`, but a class with too few images gives all of them and then repeats them."""
     sizes = torch.bincount(labels.cpu(), minlength=len(class_names))
     sampler = GroupSampler(sizes, 1, generator)  # its order is shuffled within each class
     positions = sampler.starts[:, None] + torch.arange(per_class_count) % sizes[:, None]

@@ -1,4 +1,4 @@
-"""A split of a data set, and shares taken from it class by class."""
+"""A split of a dataset, and fractions taken from it class by class."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hmn.errors import DataError
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images (N, channels, H, W), uint8 or decoded in [0, 1], and labels int64 (N,), all of one class together.
+    """Images (N, channels, H, W), uint8 or decoded in [0, 1], and labels int64 (N,), grouped by class.
 
-    Those to condense from are ordered by class: per-class sampling relies on it.
+    Splits to condense from are ordered by class, which per-class sampling relies on.
     """
 
     images: Tensor
@@ -28,11 +28,11 @@ class Split:
         return Split(self.images.to(device), self.labels.to(device))
 
     def select(self, index: Tensor) -> Split:
-        """The images ``index`` (n,); ascending, it keeps the order by class."""
+        """The images ``index`` (n,); an ascending index keeps the order by class."""
         return Split(self.images[index], self.labels[index])
 
     def of_classes(self, labels: Sequence[int]) -> Split:
-        """The images of the classes ``labels``, which are numbered anew in this order."""
+        """The images of the classes ``labels``, renumbered in this order."""
         members = [(self.labels == label).nonzero().squeeze(1) for label in labels]
         counts = torch.tensor([len(index) for index in members], device=self.labels.device)
         numbers = torch.arange(len(members), device=self.labels.device)
@@ -41,7 +41,7 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Source:
-    """What a loader found. ``test`` is None where the data set has no test split of its own."""
+    """What a loader read. ``test`` is None if the dataset has no test split of its own."""
 
     class_names: tuple[str, ...]
     train: Split
@@ -50,17 +50,17 @@ class Source:
 
 
 def by_class(images: Tensor, labels: Tensor) -> Split:
-    """A split of images in any order. Those of one class keep theirs."""
+    """A split from images in any order, sorted by class; images of one class keep their order."""
     order = torch.argsort(labels, stable=True)
     in_order = bool((labels[1:] >= labels[:-1]).all())
     return Split(images, labels) if in_order else Split(images[order], labels[order])
 
 
 def split_off(split: Split, fraction: float, generator: torch.Generator) -> tuple[Split, Split]:
-    """``split`` without, and only, a random ``fraction`` of each class.
+    """Divide ``split`` into the rest and a random ``fraction`` of each class.
 
-    That is ``round(fraction * n)`` of a class's n images, at least 1 if ``fraction`` is positive, but never all: a
-    class of one image keeps it.
+    ``round(fraction * n)`` of a class's n images are taken: at least 1 if ``fraction`` is positive, but never all, so a
+    class with a single image keeps it.
     """
     taken = torch.zeros(len(split), dtype=torch.bool)
     for label in split.labels.unique():

@@ -1,4 +1,4 @@
-"""Real training images for containers that start from them."""
+"""Real training images from which containers are initialised."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hmn.data.sampling import repeated_subset
 
 
 class TrainingImages:
-    """Of ``images`` (N, channels, H, W) uint8 and ``labels`` (N,), ordered by class.
+    """Chooses from ``images`` (N, channels, H, W) uint8 with ``labels`` (N,), which are ordered by class.
 
-    ``features(images)`` (n, f) is what ``k_means`` clusters, while ``k_means_of_pixels`` does without.
+    ``k_means`` clusters ``features(images)`` (n, f); ``k_means_of_pixels`` needs no features.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class TrainingImages:
         return unit_range(self.images[self.choose(count, how)])
 
     def choose(self, count: int, how: str = "random") -> Tensor:
-        """Their indices (C * count,)."""
+        """Indices (C * count,) of the images that :meth:`draw` returns."""
         if how == "random":
             return repeated_subset(self.labels, count, self.class_names, self.generator)
         return torch.cat([self._of_class(label, count, how) for label in range(len(self.class_names))])

@@ -1,4 +1,4 @@
-"""torchvision, whether or not its compiled extension can be loaded. Nothing else in the project imports it directly."""
+"""Import torchvision even if its compiled extension cannot be loaded. No other module imports it directly."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _SCHEMAS = (
 
 @cache
 def torchvision() -> ModuleType:
-    """The package, imported on first use because importing takes seconds.
+    """The package, imported on first use because that takes seconds.
 
     The published wheel's extension is linked against CUDA. With a CPU-only torch it cannot be loaded, its operators
-    stay undefined, and the package then fails while describing two of them ("operator torchvision::nms does not
-    exist"). Nothing here calls an operator, so in that case their schemas are declared first, without a kernel.
+    stay undefined, and the package fails when it describes two of them ("operator torchvision::nms does not exist").
+    This project calls no operator, so in that case the two schemas are declared first, without kernels.
     """
     try:
         return importlib.import_module("torchvision")
@@ -34,7 +34,7 @@ def torchvision() -> ModuleType:
     return importlib.import_module("torchvision")
 
 
-@cache  # keeps the library alive: its schemas vanish with it
+@cache  # keeps the library alive: its schemas would vanish with it
 def _declare_operators() -> torch.library.Library:
     library = torch.library.Library("torchvision", "FRAGMENT")
     for schema in _SCHEMAS:

@@ -1,7 +1,7 @@
-"""Architectures by name; every builder takes channels, classes and image side.
+"""Network architectures by name; every builder takes channels, classes and image side.
 
-torchvision's have other stems and classifiers, for 224 pixels, and batch norm only; blocks of the same form are tested
-against its own.
+torchvision's networks are not used: their stems and classifiers are for 224 pixels, and they have batch norm only.
+Blocks of the same form are tested against torchvision's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Builder = Callable[[], nn.Module]
 
 
 def _resnet18(channels: int, classes: int, size: int, **options: Any) -> ResNet:
-    """Up to 64 pixels Zhao & Bilen's, drawn from PyTorch's defaults; above that IDC's, which is not."""
+    """Zhao & Bilen's up to 64 pixels, with PyTorch's default initialisation; IDC's above, with its own."""
     return ResNet(channels, classes, size, blocks=(2, 2, 2, 2), fan_out_init=size > 64, **options)
 
 
@@ -37,14 +37,14 @@ def _densenet121(channels: int, classes: int, size: int, *, width: int, norm: st
 @dataclass(frozen=True)
 class _Architecture:
     title: str
-    make: Callable[..., nn.Module]  # of (channels, classes, size), and by keyword what its configuration may set
-    width: int | None  # the paper's; null: of several layers, none of which can be set
-    least_size: int = 1  # below that a layer gets no pixel, or a norm a map of one pixel, which it would turn into zero
+    make: Callable[..., nn.Module]  # takes channels, classes, size and, by keyword, its configurable options
+    width: int | None  # the paper's, the default; None: layers differ in width, and none can be set
+    least_size: int = 1  # below, a layer would get no pixel, or a norm a map of one pixel, which it would set to zero
 
 
 ARCHITECTURES = {
     "convnet": _Architecture("ConvNet", ConvNet, 128),
-    # IDC's two; its ResNet10 for CIFAR is of width 32
+    # IDC's two; its ResNet10 for CIFAR has width 32
     "resnet10": _Architecture("ResNet10", partial(ResNet, blocks=(1, 1, 1, 1)), 64, least_size=9),
     "resnet_ap10": _Architecture("ResNetAP10", partial(ResNet, blocks=(1, 1, 1, 1), average=True), 64, least_size=16),
     "resnet18": _Architecture("ResNet18", _resnet18, 64, least_size=9),
@@ -59,7 +59,7 @@ ARCHITECTURES = {
 
 
 def builder(config: NetworkConfig, *, channels: int, classes: int, image_size: int) -> Builder:
-    """A function that makes the configured network; its parameters are drawn by :func:`initialise`, not here.
+    """A function that builds the configured network; its parameters are drawn later, by :func:`initialise`.
 
     Raises ``ConfigError`` if the image is too small for ``network.depth`` or ``network.name``.
     """
@@ -72,16 +72,16 @@ def builder(config: NetworkConfig, *, channels: int, classes: int, image_size: i
     if config.name == "convnet":
         options["depth"] = config.depth or default_depth(image_size)
         fits = padded(image_size) >> options["depth"] >= 1
-        rule = f"small enough to leave a pixel of a {image_size}-pixel image"
+        rule = f"small enough to leave at least one pixel of a {image_size}-pixel image"
         require("network.depth", fits, options["depth"], rule)
     fits = padded(image_size) >= architecture.least_size
-    rule = f"one that takes images of {image_size} pixels: its least is {architecture.least_size}"
+    rule = f"a network for {image_size}-pixel images: this one needs at least {architecture.least_size}"
     require("network.name", fits, config.name, rule)
     return partial(architecture.make, channels, classes, image_size, **options)
 
 
 def full_name(config: NetworkConfig, image_size: int) -> str:
-    """The name that tables show, for example ``ConvNet-D3-W128`` or ``ResNet18-BN``; instance norm goes unsaid."""
+    """The name in tables, for example ``ConvNet-D3-W128`` or ``ResNet18-BN``; instance norm is not named."""
     architecture = ARCHITECTURES[config.name]
     parts = [architecture.title]
     if config.name == "convnet":
@@ -95,14 +95,14 @@ def full_name(config: NetworkConfig, image_size: int) -> str:
 
 
 def has_batch_norm(network: nn.Module) -> bool:
-    """Whether the images of a batch influence each other, and running statistics move beside the parameters."""
+    """Whether the network has batch norm: the images of a batch interact and running statistics are updated."""
     return any(name.endswith("running_mean") for name, _ in network.named_buffers())
 
 
 def initialise(network: nn.Module, generator: torch.Generator) -> nn.Module:
-    """Draw all parameters anew, from ``generator`` and as the network's paper does; returns ``network``.
+    """Draw all parameters of ``network`` from ``generator``, as its paper does, and return it.
 
-    That is PyTorch's default but for :class:`FanOutConv2d`. Running statistics start anew too.
+    That is PyTorch's default initialisation except for :class:`FanOutConv2d`. Running statistics are reset, too.
     """
     for module in network.modules():
         if isinstance(module, FanOutConv2d):

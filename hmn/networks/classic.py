@@ -1,4 +1,4 @@
-"""AlexNet, LeNet and an MLP without norms, as the code of Zhao & Bilen (ICLR 2021) has them beside ConvNet."""
+"""AlexNet, LeNet and an MLP, all without norms, as in the code of Zhao & Bilen (ICLR 2021)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hmn.networks.layers import padded
 
 
 class AlexNet(nn.Module):
-    """Five convolutions with ReLU, three max poolings, one linear layer (after Krizhevsky et al., NeurIPS 2012).
+    """Five convolutions with ReLU, three max-pooling and one linear layer (after Krizhevsky et al., NeurIPS 2012).
 
     A 28-pixel input is padded to 32 by the first convolution. Input (n, channels, size, size), output (n, classes)
     logits.
@@ -34,7 +34,7 @@ class AlexNet(nn.Module):
         self.classifier = nn.Linear(192 * (padded(size) // 8) ** 2, classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """What the classifier sees, (n, f)."""
+        """The classifier's input, (n, f)."""
         return self.body(images).flatten(1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class LeNet(nn.Module):
         self.classifier = nn.Linear(84, classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """What the classifier sees, (n, 84)."""
+        """The classifier's input, (n, 84)."""
         return self.body(images)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class MLP(nn.Module):
         self.classifier = nn.Linear(width, classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """What the classifier sees, (n, width)."""
+        """The classifier's input, (n, width)."""
         return self.body(images)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""ConvNet-D{depth}-W{width}: the network that data set condensation matches and evaluates (Zhao & Bilen, ICLR 2021)."""
+"""ConvNet-D{depth}-W{width}, the usual network in dataset condensation (Zhao & Bilen, ICLR 2021)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ConvNet(nn.Module):
         self.classifier = nn.Linear(width * side * side, classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """What the classifier sees, (n, f)."""
+        """The classifier's input, (n, f)."""
         return self.body(images).flatten(1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -45,5 +45,5 @@ class ConvNet(nn.Module):
 
 
 def default_depth(size: int) -> int:
-    """As many blocks as leave a map of at most 4 x 4, at least 2: D3 at 28 and 32, D4 at 64, D5 at 128, D6 at 224."""
+    """The fewest blocks, at least 2, for a map of at most 4 x 4: D3 at 28 and 32, D4 at 64, D5 at 128, D6 at 224."""
     return max(2, math.ceil(math.log2(size / 4)))

@@ -1,6 +1,6 @@
 """DenseNet-BC (Huang et al., CVPR 2017) for small images: a 3x3 stem, and no pooling before the first dense block.
 
-Block by block it is torchvision's, whose own stem is for 224 pixels and which knows batch norm only.
+Its blocks are those of torchvision's DenseNet, which has a stem for 224 pixels and batch norm only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hmn.networks.layers import norm_layer
 
 
 class DenseLayer(nn.Module):
-    """Norm, ReLU, 1x1 convolution to 4 ``growth`` channels, norm, ReLU, 3x3 to ``growth``: joined to its input."""
+    """Norm, ReLU, 1x1 convolution to 4 ``growth`` channels, norm, ReLU, 3x3 to ``growth``; appended to the input."""
 
     def __init__(self, channels: int, growth: int, *, norm: str) -> None:
         super().__init__()
@@ -32,9 +32,9 @@ class DenseLayer(nn.Module):
 
 
 class DenseNet(nn.Module):
-    """Four blocks of ``blocks`` dense layers, after all but the last half the channels and half the side.
+    """Four blocks of ``blocks`` dense layers; after each but the last, channels and side are halved.
 
-    ``growth`` channels are added by every layer; the stem has twice as many. Input (n, channels, size, size), output
+    Every layer adds ``growth`` channels; the stem has twice as many. Input (n, channels, size, size), output
     (n, classes) logits.
     """
 
@@ -62,7 +62,7 @@ class DenseNet(nn.Module):
         self.classifier = nn.Linear(width, classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """What the classifier sees, (n, f)."""
+        """The classifier's input, (n, f)."""
         return self.body(images).mean((2, 3))
 
     def forward(self, images: Tensor) -> Tensor:

@@ -10,31 +10,32 @@ from hmn.compute import wide
 class FanOutConv2d(nn.Conv2d):
     """A convolution that :func:`hmn.networks.initialise` draws from N(0, 2 / (k * k * output channels)).
 
-    He et al. (ICCV 2015), in the mode that keeps the backward pass's variance: what IDC's ResNets start from.
+    This is the initialisation of IDC's ResNets: He et al. (ICCV 2015), in the mode that preserves the variance of the
+    backward pass.
     """
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """PyTorch's, in fp32 at least under autocast too: its statistics stay exact, and vmap has no other form."""
+    """PyTorch's batch norm, in at least fp32 even under autocast: statistics stay exact, and vmap supports no other."""
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(wide(images))
 
 
 class GroupNorm(nn.GroupNorm):
-    """PyTorch's, in fp32 at least under autocast too: compiled, it rounds statistics that its gradient needs."""
+    """PyTorch's group norm, in at least fp32 even under autocast: compiled, it rounds statistics its gradient needs."""
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(wide(images)).to(images.dtype)
 
 
 def norm_layer(norm: str, channels: int) -> nn.Module:
-    """``instance``: GroupNorm with one channel per group, affine, no running statistics; ``batch``; ``none``."""
+    """``instance`` (affine GroupNorm, one channel per group, no running statistics), ``batch`` or ``none``."""
     if norm == "instance":
         return GroupNorm(channels, channels)
     return BatchNorm2d(channels) if norm == "batch" else nn.Identity()
 
 
 def padded(size: int) -> int:
-    """The side that the networks for 32 pixels see: their first convolution pads 28 pixels to 32."""
+    """The side after padding: the first convolution of networks for 32 pixels pads 28 pixels to 32."""
     return 32 if size == 28 else size

@@ -1,6 +1,6 @@
-"""ResNet (He et al., CVPR 2016) as condensation uses it: stems for small images, any norm, pooling for strides.
+"""ResNet (He et al., CVPR 2016) as used in condensation: stems for small images, any norm, optional average pooling.
 
-At 224 pixels with batch norm it is torchvision's ResNet; that one has no other stem and no average-pooling form.
+At 224 pixels with batch norm it is torchvision's ResNet, which has no other stem and no average-pooling variant.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from hmn.networks.layers import FanOutConv2d, norm_layer
 
 
 class Block(nn.Module):
-    """3x3 convolution, norm, ReLU, 3x3 convolution, norm; then the input is added, and ReLU.
+    """3x3 convolution, norm, ReLU, 3x3 convolution, norm; then the shortcut is added, and ReLU applied.
 
     Where the block halves the side, ResNet's first convolution and its shortcut have stride 2; ResNetAP's have stride 1
-    and average pooling after them. A shortcut whose shape stays has no layers.
+    and average pooling after them. A shortcut that keeps the shape has no layers.
     """
 
     def __init__(
@@ -46,10 +46,10 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """A stem, four stages of :class:`Block` at widths 1, 2, 4 and 8 times ``width``, and one linear layer.
 
-    ``blocks`` counts each stage's; all but the first halve the side. ``average`` gives ResNetAP, which has no stride
-    anywhere (IDC; Kim et al., ICML 2022). ``global_pool`` averages the last map, else the classifier sees all of it.
-    ``fan_out_init``: convolutions start as :class:`FanOutConv2d`, else as PyTorch's. Input
-    (n, channels, size, size), output (n, classes) logits.
+    ``blocks`` gives the blocks per stage; every stage but the first halves the side. ``average`` gives ResNetAP, which
+    has no strided convolution (IDC; Kim et al., ICML 2022). With ``global_pool`` the last map is averaged, without it
+    the classifier gets all of it. With ``fan_out_init`` convolutions are initialised as :class:`FanOutConv2d`, without
+    it as PyTorch's. Input (n, channels, size, size), output (n, classes) logits.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class ResNet(nn.Module):
         self.classifier = nn.Linear(before * side * side, classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """What the classifier sees, (n, f)."""
+        """The classifier's input, (n, f)."""
         maps = self.body(self.stem(images))
         return maps.mean((2, 3)) if self.global_pool else maps.flatten(1)
 
@@ -91,7 +91,7 @@ class ResNet(nn.Module):
 
 
 def _stem(channels: int, width: int, size: int, *, norm: str, average: bool, conv: type[nn.Conv2d]) -> nn.Sequential:
-    """IDC's three stems: up to 64 pixels the side stays, up to 128 it is halved, beyond that it is quartered."""
+    """IDC's three stems: they keep the side up to 64 pixels, halve it up to 128 and quarter it beyond."""
     if size <= 128:
         first = conv(channels, width, 3, padding=1, bias=False)
     else:
@@ -103,6 +103,6 @@ def _stem(channels: int, width: int, size: int, *, norm: str, average: bool, con
 
 
 def last_side(size: int, *, average: bool) -> int:
-    """Of the map after the fourth stage: strides round a half up, pooling rounds it down."""
+    """The side of the map after the fourth stage: strides round halves up, pooling rounds them down."""
     halvings = 3 if size <= 64 else 4 if size <= 128 else 5
     return size >> halvings if average else -(-size >> halvings)

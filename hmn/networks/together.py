@@ -1,4 +1,4 @@
-"""Several networks as one module: on a GPU, networks this small cost little more together than one of them alone."""
+"""Several networks as one module: on a GPU, several small networks together cost little more than one alone."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch.func import functional_call
 
 
 class Together(nn.Module):
-    """n networks of one architecture, stacked: parameters and buffers (n, ...) by their names in one of them.
+    """n networks of one architecture, stacked: parameters and buffers (n, ...), named as in a single network.
 
-    Input (N, channels, H, W), which every network sees; output (n, N, classes) logits. Nothing here is channels_last:
-    under vmap, PyTorch has no group norm for that.
+    Every network gets the input (N, channels, H, W); output (n, N, classes) logits. No tensor is channels_last, as
+    PyTorch's group norm does not support that under vmap.
     """
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.one = (networks[0],)  # gives the architecture only: in a tuple, its parameters are not among ours
+        self.one = (networks[0],)  # only for the architecture; the tuple keeps its parameters out of this module's
         for name, value in _stacked([dict(network.named_parameters()) for network in networks]).items():
             owner, leaf = self._owner(name)
             owner.register_parameter(leaf, nn.Parameter(value))
@@ -27,7 +27,7 @@ class Together(nn.Module):
             owner.register_buffer(leaf, value)
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
-        """The module that holds ``name``, made where it is missing, and what ``name`` is called there."""
+        """The module that holds ``name``, created if it is missing, and the last part of ``name``."""
         *path, leaf = name.split(".")
         owner: nn.Module = self
         for part in path:

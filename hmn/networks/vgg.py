@@ -1,4 +1,4 @@
-"""VGG (Simonyan & Zisserman, ICLR 2015) for 32 pixels: its convolutions with norms, and one linear layer after them."""
+"""VGG (Simonyan & Zisserman, ICLR 2015) for 32 pixels: its convolutions with norms, followed by one linear layer."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ VGG16 = (2, 2, 3, 3, 3)
 class VGG(nn.Module):
     """Five stages of 3x3 convolutions, each with norm and ReLU, and 2x2 max pooling after every stage.
 
-    ``convolutions`` counts each stage's; the stages have 1, 2, 4, 8 and 8 times ``width`` channels. A 28-pixel input is
-    padded to 32 by the first convolution. Input (n, channels, size, size), output (n, classes) logits.
+    ``convolutions`` gives the convolutions per stage; the stages have 1, 2, 4, 8 and 8 times ``width`` channels. The
+    first convolution pads a 28-pixel input to 32. Input (n, channels, size, size), output (n, classes) logits.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class VGG(nn.Module):
         self.classifier = nn.Linear(before * (padded(size) >> len(convolutions)) ** 2, classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """What the classifier sees, (n, f)."""
+        """The classifier's input, (n, f)."""
         return self.body(images).flatten(1)
 
     def forward(self, images: Tensor) -> Tensor:

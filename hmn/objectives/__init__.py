@@ -1,1 +1,1 @@
-"""Matching objectives: functions of networks and images that know no container."""
+"""Matching objectives: functions of networks and images, independent of containers."""

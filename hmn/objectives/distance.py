@@ -1,4 +1,4 @@
-"""The distance between two networks' gradients, which every formulation of gradient matching shares."""
+"""Distances between gradients, shared by all implementations of gradient matching."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 EPSILON = 1e-6
 
 Parameters = dict[str, Tensor]
-Matched = Callable[[Parameters], Parameters]  # those of a network's parameters whose gradients are compared
+Matched = Callable[[Parameters], Parameters]  # selects the parameters whose gradients are compared
 
 
 class Form(NamedTuple):
-    """One way to compute a matching step of one class; all ways give the same numbers.
+    """One way to compute a matching step of one class; all forms give the same numbers.
 
-    ``gradients(parameters, images, labels)`` are those of the mean cross entropy with respect to the matched weights.
-    ``match(parameters, targets, synthetic, labels)`` are the distances per layer between the synthetic images'
-    gradients and ``targets``, and the derivative of their sum with respect to the synthetic pixels.
+    ``gradients(parameters, images, labels)`` returns the gradients of the mean cross entropy with respect to the
+    matched weights. ``match(parameters, targets, synthetic, labels)`` returns the distance per layer between the
+    synthetic images' gradients and ``targets``, and the derivative of their sum with respect to the synthetic pixels.
     """
 
     gradients: Callable[[Parameters, Tensor, Tensor], Parameters]
@@ -27,12 +27,12 @@ class Form(NamedTuple):
 
 
 def squared(synthetic: Tensor, real: Tensor) -> Tensor:
-    """``mse``: summed squared difference of one layer's gradients."""
+    """``mse``: the summed squared difference of one layer's gradients."""
     return (synthetic - real).square().sum()
 
 
 def absolute(synthetic: Tensor, real: Tensor) -> Tensor:
-    """``l1``: summed absolute difference."""
+    """``l1``: the summed absolute difference of one layer's gradients."""
     return (synthetic - real).abs().sum()
 
 
@@ -44,12 +44,13 @@ def cosine(synthetic: Tensor, real: Tensor) -> Tensor:
 
 
 def unbiased(first: Tensor, second: Tensor, real: Tensor, share: float) -> Tensor:
-    """The squared difference between ``real`` and the mean gradient of all N images of a class, from n random ones.
+    """Estimate of the squared difference between ``real`` and the mean gradient of all N images of a class, from n.
 
-    ``first`` and ``second`` are the mean gradients of the two halves of the n, ``share`` is n / N. Where gradients of
-    single images vary by S^2, the squared difference of the n images' own mean expects S^2 (1 / n - 1 / N) too much,
-    which is there to be reduced by making the images of a class alike. The product of the halves' differences, drawn
-    without replacement, expects S^2 / N too little. Mixed by ``share`` the two are exact.
+    The n images are random; ``first`` and ``second`` are the mean gradients of their two halves, ``share`` is n / N.
+    If the gradients of single images have variance S^2, the squared difference of the n images' own mean is in
+    expectation S^2 (1 / n - 1 / N) too large, an excess that matching would reduce by making the images of a class
+    alike. The product of the two halves' differences, drawn without replacement, is in expectation S^2 / N too small.
+    Weighted by ``share``, the two biases cancel.
     """
     between = ((first - real) * (second - real)).sum()
     return (1 - share) * between + share * squared((first + second) / 2, real)
@@ -59,23 +60,23 @@ METRICS = {"mse": squared, "l1": absolute, "cosine": cosine}
 
 
 def convolution_weights(parameters: Parameters) -> Parameters:
-    """What IDC matches: the 4-D parameters. Biases, norms (1-D) and the classifier (2-D) do not enter."""
+    """The weights that IDC matches: 4-D parameters, without biases and norms (1-D) and the classifier (2-D)."""
     return {name: value for name, value in parameters.items() if value.ndim == 4}
 
 
 def all_weights(parameters: Parameters) -> Parameters:
-    """What DC and DSA match: convolutions and the classifier. Biases and norms (1-D) count nothing by definition."""
+    """The weights that DC and DSA match: convolutions and classifier. Their distance ignores biases and norms (1-D)."""
     return {name: value for name, value in parameters.items() if value.ndim >= 2}
 
 
 def batches(images: Tensor, labels: Tensor, share: float) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batch as a whole, or in the halves that :func:`distances` compares where ``share`` is below one."""
+    """The whole batch or, if ``share`` is below one, the two halves that :func:`distances` needs."""
     parts = 1 if share == 1 else 2
     return zip(images.chunk(parts), labels.chunk(parts), strict=True)
 
 
 def distances(metric: str, synthetic: Sequence[Parameters], real: Parameters, share: float = 1.0) -> Tensor:
-    """The distance of every matched layer, (layers,), from the mean gradients of :func:`batches`."""
+    """The distance of every matched layer, (layers,); ``synthetic``: mean gradients of each part of :func:`batches`."""
     if share == 1:
         (whole,) = synthetic
         return torch.stack([METRICS[metric](whole[name], real[name]) for name in whole])

@@ -1,7 +1,7 @@
 """Distribution matching (DM, Zhao & Bilen, WACV 2023): the distance between mean features of real and synthetic images.
 
-The features are what the classifier of a network sees. No weight is differentiated, so a step costs one backward pass.
-IDM (Zhao et al., CVPR 2023) adds the cross entropy of synthetic images on networks that train meanwhile.
+The features are the input of a network's classifier. No gradient of weights is needed, so a step costs one backward
+pass. IDM (Zhao et al., CVPR 2023) adds the cross entropy of synthetic images on networks that are trained meanwhile.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ IMAGES, CE_FACTOR = "images", "ce_factor"
 
 
 def distribution_step(network: nn.Module, compute: Compute) -> MatchingStep:
-    """A step of (parameters, real, synthetic (k, n, ...), labels (k,)): the distance (1,), summed over the k classes,
-    and the pixel gradients.
+    """A step of (parameters, real, synthetic (k, n, ...), labels (k,)) that returns distance and pixel gradients.
 
-    The real side are images (k, B, ...); or, with IDM's cross entropy, ``IMAGES`` and its ``CE_FACTOR`` (k,), the same
-    for all classes. ``network`` gives the architecture; its own parameters are never read. Raises ``ConfigError`` for
-    the R-operator, which is of gradients.
+    The distance (1,) is summed over the k classes. ``real`` is a tensor of images (k, B, ...) or, with IDM's cross
+    entropy, a dict of ``IMAGES`` and ``CE_FACTOR`` (k,), whose value is the same for all classes. ``network`` gives the
+    architecture; its own parameters are never read. Raises ``ConfigError`` for the R-operator, which matches gradients.
     """
     require("compute.matching", compute.matching != "r_operator", "r_operator", "loop or compiled for features")
     outputs = _FeaturesAndLogits(network)

@@ -1,10 +1,10 @@
 """Gradient matching: the distance between network gradients on real and synthetic images.
 
-DC (Zhao et al., ICLR 2021) and DSA (Zhao & Bilen, ICML 2021) compare those of all weights, IDC (Kim et al., ICML 2022)
-those of the convolutions alone.
+DC (Zhao et al., ICLR 2021) and DSA (Zhao & Bilen, ICML 2021) compare the gradients of all weights, IDC (Kim et al.,
+ICML 2022) only those of the convolutions.
 
-A matching step returns the distance and its derivative with respect to the synthetic pixels. Whatever made those
-pixels needs first derivatives only, and nothing here knows what that was.
+A matching step returns the distance and its derivative with respect to the synthetic pixels. The container that decoded
+those pixels therefore needs first derivatives only, and this module is independent of it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from hmn.objectives.distance import Form, Matched, Parameters, batches, convolut
 from hmn.objectives.r_operator import r_operator
 
 # (parameters, real side (k, ...), synthetic (k, n, channels, H, W), labels (k,)) -> distance per layer, summed over the
-# k classes, and pixel gradients (k, n, channels, H, W). The real side are images, or gradients by parameter name.
+# k classes, and pixel gradients (k, n, channels, H, W). The real side is images, or gradients by parameter name.
 MatchingStep = Callable[[Parameters, Tensor | Parameters, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def loop(
     network: nn.Module, metric: str, compute: Compute, matched: Matched = convolution_weights, share: float = 1.0
 ) -> Form:
-    """Autograd twice: the plain form that every faster one is tested against."""
+    """Double backward by autograd: the plain form that the faster ones are tested against."""
 
     def derivatives(parameters: Parameters, images: Tensor, labels: Tensor, *, create_graph: bool) -> Parameters:
         parameters = {name: value.detach() for name, value in parameters.items()}
@@ -55,7 +55,7 @@ def loop(
 def nested(
     network: nn.Module, metric: str, compute: Compute, matched: Matched = convolution_weights, share: float = 1.0
 ) -> Form:
-    """The same as nested ``torch.func.grad``: one graph with both derivatives, which a compiler can fuse whole."""
+    """Nested ``torch.func.grad``: one graph with both derivatives, which a compiler can fuse as a whole."""
 
     def loss(weights: Parameters, others: Parameters, images: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(wide(functional_call(network, (weights, others), (images,))), labels)
@@ -88,13 +88,13 @@ FORMS = {"loop": loop, "compiled": nested, "r_operator": r_operator}
 def matching_step(
     network: nn.Module, metric: str, compute: Compute, matched: Matched = convolution_weights, share: float = 1.0
 ) -> MatchingStep:
-    """The step on real images (k, B, channels, H, W), in the form and the number of classes per call of ``compute``.
+    """The step on real images (k, B, channels, H, W), in the form and with the classes per call that ``compute`` sets.
 
-    ``network`` gives the architecture; its own parameters are never read. With the ``share`` of a class's images that
-    the synthetic batch is, ``mse`` is :func:`hmn.objectives.distance.unbiased`.
+    ``network`` gives the architecture; its own parameters are never read. ``share`` is the fraction of a class's images
+    in the synthetic batch; below 1, ``mse`` is :func:`hmn.objectives.distance.unbiased`.
 
-    Raises ``ConfigError`` for the R-operator where it has no formula: another network, or more than the convolutions
-    ``matched``.
+    Raises ``ConfigError`` for the R-operator where it has no formula: for other networks, or if more than the
+    convolutions are ``matched``.
     """
     form = FORMS[compute.matching](network, metric, compute, matched, share)
 
@@ -106,7 +106,7 @@ def matching_step(
 
 
 def stored_step(network: nn.Module, metric: str, compute: Compute, *, share: float = 1.0) -> MatchingStep:
-    """The step towards gradients that :func:`real_gradients` gave once, {name: (k, ...)}: no real branch."""
+    """The step towards stored gradients {name: (k, ...)} from :func:`real_gradients`: no pass over real images."""
     form = FORMS[compute.matching](network, metric, compute, share=share)
 
     def one_class(
@@ -118,8 +118,8 @@ def stored_step(network: nn.Module, metric: str, compute: Compute, *, share: flo
 
 
 def real_gradients(network: nn.Module, compute: Compute) -> Callable[[Parameters, Tensor, Tensor], Parameters]:
-    """A function of (parameters, images (k, B, ...), labels (k,)): every class's gradients {name: (k, ...)}."""
-    form = FORMS[compute.matching](network, "mse", compute)  # gradients know no metric
+    """A function of (parameters, images (k, B, ...), labels (k,)) that returns gradients {name: (k, ...)} per class."""
+    form = FORMS[compute.matching](network, "mse", compute)  # the gradients do not depend on the metric
 
     def one_class(parameters: Parameters, real: Tensor, label: Tensor) -> Parameters:
         return form.gradients(parameters, real, label.expand(len(real)))
@@ -134,12 +134,12 @@ def real_gradients(network: nn.Module, compute: Compute) -> Callable[[Parameters
 
 
 def over_classes(one_class: Callable[..., tuple[Tensor, Tensor]], compute: Compute) -> MatchingStep:
-    """``one_class`` for k classes, ``compute.classes_per_call`` of them in one call: the same numbers either way."""
+    """``one_class`` for k classes, ``compute.classes_per_call`` at a time, which does not change the numbers."""
     width = compute.classes_per_call
     if width == 1:
         call = compute.maybe_compile(one_class)
     else:
-        # Weights are common to all classes, so forward convolutions stay dense: only weight gradients become per class.
+        # All classes share the weights, so forward convolutions stay dense: only weight gradients become per class.
         call = compute.maybe_compile(torch.vmap(one_class, in_dims=(None, 0, 0, 0)))
 
     def step(

@@ -5,11 +5,11 @@ With V = dD/dg, the derivative of the distance D with respect to the synthetic g
     dD/dx = d/dx <dL/dW, V> = the directional derivative of dL/dx when W moves along V
 
 (Pearlmutter's R-operator, Neural Computation 1994): one forward and one backward pass, each with a tangent beside it.
-Nothing is differentiated twice, so nothing has to support it, and no graph is kept. V is zero for all but convolution
-weights, because only those are matched. A bias before an instance norm changes nothing and is left out.
+No operation is differentiated twice, so none has to support it, and no graph is kept. V is zero except for convolution
+weights, because only those are matched. A bias before an instance norm has no effect and is left out.
 
 In a block, y = conv(x, W), h = (y - mean y) / deviation, p = pool(relu(gamma h + beta)), with statistics over an
-image's plane. The names below: ``d_`` is the derivative of the loss, a trailing ``_dot`` moves with W along V.
+image's plane. In the names below, ``d_`` is the derivative of the loss and ``_dot`` the tangent when W moves along V.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ PLANE = (2, 3)
 
 
 class _Block(NamedTuple):
-    """What a block's later passes need of its forward pass."""
+    """What the later passes need from a block's forward pass."""
 
     inputs: Tensor
     h: Tensor
-    scale: Tensor  # 1 / deviation, a number per plane
-    mask: Tensor  # 1 where the ReLU lets through
+    scale: Tensor  # 1 / deviation, one number per plane
+    mask: Tensor  # 1 where the ReLU is active
 
 
 class _Pass(NamedTuple):
-    """What the tangent needs of the forward and backward pass of a batch."""
+    """What the tangent needs from the forward and backward pass of a batch."""
 
     blocks: list[_Block]
     probabilities: Tensor
@@ -56,13 +56,13 @@ class _Names(NamedTuple):
 def r_operator(
     network: nn.Module, metric: str, compute: Compute, matched: Matched = convolution_weights, share: float = 1.0
 ) -> Form:
-    """The R-operator's form.
+    """The R-operator as a :class:`Form`.
 
-    Raises ``ConfigError`` for a network that is not a :class:`ConvNet` with instance norm, and for more than its
-    convolutions ``matched``: the tangent of the classifier's weights is not written out.
+    Raises ``ConfigError`` if ``network`` is not a :class:`ConvNet` with instance norm, or if more than its convolutions
+    are ``matched``: the tangent of the classifier's weights is not implemented.
     """
     plain = matched is convolution_weights
-    require("compute.matching", plain, "r_operator", "loop or compiled where the classifier's weights are matched too")
+    require("compute.matching", plain, "r_operator", "loop or compiled if the classifier's weights are matched, too")
     written = isinstance(network, ConvNet)
     require("compute.matching", written, "r_operator", f"loop or compiled for {type(network).__name__}")
     written = network.norm == "instance"
@@ -77,7 +77,7 @@ def r_operator(
     epsilon = norms[0][1].eps
 
     def low(tensor: Tensor) -> Tensor:
-        """For convolutions and matrix products only; everything between them stays fp32."""
+        """Lower the precision, for convolutions and matrix products only; all else stays fp32."""
         return tensor.to(torch.bfloat16) if compute.precision == "bf16" else tensor
 
     def convolve(inputs: Tensor, weight: Tensor, padding: int) -> Tensor:
@@ -90,7 +90,7 @@ def r_operator(
         return wide(low(inputs) @ low(weight))
 
     def forward(parameters: Parameters, images: Tensor) -> tuple[Tensor, list[_Block]]:
-        """Features (n, f) before the classifier, and the blocks."""
+        """The features (n, f) before the classifier, and the blocks."""
         blocks, x = [], images
         for names, padding in zip(layers, paddings, strict=True):
             y = convolve(x, parameters[names.weight], padding)
@@ -103,7 +103,7 @@ def r_operator(
         return x.flatten(1), blocks
 
     def softmax_minus_target(parameters: Parameters, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Probabilities (n, classes), and the mean cross entropy's derivative with respect to the logits."""
+        """The probabilities (n, classes), and the derivative of the mean cross entropy with respect to the logits."""
         logits = linear(features, parameters["classifier.weight"].T) + parameters["classifier.bias"]
         probabilities = logits.softmax(1)
         return probabilities, (probabilities - F.one_hot(labels, logits.shape[1])) / len(labels)
@@ -111,7 +111,7 @@ def r_operator(
     def backward(
         parameters: Parameters, blocks: list[_Block], d_features: Tensor
     ) -> tuple[Parameters, list[tuple[Tensor, Tensor, Tensor]]]:
-        """Gradients of the convolution weights; per block d_h, mean(d_h h) and d_y, which the tangent needs."""
+        """The gradients of the convolution weights and, for the tangent, d_h, mean(d_h h) and d_y of every block."""
         gradients, kept = {}, []
         d_p = d_features.view(len(d_features), -1, *_pooled(blocks[-1].h))
         for index in reversed(range(len(layers))):
@@ -130,7 +130,7 @@ def r_operator(
         return first_pass(parameters, images, labels)[0]
 
     def first_pass(parameters: Parameters, images: Tensor, labels: Tensor) -> tuple[Parameters, _Pass]:
-        """Gradients of the convolution weights, and what :func:`second_pass` needs."""
+        """The gradients of the convolution weights, and what :func:`second_pass` needs."""
         features, blocks = forward(parameters, images)
         probabilities, d_logits = softmax_minus_target(parameters, features, labels)
         own, kept = backward(parameters, blocks, linear(d_logits, parameters["classifier.weight"]))
@@ -141,7 +141,7 @@ def r_operator(
         blocks, probabilities, kept = done
         classifier = parameters["classifier.weight"]
 
-        # Forward once more, with the tangent of every activation when W moves along the direction V.
+        # Forward pass of the tangents: how every activation moves when W moves along the direction V.
         x_dot, saved = None, []
         for names, padding, block in zip(layers, paddings, blocks, strict=True):
             weight, moved = parameters[names.weight], direction[names.weight]
@@ -197,7 +197,7 @@ def _pooled(h: Tensor) -> tuple[int, int]:
 
 
 def _unpool(d_p: Tensor, like: Tensor) -> Tensor:
-    """The adjoint of 2 x 2 average pooling; an odd side's last row or column was not pooled and gets zero."""
+    """The adjoint of 2 x 2 average pooling; an odd side's last row or column is not pooled and gets zero."""
     spread = (d_p / 4).repeat_interleave(2, 2).repeat_interleave(2, 3)
     bottom, right = like.shape[2] - spread.shape[2], like.shape[3] - spread.shape[3]
     return F.pad(spread, (0, right, 0, bottom)) if bottom or right else spread

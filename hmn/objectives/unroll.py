@@ -1,18 +1,18 @@
-"""Training a student on synthetic images, and the derivative of what became of it with respect to those images.
+"""Train a student on synthetic images, and differentiate a loss of the trained student with respect to those images.
 
 The student takes T steps of SGD with momentum,
 
     v_{t+1} = mu v_t + (1 - d) g_t,   theta_{t+1} = theta_t - alpha v_{t+1},   v_0 = 0,   g_t = grad CE(theta_t; x_t),
 
-and a loss L looks at theta_T alone: where an expert is (MTT, Cazenavette et al., CVPR 2022), or how well the student
-does on real images (LinBa, Deng & Russakovsky, NeurIPS 2022). With lambda_t = dL/dtheta_t and
-w_{t+1} = mu w_{t+2} + lambda_{t+1}, which is -1/alpha times dL/dv_{t+1}, the way back through step t is
+and a loss L depends on theta_T alone: its distance from an expert (MTT, Cazenavette et al., CVPR 2022), or the
+student's loss on real images (LinBa, Deng & Russakovsky, NeurIPS 2022). With lambda_t = dL/dtheta_t and
+w_{t+1} = mu w_{t+2} + lambda_{t+1}, which is -1/alpha times dL/dv_{t+1}, the backward pass through step t is
 
     s_t = <g_t, w_{t+1}>,   dL/dx_t = -alpha (1 - d) ds_t/dx_t,   lambda_t = lambda_{t+1} - alpha (1 - d) ds_t/dtheta_t,
     dL/dalpha = -(1 - d) sum_t s_t.
 
-It needs theta_t and x_t, and neither a velocity nor a graph over more than one step: memory grows by the parameters of
-the student per step instead of by its activations, and dL/dalpha exists at alpha = 0.
+It needs theta_t and x_t, but no velocity and no graph over more than one step: per step, memory grows by the student's
+parameters instead of by its activations. dL/dalpha exists at alpha = 0, too.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from torch.func import functional_call, grad, grad_and_value
 from hmn.compute import Compute, wide
 from hmn.objectives.distance import Parameters
 
-# The student's batch at step t: images (n, channels, H, W) as it sees them, and labels (n,). It is asked for again on
-# the way back, and must then be the same; what the images were made of receives its gradient.
+# The student's batch at step t: its input images (n, channels, H, W) and labels (n,). The backward pass asks for it
+# again, and it must then be the same; gradients flow to whatever the images were made from.
 Batch = Callable[[int], tuple[Tensor, Tensor]]
 
 
 class Trail(NamedTuple):
-    """For the way back: parameters and velocity before every ``segment``-th step, and the parameters at the end."""
+    """Kept for the backward pass: parameters and velocity before every ``segment``-th step, and final parameters."""
 
     kept: dict[int, tuple[Parameters, Parameters | None]]
     steps: int
@@ -43,11 +43,11 @@ class Trail(NamedTuple):
 
 
 class Unrolled:
-    """A student's training and the way back through it.
+    """A student's training and the backward pass through it.
 
     ``network`` gives the architecture; its own parameters are never read. With ``segment`` k, parameters are kept
-    before every k-th step only, and those between are computed a second time on the way back: the least memory is at
-    k = sqrt(2 T). Velocities are kept only where a segment has more than one step.
+    only before every k-th step, and those in between are recomputed in the backward pass: k = sqrt(2 T) needs the least
+    memory. Velocities are kept only if segments have more than one step.
     """
 
     def __init__(
@@ -85,14 +85,14 @@ class Unrolled:
 
         # (theta_t, v_t, images, labels, alpha) -> theta_{t+1}, v_{t+1}
         self.forward = compute.maybe_compile(forward)
-        # (theta_t, w_{t+2}, lambda_{t+1}, images, labels, alpha) -> w_{t+1}, lambda_t, dL/dx_t, what dL/dalpha gains
+        # (theta_t, w_{t+2}, lambda_{t+1}, images, labels, alpha) -> w_{t+1}, lambda_t, dL/dx_t, the step's dL/dalpha
         self.vjp = compute.maybe_compile(vjp)
         # (parameters, images, labels) -> value, its gradient with respect to the parameters
         self.loss_and_gradient = compute.maybe_compile(judge)
 
     @torch.no_grad()
     def train(self, parameters: Parameters, batch: Batch, steps: int, lr: Tensor) -> Trail:
-        """``steps`` steps from ``parameters`` at rate ``lr`` (a scalar tensor); the given tensors stay as they are."""
+        """Take ``steps`` steps from ``parameters``, which stay unmodified, at rate ``lr`` (a scalar tensor)."""
         theta, v = parameters, {name: torch.zeros_like(value) for name, value in parameters.items()}
         kept = {}
         for t in range(steps):
@@ -102,9 +102,9 @@ class Unrolled:
         return Trail(kept, steps, theta)
 
     def backward(self, trail: Trail, gradient: Parameters, batch: Batch, lr: Tensor) -> Tensor:
-        """Add dL/dx_t to whatever the images of every step were made of, and return dL/dalpha, a scalar.
+        """Backpropagate dL/dx_t of every step into whatever the images were made from; return dL/dalpha, a scalar.
 
-        ``gradient`` is dL/dtheta_T. What ``trail`` keeps is let go of on the way.
+        ``gradient`` is dL/dtheta_T. The tensors in ``trail`` are released on the way.
         """
         lam, w = gradient, {name: torch.zeros_like(value) for name, value in gradient.items()}
         by_lr = torch.zeros_like(lr)
@@ -130,9 +130,10 @@ class Unrolled:
 
 
 def copies(steps: int, segment: int) -> int:
-    """How many copies of its parameters a student's ``steps`` steps keep at most, velocities counted alike.
+    """The most copies of its parameters that a student's ``steps`` steps keep; a velocity counts as one copy.
 
-    Those of every segment's start, with a velocity where there are steps to take again, and those within one segment.
+    These are the parameters at every segment's start, with a velocity if steps are recomputed, and those within one
+    segment.
     """
     return math.ceil(steps / segment) * (1 if segment == 1 else 2) + min(segment, steps)
 
@@ -145,7 +146,7 @@ def inner(one: Parameters, other: Parameters) -> Tensor:
 def trajectory_loss(end: Parameters, start: Parameters, target: Parameters) -> tuple[Tensor, Parameters]:
     """MTT's |end - target|^2 / |start - target|^2 over all parameters, and its gradient with respect to ``end``.
 
-    1 for a student that has not moved, 0 for one that is where the expert went.
+    It is 1 for a student that has not moved and 0 for one that has reached the expert's target.
     """
     away = {name: end[name] - target[name] for name in end}
     way = {name: start[name] - target[name] for name in end}

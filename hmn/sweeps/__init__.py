@@ -1,1 +1,1 @@
-"""Many runs: which, on what, and what became of each. A run knows nothing of the sweep it belongs to."""
+"""Sweeps: which runs to make, where, and with what outcome. A run does not know the sweep that it belongs to."""

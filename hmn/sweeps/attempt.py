@@ -1,4 +1,4 @@
-"""One run of a sweep as a process of its own: its log, its retries, and what it says if it fails."""
+"""One run of a sweep as a separate process: its log, its retries, and the error it reports if it fails."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from pathlib import Path
 
 from hmn.errors import STOP_SIGNALS, Busy, ConfigError
 
-# An engine starts a process for every run, which only waits for it: what needs torch, with its seconds and its memory,
-# is imported where it is used.
+# Ray and SLURM use a process per run that only waits for the run. To spare it the time and memory of importing torch,
+# modules that need torch are imported where they are used.
 PROGRAM = Path(__file__).resolve().parents[2] / "run.py"
 LOG = "log.txt"
 FAILURE = "failure.json"
-PARENT = "HMN_PARENT"  # the process that a run must not outlive
+PARENT = "HMN_PARENT"  # environment variable: the process that a run must not outlive
 POLL_SECONDS = 0.1
-GRACE_SECONDS = 600.0  # for a run that is asked to stop to save its state, before it is killed
+GRACE_SECONDS = 600.0  # for a run that is asked to stop, to save its state before it is killed
 
 
 @dataclass(frozen=True)
 class Task:
-    """A run to be made, as plain values that travel to another machine."""
+    """A run to be made, as plain values that can be sent to another machine."""
 
     run_id: str
     folder: str  # of the run, relative to ``directory``
     arguments: tuple[str, ...]  # of the program
-    directory: str  # where it is started
+    directory: str  # working directory of the run
     max_retries: int = 0
     program: str = str(PROGRAM)
 
     @property
     def command(self) -> str:
-        """What repeats it by hand."""
+        """The command that repeats the run by hand."""
         return shlex.join(["python", Path(self.program).name, *self.arguments])
 
 
@@ -58,7 +58,7 @@ def attempt(
     stop: threading.Event | None = None,
     keep_open: Sequence[int] = (),
 ) -> Outcome:
-    """Make the run, again after a failure, at most ``task.max_retries`` times: a checkpoint spares it what was done.
+    """Make the run and retry it after a failure, from its checkpoint and at most ``task.max_retries`` times.
 
     Once ``stop`` is set, the run is asked to save its state and end. It inherits the descriptors ``keep_open``.
     """
@@ -73,23 +73,23 @@ def attempt(
             code = _run(task, folder, environment or {}, stop, keep_open)
             if code == 0:
                 return Outcome(task.run_id, "done", attempts)
-            # Somebody else asked it to stop: before it could listen, or it would have saved first.
+            # Something else asked it to stop. If the run could handle signals by then, it has saved its state.
             if (-code if code < 0 else code - 128) in STOP_SIGNALS:
                 break
-            if code == Busy.exit_code:  # that one's result is as good as ours
+            if code == Busy.exit_code:  # another process makes the same run: its result serves as well
                 attempts -= 1
                 _wait_for_other(folder, stop)
             elif not stop.is_set() and (code == ConfigError.exit_code or attempts > task.max_retries):
                 return _failed(task, folder, attempts, _reason(code, folder / LOG), code)
-    except OSError as error:  # a full disk takes the log first
+    except OSError as error:  # on a full disk, the log is the first to fail
         return _failed(task, folder, attempts, f"{type(error).__name__}: {error}", None)
     return Outcome(task.run_id, "stopped", attempts)
 
 
 def end_with_parent() -> None:
-    """Have this process told to stop when the one that started it for a sweep ends, however that ends (on Linux).
+    """On Linux, send this process SIGTERM when the launcher that started it for a sweep ends in any way.
 
-    Elsewhere a run outlives a killed launcher; the next launcher then waits for it.
+    On other systems a run outlives a killed launcher, and the next launcher waits for it.
     """
     parent = os.environ.get(PARENT)
     if parent is None or not sys.platform.startswith("linux"):
@@ -98,14 +98,14 @@ def end_with_parent() -> None:
 
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != int(parent):  # it ended before it could be watched
+    if os.getppid() != int(parent):  # the launcher ended before the call above
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _run(
     task: Task, folder: Path, environment: Mapping[str, str], stop: threading.Event, keep_open: Sequence[int]
 ) -> int:
-    """The exit code of one process; negative for a signal that killed it."""
+    """Run one process and return its exit code, negative if a signal killed it."""
     unbuffered = {"PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "30", PARENT: str(os.getpid())}
     with (folder / LOG).open("ab") as log:
         log.write(f"\n$ {task.command}\n".encode())
@@ -117,7 +117,7 @@ def _run(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is the launcher's, which asks its runs to stop
+            start_new_session=True,  # Ctrl-C goes to the launcher alone, which asks its runs to stop
             pass_fds=keep_open,
         )
         try:
@@ -127,7 +127,7 @@ def _run(
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return process.wait(GRACE_SECONDS)
-        finally:  # whatever happens here, no run is left behind
+        finally:  # leave no run behind, whatever happens
             process.kill()
             process.wait()
         return process.returncode
@@ -141,7 +141,7 @@ def _wait_for_other(folder: Path, stop: threading.Event) -> None:
 
 
 def lost(task: Task, error: str) -> Outcome:
-    """A run whose engine is gone, so that no attempt could say how it ended."""
+    """Record a run as failed whose worker or job is gone, so that no attempt could report how it ended."""
     return _failed(task, Path(task.directory, task.folder), 1, error, None)
 
 
@@ -159,20 +159,20 @@ def _failed(task: Task, folder: Path, attempts: int, error: str, code: int | Non
     }
     try:
         write_text(folder / FAILURE, json.dumps(kept, indent=2) + "\n")
-    except OSError as unkept:  # most often the disk is full, for which the run itself may not have found words
-        return Outcome(task.run_id, "failed", attempts, f"{error} ({FAILURE} is not kept: {unkept.strerror})")
+    except OSError as unkept:  # most often the disk is full, which the run itself may not have been able to report
+        return Outcome(task.run_id, "failed", attempts, f"{error} ({FAILURE} could not be written: {unkept.strerror})")
     return Outcome(task.run_id, "failed", attempts, error)
 
 
 def _reason(code: int, log: Path) -> str:
-    """What the log of a failed process ends with: its own line, or the first one of an unforeseen exception."""
+    """The reason in the log of a failed process: its last line, or the first line of an unexpected exception."""
     if code < 0:
         known = -code in set(signal.Signals)  # most real-time signals have no name
         name = signal.Signals(-code).name if known else f"signal {-code}"
-        return f"killed by {name}" + (": most often the machine was out of memory" if name == "SIGKILL" else "")
+        return f"killed by {name}" + (": most often because the machine ran out of memory" if name == "SIGKILL" else "")
     _, _, text = log.read_text(encoding="utf-8", errors="replace").rpartition("\n$ ")[2].partition("\n")
     _, trace, unforeseen = text.rpartition("Traceback (most recent call last):\n")
     lines = [line for line in re.split(r"[\r\n]", unforeseen if trace else text) if line.strip()]
     if trace:
         lines = [line for line in lines if not line.startswith(" ")][:1]
-    return lines[-1].strip() if lines else f"ended with exit code {code} and said nothing"
+    return lines[-1].strip() if lines else f"ended with exit code {code} and no output"

@@ -1,4 +1,4 @@
-"""The cells of a sweep, and those that axes on the command line are."""
+"""The cells of a sweep, and how axes on the command line expand to cells."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 @dataclass(frozen=True)
 class Cell:
-    """One run, and its place in a table. Several cells may be one and the same run."""
+    """A run and its place in a table. Several cells may be the same run."""
 
-    name: str  # no other cell of its sweep has it
+    name: str  # unique within the sweep
     labels: dict[str, str]  # by axis
-    overrides: tuple[str, ...]  # of run.py
-    reads: tuple[str, ...] = ()  # the cells whose kept sets it is about, in this order
+    overrides: tuple[str, ...]  # for run.py
+    reads: tuple[str, ...] = ()  # names of the cells whose kept sets it reads, in this order
 
 
 def grid(overrides: Sequence[str]) -> tuple[Cell, ...]:
-    """All combinations of the values that overrides separate by commas, as Hydra expands them."""
+    """All combinations of the comma-separated values in ``overrides``, as Hydra expands them."""
     axes = [
         [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
         if one.is_sweep_override()

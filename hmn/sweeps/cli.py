@@ -39,16 +39,16 @@ def main() -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """The exit code: 1 if a run failed or, for ``results``, none is there."""
+    """Run the command and return the exit code: 1 if a run failed or if ``results`` finds none."""
     given = _parser().parse_intermixed_args(_with_command(arguments))
-    require("--json", not given.json or given.command == "results", "given", "left out but for results")
-    require("--every", given.every is None or given.command == "status", given.every, "left out but for status")
+    require("--json", not given.json or given.command == "results", "given", "left out except for results")
+    require("--every", given.every is None or given.command == "status", given.every, "left out except for status")
     every = given.every
     require("--every", every is None or 0 < every <= DAY_SECONDS, every, "above 0 and at most 86400 seconds")
     if given.command == "search":
         return search(given.settings)
     if given.command == "tables":
-        require("tables", not given.settings, " ".join(given.settings), "given alone: it lists all tables")
+        require("tables", not given.settings, " ".join(given.settings), "given without settings: it lists all tables")
         print(table.listed())
         return 0
     settings, plans = _without_plan(given.settings)
@@ -64,7 +64,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def as_multirun(settings: Sequence[str]) -> int:
-    """``run.py --multirun SETTINGS``: the same sweep as sweep.py's."""
+    """``run.py --multirun SETTINGS``, the same sweep as by sweep.py."""
     if distributed.launched():
         raise ConfigError("--multirun: must be left out under torchrun, which starts the processes of one run")
     settings, plans = _without_plan(settings)
@@ -76,9 +76,10 @@ def as_multirun(settings: Sequence[str]) -> int:
 
 
 def _without_plan(settings: Sequence[str]) -> tuple[list[str], bool]:
-    """The settings of the runs, and whether ``mode=plan`` asks for the plan, as it does of one run.
+    """The settings without ``mode=plan``, and whether it was among them.
 
-    It is no setting of theirs: what is planned are the runs in their own modes, under their own ids.
+    ``mode=plan`` asks for the plan of the sweep, as it does for one run. It is not a setting of the runs: they are
+    planned in their own modes, with their own ids.
     """
     for setting in settings:
         key, _, value = setting.partition("=")
@@ -90,26 +91,26 @@ def _launch(sweep: Sweep) -> int:
     found = launch(sweep)
     print(summary(found))
     if found["failed"]:
-        print(f"what failed: {status_command(sweep)}", file=sys.stderr)
+        print(f"to see what failed: {status_command(sweep)}", file=sys.stderr)
     return int(found["done"] < found.total())
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sweep.py", description=__doc__)
-    parser.add_argument("command", choices=COMMANDS, help="launch if left out")
+    parser.add_argument("command", choices=COMMANDS, help="default: launch")
     parser.add_argument(
         "settings",
         nargs="*",
         metavar="KEY=VALUE",
-        help="experiment=TABLE (`sweep.py tables` lists them), or settings of run.py with values a,b,c",
+        help="experiment=TABLE (`sweep.py tables` lists them), or settings of run.py, with several values as a,b,c",
     )
-    parser.add_argument("--every", type=float, metavar="SECONDS", help="status: show it again and again")
-    parser.add_argument("--json", action="store_true", help="results: all that is kept of every run")
+    parser.add_argument("--every", type=float, metavar="SECONDS", help="status: show it repeatedly")
+    parser.add_argument("--json", action="store_true", help="results: everything kept of every run")
     return parser
 
 
 def _with_command(arguments: Sequence[str]) -> list[str]:
-    """The command first, wherever it was typed."""
+    """Move the command to the front, and add the default one if there is none."""
     named = [argument for argument in arguments if argument in COMMANDS][:1]
     if not named and any(argument in ("-h", "--help") for argument in arguments):
         return [*arguments]
@@ -117,7 +118,7 @@ def _with_command(arguments: Sequence[str]) -> list[str]:
 
 
 def plan_text(sweep: Sweep, planned: Sequence[Planned]) -> str:
-    """Every cell with its run and what it is expected to cost, and what all that is left costs together."""
+    """Every cell with its run and expected cost, followed by the expected cost of all runs that are left."""
     runs = by_run(planned)
     done = {run_id: found.result for run_id, one in runs.items() if (found := state.read(one.folder)).result}
     rate, whence = _rate(sweep, runs, done)
@@ -135,8 +136,8 @@ def plan_text(sweep: Sweep, planned: Sequence[Planned]) -> str:
     lines = [text_table(header, rows), "", summary(counts(planned))]
     lines.append(f"left: about {_shown(left)} hours of one slot, at {rate / 1e9:,.1f} GFLOP/s, {whence}")
     if any(one.run_id is None for one in planned):
-        lines.append("beside those of runs that read kept sets which are not there yet")
-    lines += [f"not read, though it varies: {text}" for text in varied_not_read(planned)]
+        lines.append("not counted: runs that read kept sets which do not exist yet")
+    lines += [f"varies but is not read: {text}" for text in varied_not_read(planned)]
     if sweep.table is not None:
         expected = ", ".join(f"{key} {value}" for key, value in sweep.table.expects.items())
         lines.append(f"experiments/tables/{sweep.table.name}.yaml expects: {expected}")
@@ -144,21 +145,21 @@ def plan_text(sweep: Sweep, planned: Sequence[Planned]) -> str:
 
 
 def _rate(sweep: Sweep, runs: Mapping[str, Planned], done: Mapping[str, dict[str, Any]]) -> tuple[float, str]:
-    """Operations per second of one slot, and how they are known."""
-    # Making a bank, which others share, is not in what is expected.
+    """Operations per second of one slot, and how they were measured."""
+    # Expected costs do not include making a bank, which several runs share.
     walls = (result["wall_seconds"] for result in done.values())
     seconds = sum(value for wall in walls for stage, value in wall.items() if stage != "bank")
     flops = work(runs[run_id] for run_id in done)
     if seconds and flops:
-        return flops / seconds, f"as the {len(done)} finished runs took"
+        return flops / seconds, f"measured on the {len(done)} finished runs"
     cuda = torch.cuda.is_available() and getattr(sweep.launcher, "gpus", None) != 0
     with _threads_of(sweep.launcher):
-        return flops_per_second(torch.device("cuda" if cuda else "cpu")), "by one timed convolution"
+        return flops_per_second(torch.device("cuda" if cuda else "cpu")), "measured on one convolution"
 
 
 @contextlib.contextmanager
 def _threads_of(launcher: LauncherConfig) -> Iterator[None]:
-    """Compute with as many threads as one of its slots has, as far as this machine has them."""
+    """Within the block, use as many threads as one slot of ``launcher``, if its runs are on this machine."""
     before = torch.get_num_threads()
     if isinstance(launcher, LocalConfig):
         torch.set_num_threads(int(local.slots(launcher)[0].environment["OMP_NUM_THREADS"]))
@@ -181,14 +182,14 @@ def _status(sweep: Sweep, every: float | None) -> int:
         if every is None:
             print(text)
             return 0
-        print(f"\x1b[H\x1b[J{text}", flush=True)  # home, and clear what is below
+        print(f"\x1b[H\x1b[J{text}", flush=True)  # cursor to the top left, then clear the screen
         if not _may_change(planned):
             return 0
         time.sleep(every)
 
 
 def _may_change(planned: Sequence[Planned]) -> bool:
-    """Whether a run may still be made: those that read the set of a failed one are not."""
+    """Whether any run may still change its status: runs that read the set of a failed run will not."""
     status = {one.cell.name: state.read(one.folder).status for one in planned}
     return any(
         status[one.cell.name] not in ("done", "failed") and all(status[name] != "failed" for name in one.cell.reads)
@@ -197,7 +198,7 @@ def _may_change(planned: Sequence[Planned]) -> bool:
 
 
 def status_text(planned: Sequence[Planned]) -> str:
-    """The runs that are not done with what is known of them, then those that are, then the sums."""
+    """Every run with its status and details, unfinished runs first, then the number of runs per status."""
     rows = []
     repeats = []
     names: dict[str, list[str]] = {}
@@ -213,7 +214,7 @@ def status_text(planned: Sequence[Planned]) -> str:
     rows += [[one.cell.name, "waiting", "for " + "; ".join(one.cell.reads)] for one in planned if one.run_id is None]
     rows.sort(key=lambda row: ORDER.index(row[1]))
     parts = [text_table(["cell", "status", ""], rows), "", summary(Counter(row[1] for row in rows))]
-    return "\n".join([*parts, *(["", "to repeat what failed by hand:", *repeats] if repeats else [])])
+    return "\n".join([*parts, *(["", "to repeat failed runs by hand:", *repeats] if repeats else [])])
 
 
 def _detail(found: state.State, one: Planned) -> str:

@@ -1,4 +1,4 @@
-"""How fast this machine computes, for expected hours before any run is finished."""
+"""The speed of this machine, to estimate hours before any run is finished."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ ROUNDS = 3
 
 
 def flops_per_second(device: torch.device) -> float:
-    """Of a 3 x 3 convolution's training step at ConvNet's inner shapes, fp32: most of a run is such steps.
+    """Measured rate of training steps of a 3 x 3 convolution of ConvNet's inner shape in fp32, which dominate a run.
 
-    A multiply-add counts as 2, the way back as twice the way there. The best of a few rounds, after one that warms up.
+    A multiply-add counts as 2 operations, the backward pass as twice the forward pass. The rate is the best of a few
+    rounds after a warm-up.
     """
     channels, side, images = 128, 16, 64
     layer = nn.Conv2d(channels, channels, 3, padding=1, device=device)

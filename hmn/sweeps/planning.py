@@ -1,4 +1,4 @@
-"""What the cells of a sweep will be, before anything runs: each composed and checked, with its run id and its cost."""
+"""Plan the cells of a sweep before anything runs: compose and check each, and find its run id and cost."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ class Planned:
     """A cell and the run that it is."""
 
     cell: Cell
-    overrides: tuple[str, ...]  # of run.py, with the kept sets that the cell reads
-    run_id: str | None  # None: it hashes the kept sets of cells that are not finished
+    overrides: tuple[str, ...]  # for run.py, with the kept sets that the cell reads
+    run_id: str | None  # None: it depends on the kept sets of unfinished cells
     folder: Path | None
     budget_floats: int | None = None
     stored_floats: int | None = None
     images_per_class: int | None = None
     steps: int | None = None  # of condensing
-    flops: float = 0.0  # expected of the whole run
-    making_flops: float = 0.0  # the part of them that goes into the set before it is pruned and judged
-    condensation: str | None = None  # runs that have the same one condense once and share it
-    expert_flops: float = 0.0  # the part of the making that goes into experts
-    experts: str | None = None  # runs that aim at the same ones train them once
-    not_read: tuple[str, ...] = ()  # of its overrides, each with the reason
+    flops: float = 0.0  # expected for the whole run
+    making_flops: float = 0.0  # the part of them for the set before it is pruned and evaluated
+    condensation: str | None = None  # runs with the same value share one condensation
+    expert_flops: float = 0.0  # the part of making_flops for experts
+    experts: str | None = None  # runs with the same value share experts
+    not_read: tuple[str, ...] = ()  # overrides that the run does not read, each with the reason
 
 
 def composed(overrides: Sequence[str]) -> DictConfig:
-    """What Hydra makes of ``run.py OVERRIDES``."""
+    """What Hydra composes for ``run.py OVERRIDES``."""
     config.register()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return hydra.compose("config", overrides=list(overrides))
@@ -65,31 +65,31 @@ def compose(overrides: Sequence[str]) -> Config:
 
 
 def plan_cells(cells: Sequence[Cell], cache: Path | None = None, kept: Path | None = None) -> list[Planned]:
-    """Plan every cell, in their order.
+    """Plan every cell, in the order of ``cells``.
 
-    What is known of cells from earlier, under the same sources and ``conf/``, is taken from the file ``cache``, as
-    composing takes a tenth of a second for each. Of a run that is gone, ``kept / RUN_ID`` may have result and card:
-    what reads its set is planned by these. Raises ``ConfigError`` that names all cells which cannot be composed,
-    a line for each.
+    Plans of earlier calls, with the same sources and ``conf/``, are read from the file ``cache``, as composing takes a
+    tenth of a second per cell. If a run's folder is gone, ``kept / RUN_ID`` may have its result and card, from which
+    cells that read its set are planned. Raises ``ConfigError`` that names all cells which cannot be composed, with one
+    line per error.
     """
     version = _version()
     known = _kept(cache, version)
     fresh: dict[str, dict[str, Any]] = {}
-    outside = functools.cache(_outside)  # looked at once by all cells
+    outside = functools.cache(_outside)  # looked up once for all cells
     planned: dict[str, Planned] = {}
-    complaints: dict[str, list[str]] = {}  # the cells, by what they have in common to complain of
-    for cell in sorted(cells, key=lambda cell: bool(cell.reads)):  # what is read comes first
+    complaints: dict[str, list[str]] = {}  # the cells with each error
+    for cell in sorted(cells, key=lambda cell: bool(cell.reads)):  # cells that others read come first
         try:
             read = [_source(planned.get(name), kept) for name in cell.reads]
             overrides = (*cell.overrides, *_artifact(read))
             if not all(map(_finished, read)):
-                compose(overrides)  # its own settings are checked; without the kept sets there is no more to check
+                compose(overrides)  # checks its settings; the rest needs the kept sets
                 planned[cell.name] = Planned(cell, overrides, None, None)
                 continue
             cards = _cards(overrides)
             key = digest({"overrides": list(overrides), "kept": list(cards)})
             if (found := known.get(key)) is not None and _outdated(found, outside):
-                _plan.cache_clear()  # which may be of what was there before, too
+                _plan.cache_clear()  # which may hold the outdated plan, too
                 found = None
             fresh[key] = found = found or _figures(overrides, cards)
             figures = found["figures"]
@@ -103,7 +103,7 @@ def plan_cells(cells: Sequence[Cell], cache: Path | None = None, kept: Path | No
     if complaints:
         raise ConfigError("\n".join(map(_complaint, complaints, complaints.values())))
     if cache is not None and any(known.get(key) != found for key, found in fresh.items()):
-        with contextlib.suppress(OSError):  # a full disk: next time it takes as long again, that is all
+        with contextlib.suppress(OSError):  # a full disk: planning only takes as long again next time
             write_text(cache, json.dumps({"version": version, "cells": known | fresh}) + "\n")
     return [planned[cell.name] for cell in cells]
 
@@ -114,18 +114,18 @@ def _complaint(line: str, names: Sequence[str]) -> str:
 
 
 def _artifact(folders: Sequence[Path | None]) -> list[str]:
-    """The override that names the kept sets of a cell; of cells that wait or cannot be composed none is known yet."""
+    """The override that names the kept sets of a cell, with placeholders for folders not known yet."""
     names = [_quoted(str(folder or f"not_known_{position}")) for position, folder in enumerate(folders)]
     return [f"artifact={names[0]}" if len(names) == 1 else f"artifact=[{','.join(names)}]"] if names else []
 
 
 def _quoted(path: str) -> str:
-    """As Hydra reads it back."""
+    """``path`` quoted, if necessary, so that Hydra reads it back."""
     return path if re.fullmatch(r"[\w./-]+", path, re.ASCII) else QuotedString(path, Quote.single).with_quotes()
 
 
 def _source(one: Planned | None, kept: Path | None) -> Path | None:
-    """The folder that tells of the set of a cell which is read; ``None`` of one that waits or cannot be composed."""
+    """The folder that describes the set of a cell to read; ``None`` if it waits or cannot be composed."""
     if one is None or one.run_id is None or kept is None or _finished(one.folder):
         return one and one.folder
     return kept / one.run_id if (kept / one.run_id / CARD).exists() else one.folder
@@ -139,38 +139,38 @@ def _finished(folder: Path | None) -> bool:
 
 
 def _cards(overrides: Sequence[str]) -> tuple[str, ...]:
-    """Digests of the cards of the kept sets in ``overrides``: under the same name they may be made anew."""
+    """Digests of the cards of the kept sets in ``overrides``, as a set may have been remade under the same name."""
     named = [one for one in overrides if one.lstrip("+").startswith("artifact=")]
     values = [one.value() for one in OverridesParser.create().parse_overrides(named)]
     digests = []
     for path in (path for value in values for path in (value if isinstance(value, list) else [value])):
-        with contextlib.suppress(ArtifactError, OSError):  # which the plan complains of
+        with contextlib.suppress(ArtifactError, OSError):  # which the plan reports
             digests.append(sha256(card_file(str(path))))
     return tuple(digests)
 
 
 def _outdated(found: Mapping[str, Any], outside: Callable[[str], list[Any]]) -> bool:
-    """Whether a plan from earlier was read from something else; of a finished run that need not be there any more."""
+    """Whether the data behind an earlier plan changed; for a finished run they may also be gone."""
     now = outside(found["read"])
     return now != found["outside"] and not (len(now) == 1 and _finished(Path(found["figures"]["folder"])))
 
 
 def _outside(where: str) -> list[Any]:
-    """What a plan finds beside its overrides: the shape of its data, and the set that its container starts from.
+    """What a plan depends on beside its overrides: the shape of its data and the set that its container starts from.
 
-    ``where`` they are is JSON, as :func:`_figures` has it. A single text says what cannot be read.
+    ``where`` says where they are, in the JSON of :func:`_figures`. A list with a single string is an error message.
     """
     read = json.loads(where)
     try:
         shape = datasets.peek(DatasetConfig(**read["dataset"]), Path(read["data_dir"]))
         start = read["start"] and sha256(card_file(read["start"]))
-    except (HmnError, OSError) as error:  # which planning it anew complains of
+    except (HmnError, OSError) as error:  # which planning again reports
         return [str(error)]
     return [*dataclasses.astuple(shape), start]
 
 
 def _figures(overrides: Sequence[str], kept: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Of one cell: what is shown of it, what that was read from beside the overrides, and what was found there."""
+    """One cell's figures, where they were read from beside the overrides, and what was found there."""
     seeds = [override.removeprefix("seed=") for override in overrides if override.startswith("seed=")]
     plan = _plan(tuple(override for override in overrides if not override.startswith("seed=")), kept)
     flops = {"flops": plan.expected_flops, "making_flops": plan.making_flops}
@@ -191,9 +191,9 @@ def _figures(overrides: Sequence[str], kept: tuple[str, ...] = ()) -> dict[str, 
 
 @functools.lru_cache(maxsize=1024)
 def _plan(overrides: tuple[str, ...], kept: tuple[str, ...]) -> Plan:
-    """Without the seed, by which alone most cells of a table differ: composing is what planning takes its time for.
+    """Plan without the seed, in which alone most cells of a table differ: composing takes most of the time of planning.
 
-    ``kept``, digests of cards, only tells plans apart that read other sets under the same names.
+    ``kept``, the digests of cards, distinguishes plans that read different sets under the same names.
     """
     return make_plan(compose(overrides), typed=overrides, here=False)
 
@@ -216,9 +216,9 @@ def _stored(plan: Plan) -> dict[str, Any]:
 
 
 def work(runs: Iterable[Planned], finished: Iterable[Planned] = ()) -> float:
-    """FLOPs of all ``runs``; condensations and experts that they share, or share with ``finished`` ones, count once."""
+    """FLOPs of all ``runs``, without condensations and experts that ``finished`` or earlier runs have made already."""
     made: set[str | None] = set()
-    trained: dict[str | None, float] = {}  # some runs take more experts of a kind than others
+    trained: dict[str | None, float] = {}  # some runs need more of the same experts than others
     total = 0.0
 
     def take_note_of(one: Planned) -> None:
@@ -238,7 +238,7 @@ def work(runs: Iterable[Planned], finished: Iterable[Planned] = ()) -> float:
 
 @functools.cache
 def _version() -> str:
-    """Of everything that a cell's plan depends on."""
+    """Digest of the sources and ``conf/``, on which all plans depend."""
     found = hashlib.sha256(results.code_version().encode())
     for path in [Path(__file__), *sorted(CONF.rglob("*.yaml"))]:
         found.update(path.read_bytes())
@@ -250,13 +250,13 @@ def _kept(cache: Path | None, version: str) -> dict[str, dict[str, Any]]:
         return {}
     try:
         kept = json.loads(cache.read_text(encoding="utf-8"))
-    except ValueError:  # cut short: it is made anew
+    except ValueError:  # truncated: it is written again
         return {}
     return kept["cells"] if isinstance(kept, Mapping) and kept.get("version") == version else {}
 
 
 def by_run(planned: Sequence[Planned]) -> dict[str, Planned]:
-    """The runs, each once, in the order of their first cells; without those whose id is not known yet."""
+    """The runs, each once, in the order of their first cells, without runs whose id is not known yet."""
     found: dict[str, Planned] = {}
     for one in planned:
         if one.run_id is not None:

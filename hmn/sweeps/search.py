@@ -1,18 +1,18 @@
-"""``sweep.py search``: Optuna proposes values of any settings, the held-out accuracy of their runs decides.
+"""``sweep.py search``: Optuna proposes values of any settings and judges them by the held-out accuracy of their runs.
 
 ``python sweep.py search study=NAME trials=30 batch=2 KEY=VALUE ... KEY=choice(A,B) KEY=tag(log,interval(LOW,HIGH))``
 
-The space is written in Hydra's own override grammar: ``choice(...)`` or ``A,B``, ``range(...)`` of whole numbers and
-``interval(...)``, of whole numbers as ``int(interval(...))``, and on a logarithmic scale inside ``tag(log, ...)``.
+The space is written in Hydra's override grammar: ``choice(...)`` or ``A,B``, ``range(...)`` of integers,
+``interval(...)`` or, for integers, ``int(interval(...))``. ``tag(log, ...)`` makes a numeric scale logarithmic.
 
-A study is a journal of plain JSON lines in ``runs/studies/NAME``. A trial is written there, whole, before its run
-starts and closed once its run has ended; so the same command goes on after a kill at any time, with the same runs. A
-run that failed, after its retries, is a failed trial, which is counted and not tried again.
+A study is a journal of plain JSON lines in ``runs/studies/NAME``. A trial is written there as a whole before its run
+starts and closed once its run has ended. The same command therefore continues after a kill at any time, with the same
+runs. A run that fails after its retries is a failed trial, which is counted and not tried again.
 
 Trials are proposed in batches of ``batch``, each from all earlier batches by a sampler that is seeded with the trial's
-number. So a study in several sittings proposes what an undisturbed one does, under one version of Optuna, one batch
-size, and as far as the runs repeat themselves: bit for bit on a CPU. Where they do not, the first ten trials, which are
-random, still are the same.
+number. An interrupted study therefore proposes the same trials as an uninterrupted one, given the same version of
+Optuna, the same batch size and runs that are reproducible, as they are bit for bit on a CPU. Without that, the first
+ten trials, which are random, are still the same.
 """
 
 from __future__ import annotations
@@ -60,25 +60,25 @@ TRIALS_FOR_IMPORTANCE = 10
 @dataclass(frozen=True, kw_only=True)
 class Search:
     name: str
-    trials: int  # that end, well or not, over all sittings
-    batch: int  # that run at the same time
+    trials: int  # to end, measured or failed, over all calls
+    batch: int  # trials that run at the same time
     fixed: dict[str, str]  # overrides by key
-    space: dict[str, BaseDistribution]  # by key
-    sweep: Sweep  # that each batch of runs is; without cells
+    space: dict[str, BaseDistribution]  # distributions by key
+    sweep: Sweep  # a template without cells, from which each batch is launched
 
     @property
     def folder(self) -> Path:
         return self.sweep.runs_dir / "studies" / self.name
 
     def overrides(self, values: Mapping[str, Any]) -> tuple[str, ...]:
-        """Of ``run.py``, for a point of the space."""
+        """The overrides of ``run.py`` for a point of the space."""
         return (*self.fixed.values(), *(f"{key}={value}" for key, value in values.items()))
 
 
 def search(arguments: Sequence[str]) -> int:
-    """Run the study up to its number of trials and print what it found; the exit code is 1 if no trial was measured.
+    """Run the study up to its number of trials and print the results; the exit code is 1 if no trial was measured.
 
-    Raises ``ConfigError`` before anything runs for what cannot be searched, and for a study of other settings.
+    Raises ``ConfigError`` before anything runs if the settings cannot be searched or differ from those of the study.
     """
     given = asked(arguments)
     with exclusive(given.folder, what="this study"):
@@ -91,7 +91,7 @@ def search(arguments: Sequence[str]) -> int:
 
 
 def asked(arguments: Sequence[str]) -> Search:
-    """The search of the arguments after ``sweep.py search``, checked as far as that goes without running anything."""
+    """The search for the arguments after ``sweep.py search``, checked as far as possible without running anything."""
     _require_optuna()
     own = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
     name, trials, batch = own.get("study", ""), own.get("trials", ""), own.get("batch", "1")
@@ -124,9 +124,9 @@ def _parse(arguments: Sequence[str]) -> tuple[dict[str, str], dict[str, BaseDist
 
 
 def distribution(override: Override) -> BaseDistribution:
-    """Where Optuna takes the values of a setting from. Choices are texts, as overrides write them.
+    """Optuna's distribution for the values of a setting. Choices are strings, as written in overrides.
 
-    As in Hydra a range is without its end. Raises ``ConfigError`` for what has no meaning in a search.
+    As in Hydra, a range excludes its end. Raises ``ConfigError`` for syntax that has no meaning in a search.
     """
     from optuna import distributions
 
@@ -134,7 +134,7 @@ def distribution(override: Override) -> BaseDistribution:
     value = line.partition("=")[2]
     tags, log = getattr(sweep, "tags", set()), "log" in getattr(sweep, "tags", set())
     scaled = isinstance(sweep, RangeSweep | IntervalSweep)
-    require(key, not tags - ({"log"} if scaled else set()), value, "without tags but tag(log, ...) of numbers")
+    require(key, not tags - ({"log"} if scaled else set()), value, "without tags except tag(log, ...) of numbers")
     require(key, not getattr(sweep, "shuffle", False), value, "without shuffle, which changes nothing in a search")
     try:
         if isinstance(sweep, ChoiceSweep):
@@ -158,7 +158,7 @@ def distribution(override: Override) -> BaseDistribution:
 
 
 def _inner(one: BaseDistribution) -> Any:
-    """A value of the distribution; of numbers, one inside that is no bound by chance."""
+    """A value of the distribution; for floats, one inside the interval."""
     from optuna.distributions import CategoricalDistribution, IntDistribution
 
     if isinstance(one, CategoricalDistribution):
@@ -178,7 +178,7 @@ def _require_optuna() -> None:
 
 
 def _same_as_before(given: Search) -> None:
-    """Keep what is asked for, or refuse what differs from what the study was started with."""
+    """Store the settings and space of a new study, or refuse those that differ from the stored ones."""
     from optuna.distributions import distribution_to_json
 
     path = given.folder / ASKED
@@ -191,7 +191,7 @@ def _same_as_before(given: Search) -> None:
     for key in [*before, *now]:
         if before.get(key) != now.get(key):
             was, wanted = (_shown(key, values.get(key)) for values in (before, now))
-            raise ConfigError(f"study={given.name} was started with {was}, not {wanted}: ask for that, or another name")
+            raise ConfigError(f"study={given.name} was started with {was}, not {wanted}: use that, or another name")
 
 
 def _shown(key: str, value: Any) -> str:
@@ -203,7 +203,7 @@ def _shown(key: str, value: Any) -> str:
 
 
 def _open(folder: Path) -> optuna.Study:
-    """The study as its journal tells it, however the last search ended."""
+    """Load the study from its journal, however the last search ended, or create it."""
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
@@ -219,7 +219,7 @@ def _open(folder: Path) -> optuna.Study:
 
 
 class _Held:  # as optuna.storages.journal.BaseJournalFileLock, which is not public
-    """In the place of Optuna's lock file, which a kill leaves behind: the study's folder is held already."""
+    """Replaces Optuna's lock file, which a kill would leave behind: the study's folder is locked already."""
 
     def acquire(self) -> bool:
         return True
@@ -229,7 +229,7 @@ class _Held:  # as optuna.storages.journal.BaseJournalFileLock, which is not pub
 
 
 def _drop_cut_line(path: Path) -> None:
-    """What a kill or a full disk left of a line: the trial in it was not started yet, or is ended again."""
+    """Remove an incomplete last line, left by a kill or a full disk: its trial did not start yet or is closed again."""
     if path.exists():
         whole = path.read_bytes().rpartition(b"\n")
         if whole[2]:
@@ -237,12 +237,12 @@ def _drop_cut_line(path: Path) -> None:
 
 
 def propose(study: optuna.Study, space: Mapping[str, BaseDistribution]) -> dict[str, Any]:
-    """Values for the next trial of the study, which is left as it is."""
+    """Values for the next trial of ``study``, which is not modified."""
     import optuna
 
     trials = study.get_trials(deepcopy=False)
     with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
-        # Those that run at the same time are kept apart: the liar takes them for bad.
+        # The constant liar counts running trials as bad, which keeps simultaneous trials apart.
         sampler = optuna.samplers.TPESampler(seed=len(trials), constant_liar=True)
     copy = optuna.create_study(sampler=sampler, direction="maximize")
     copy.add_trials(trials)
@@ -250,7 +250,7 @@ def propose(study: optuna.Study, space: Mapping[str, BaseDistribution]) -> dict[
 
 
 def _ask(given: Search, study: optuna.Study) -> None:
-    """Add a trial, whole in one line of the journal: asked for in the study itself, it would be one for each value."""
+    """Add a trial as one line of the journal: ``study.ask`` would write one line for each value."""
     from optuna.trial import TrialState, create_trial
 
     values = propose(study, given.space)
@@ -258,7 +258,7 @@ def _ask(given: Search, study: optuna.Study) -> None:
     overrides = given.overrides(values)
     try:
         known["run_id"] = _plan(overrides).run_id
-    except Exception as error:  # not every combination of values need make sense
+    except Exception as error:  # not every combination of values is valid
         line, _ = explain(error, overrides)
         if line is None:
             raise
@@ -274,7 +274,7 @@ def _running(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def _measured(study: optuna.Study) -> list[FrozenTrial]:
-    """Best first, then oldest first."""
+    """Completed trials, best first and oldest first among equals."""
     import optuna
 
     found = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
@@ -285,10 +285,10 @@ def _measured(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def _run(given: Search, study: optuna.Study) -> bool:
-    """False if it ended early: with a run that was stopped, or with the failure of one, because that was asked for."""
+    """Run all trials; returns false if a run was stopped, or failed and ``sweep.on_failure=stop``."""
     while True:
         count = len(study.get_trials(deepcopy=False))
-        # A batch that was cut off is filled up first, so that the later ones are what they would have been.
+        # An incomplete batch is filled up first, so that later batches are the same as without an interruption.
         while count < given.trials and (count % given.batch or not _running(study)):
             _ask(given, study)
             count += 1
@@ -300,9 +300,9 @@ def _run(given: Search, study: optuna.Study) -> bool:
 
 
 def _measure(given: Search, study: optuna.Study, batch: Sequence[FrozenTrial]) -> bool:
-    """Make the runs of the trials of a batch and close those that ended; returns whether to stop.
+    """Make the runs of a batch of trials and close the trials whose runs ended; returns whether to stop the search.
 
-    That is where a run was stopped, or failed and ``sweep.on_failure=stop``.
+    It stops if a run was stopped, or if one failed and ``sweep.on_failure=stop``.
     """
     from optuna.trial import TrialState
 
@@ -315,7 +315,7 @@ def _measure(given: Search, study: optuna.Study, batch: Sequence[FrozenTrial]) -
         if value is not None:
             study.tell(trial.number, value)
         elif found.status in ("interrupted", "waiting", "running"):
-            # It was stopped, or never begun, or is another sweep's, for which this one no longer waits.
+            # It was stopped, it never began, or it is made by another sweep, for which this one no longer waits.
             open_ends = True
         else:
             failed = True
@@ -331,9 +331,9 @@ def _cell(given: Search, trial: FrozenTrial) -> Cell:
 
 def _plan(overrides: tuple[str, ...]) -> Plan:
     plan = make_plan(compose(overrides), typed=overrides)
-    require("mode", plan.config.condenses, plan.config.mode, "run, of a container that is condensed")
+    require("mode", plan.config.condenses, plan.config.mode, "run, with a container that is condensed")
     points = plan.config.evaluation.curve_points
-    require("evaluation.curve_points", points >= 2, points, "at least 2: a search selects by the held-out accuracy")
+    require("evaluation.curve_points", points >= 2, points, "at least 2: a search selects by held-out accuracy")
     return plan
 
 
@@ -342,16 +342,16 @@ def _folder(given: Search, trial: FrozenTrial) -> Path:
 
 
 def _refuse_mixtures(given: Search, study: optuna.Study) -> None:
-    """Trials of other sources than today's are refused or kept; a study cannot measure its past anew."""
+    """Refuse or keep trials of other code versions: a study cannot measure them again."""
     choice = given.sweep.settings.other_code
-    require("sweep.other_code", choice != "repeat", choice, "refuse or keep: what was proposed depends on it")
+    require("sweep.other_code", choice != "repeat", choice, "refuse or keep: later proposals depend on earlier results")
     begun = [one for one in study.get_trials(deepcopy=False) if "run_id" in one.user_attrs]
     codes = [results.code_of(found.result) for one in begun if (found := state.read(_folder(given, one))).result]
     others = [code for code in codes if code != results.code_version()]
     if others and choice == "refuse":
         raise ConfigError(
-            f"study={given.name}: {len(others)} trials are of other sources ({', '.join(sorted(set(others)))}, now "
-            f"{results.code_version()}): sweep.other_code=keep goes on with them, another name starts anew"
+            f"study={given.name}: {len(others)} trials are from other code versions ({', '.join(sorted(set(others)))}, "
+            f"now {results.code_version()}): sweep.other_code=keep continues with them, another name starts a new study"
         )
 
 
@@ -359,7 +359,7 @@ def _refuse_mixtures(given: Search, study: optuna.Study) -> None:
 
 
 def report(given: Search, study: optuna.Study) -> str:
-    """The best trials with their runs, the command of the best one, and which settings mattered."""
+    """The best trials with their runs, the command of the best one, and the importance of each setting."""
     trials, best = study.get_trials(deepcopy=False), _measured(study)
     ended = sum(trial.state.is_finished() for trial in trials)
     head = f"study {given.name}: {ended} of {given.trials} trials, {ended - len(best)} of them failed"
@@ -372,7 +372,7 @@ def report(given: Search, study: optuna.Study) -> str:
     ]
     table = text_table(["trial", "held-out accuracy %", *given.space, "run"], rows)
     command = shlex.join(["python", "run.py", *given.overrides(best[0].params)])
-    return "\n".join([head, "", table, "", f"the best: {command}", *_importances(study, len(best))])
+    return "\n".join([head, "", table, "", f"best: {command}", *_importances(study, len(best))])
 
 
 def _number(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What has become of a run, by what lies in its folder: no clock and no process list is asked."""
+"""The state of a run, read from the files in its folder alone, without a clock or a process list."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ STAGES = ("fit", "condense", "curve", "prune", "redundancy", "evaluate")
 
 @dataclass(frozen=True)
 class State:
-    status: str  # done, running, failed, interrupted, damaged (a result that cannot be read), waiting
+    status: str  # done, running, failed, interrupted, damaged (its result cannot be read), waiting
     result: dict[str, Any] | None = None
     error: str | None = None  # one line
-    command: str | None = None  # what repeats a failed run
-    stage: str | None = None  # of one that runs, or was interrupted
+    command: str | None = None  # repeats a failed run
+    stage: str | None = None  # of a running or interrupted run
     step: int | None = None
     steps_per_second: float | None = None
-    bar: str | None = None  # of one that runs: what its last progress bar shows, a stage without records maybe
+    bar: str | None = None  # of a running run: its last progress bar, which may be of a stage without records
 
     def seconds_left(self, of_steps: int | None) -> float | None:
-        """Of condensing, at the rate of its last steps."""
+        """The time that condensing still takes, at the rate of its last steps."""
         if self.stage != "condense" or not of_steps or not self.steps_per_second:
             return None
         return (of_steps - self.step) / self.steps_per_second
 
 
 def read(folder: Path | None) -> State:
-    """The state of the run of ``folder``; one whose folder is not known yet waits.
+    """The state of the run in ``folder``; a run whose folder is not known yet is waiting.
 
-    Raises ``ArtifactError`` for a result of another schema version, which nobody should lose.
+    Raises ``ArtifactError`` for a result of another schema version, so that it is not overwritten.
     """
     if folder is None or not folder.exists():
         return State("waiting")
@@ -62,12 +62,12 @@ def read(folder: Path | None) -> State:
 def _failure(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # cut short by a full disk: the run is tried again anyway
+    except (FileNotFoundError, ValueError):  # truncated by a full disk: the run is tried again anyway
         return None
 
 
 def _bar(log: Path) -> str | None:
-    """What is done, how much of it and how long it will take, by the last progress bar at the end of ``log``."""
+    """Task, progress and remaining time, from the last progress bar at the end of ``log``."""
     if not log.exists():
         return None
     found = BAR.findall(_end(log))
@@ -81,13 +81,13 @@ def _end(path: Path) -> str:
 
 
 def _progress(metrics: Path) -> dict[str, Any]:
-    """Stage, step and rate by the last records, from the end of the file alone."""
+    """Stage, step and rate from the last records; only the end of the file is read."""
     if not metrics.exists():
         return {}
-    for line in reversed(_end(metrics).split("\n")[:-1]):  # the last may be half written
+    for line in reversed(_end(metrics).split("\n")[:-1]):  # the last line may be incomplete
         try:
             record = json.loads(line)
-        except ValueError:  # the first may have been cut
+        except ValueError:  # the first line may have been cut off
             return {}
         for stage in STAGES:
             for counter in ("step", "network", "candidate"):

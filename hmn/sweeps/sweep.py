@@ -1,6 +1,7 @@
-"""A sweep: a set of run ids, what is left to do of it, and the loop that does it.
+"""A sweep: a set of run ids, those that are left to do, and the loop that does them.
 
-The run folders alone say what is done. A sweep's own folder holds what was asked for and a lock; it could be lost.
+The run folders alone record what is done. The sweep's own folder holds its description, a cached plan and a lock, and
+can be lost.
 """
 
 from __future__ import annotations
@@ -42,20 +43,20 @@ from hmn.sweeps.table import Table, load_table, table_file, table_names
 FILE = "sweep.json"
 PLANS = "plan.json"
 OWN = ("launcher", "sweep")  # sections of the sweep, not of its runs
-SHARED = ("paths", "compute", "tracking")  # of the runs, that the sweep reads too
-WHOLE = ("experiment", "debug")  # files of settings, which may be of these sections
+SHARED = ("paths", "compute", "tracking")  # sections of the runs that the sweep reads, too
+WHOLE = ("experiment", "debug")  # files of settings, which may set these sections
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    name: str  # readable, with a hash of what was asked for
+    name: str  # readable, with a hash of the settings
     cells: tuple[Cell, ...]
     settings: SweepConfig
     launcher: LauncherConfig
     runs_dir: Path
-    group: str | None  # of W&B, where another than the sweep's name is wanted
+    group: str | None  # W&B group, if it is not to be the sweep's name
     table: Table | None = None
-    command: str = field(default="", compare=False)  # that goes on with it
+    command: str = field(default="", compare=False)  # continues the sweep
 
     @property
     def folder(self) -> Path:
@@ -63,9 +64,9 @@ class Sweep:
 
     @property
     def gives_gpus(self) -> bool:
-        """Whether every run is given a GPU, or a part of one."""
+        """Whether every run is given a GPU, or a share of one."""
         if isinstance(self.launcher, LocalConfig) and self.launcher.gpus is None:
-            return torch.cuda.device_count() > 0  # without taking any memory on them
+            return torch.cuda.device_count() > 0  # allocates no memory on them
         return bool(getattr(self.launcher, "gpus", None))
 
     def plan(self, kept: Path | None = None) -> list[Planned]:
@@ -73,9 +74,9 @@ class Sweep:
 
 
 def of_arguments(arguments: Sequence[str], command: str) -> Sweep:
-    """The sweep of ``experiment=TABLE KEY=VALUE ...`` or of ``KEY=V1,V2 ...``, without planning it.
+    """The sweep of ``experiment=TABLE KEY=VALUE ...`` or ``KEY=V1,V2 ...``, without planning it.
 
-    Raises ``ConfigError`` for settings of the sweep itself that cannot be used.
+    Raises ``ConfigError`` for invalid settings of the sweep itself.
     """
     own = [argument for argument in arguments if section_of(argument) in OWN]
     asked = [argument for argument in arguments if argument not in own]
@@ -93,7 +94,7 @@ def _check_experiment(named: str) -> None:
     tables, settings = table_names(), sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
     near = difflib.get_close_matches(named, tables + settings, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    rule = f"a table, {', '.join(tables)}, or settings, {', '.join(settings)}{hint}"
+    rule = f"a table: {', '.join(tables)}; or settings: {', '.join(settings)}{hint}"
     require("experiment", set(named.split(",")) <= {*tables, *settings}, named, rule)
 
 
@@ -108,9 +109,9 @@ def _sweep(
     common = _common(own, asked)
     launcher, device = common["launcher"], common["compute"].device
     if isinstance(launcher, LocalConfig):
-        rule = "cuda, of which every run gets its own; CUDA_VISIBLE_DEVICES=1 chooses which there are"
+        rule = "cuda, as every run gets a GPU of its own; CUDA_VISIBLE_DEVICES=1 chooses among them"
         require("compute.device", not device.startswith("cuda:"), device, rule)
-        device_of(common["compute"])  # elsewhere a run asks for itself
+        device_of(common["compute"])  # other launchers leave this check to the run
         launcher = dataclasses.replace(launcher, gpus=0) if device == "cpu" else launcher
     return Sweep(
         name=f"{head}-{digest({'asked': sorted(asked)})}",
@@ -125,9 +126,9 @@ def _sweep(
 
 
 def _common(own: Sequence[str], asked: Sequence[str]) -> dict[str, Any]:
-    """The sections that hold for the sweep as a whole: where it keeps its runs, on what it computes, what it logs.
+    """The sections that apply to the sweep as a whole: where it keeps its runs, on which device, and how it logs.
 
-    Of what is asked for, that is what all cells have alike. No other section is looked at: a cell has more settings.
+    They are composed from the settings that all cells share. No other section is checked, as cells add settings to it.
     """
     cells = grid([argument for argument in asked if section_of(argument) in (*SHARED, *WHOLE)])
     alike = [one for one in cells[0].overrides if all(one in cell.overrides for cell in cells)]
@@ -135,20 +136,20 @@ def _common(own: Sequence[str], asked: Sequence[str]) -> dict[str, Any]:
 
 
 def launch(sweep: Sweep) -> Counter[str]:
-    """Do what is left to do; returns how many runs are done, failed and left.
+    """Make the runs that are left; returns the number of runs by status.
 
-    Raises ``ConfigError`` before anything runs if a cell cannot be composed, or if finished runs are of other sources;
-    ``Busy`` if another process has this sweep; ``Interrupted`` on Ctrl-C, once what ran has saved its state.
+    Raises ``ConfigError`` before anything runs if a cell cannot be composed, or if finished runs are from other code
+    versions; ``Busy`` if another process works on this sweep; ``Interrupted`` on Ctrl-C, once runs saved their state.
     """
     try:
         with _stoppable():
-            planned = sweep.plan()  # what cannot be composed leaves no folder
+            planned = sweep.plan()  # a sweep that cannot be composed leaves no folder
             with exclusive(sweep.folder, what="this sweep"):
                 return _launch(sweep, planned)
     except Busy as error:
-        raise Busy(f"{error}; what it does: {status_command(sweep)}") from None
+        raise Busy(f"{error}; its progress: {status_command(sweep)}") from None
     except Interrupted as error:
-        raise Interrupted(f"{error}; the same command goes on: {sweep.command}", error.exit_code - 128) from None
+        raise Interrupted(f"{error}; the same command resumes: {sweep.command}", error.exit_code - 128) from None
 
 
 def status_command(sweep: Sweep) -> str:
@@ -158,9 +159,9 @@ def status_command(sweep: Sweep) -> str:
 
 def _launch(sweep: Sweep, planned: Sequence[Planned]) -> Counter[str]:
     if _set_aside_others(sweep, planned):
-        planned = sweep.plan()  # cells that read them wait now
+        planned = sweep.plan()  # cells that read their sets wait now
     for text in varied_not_read(planned):
-        print(f"not read, though it varies: {text}")
+        print(f"varies but is not read: {text}")
     tried: set[str] = set()
     while True:
         write_text(sweep.folder / FILE, json.dumps(description(sweep, planned), indent=2) + "\n")
@@ -168,11 +169,11 @@ def _launch(sweep: Sweep, planned: Sequence[Planned]) -> Counter[str]:
         if not left or not _run(sweep, left, counts(planned)):
             return counts(planned)
         tried |= {one.run_id for one in left}
-        planned = sweep.plan()  # kept sets that cells wait for may be there now
+        planned = sweep.plan()  # kept sets that cells wait for may exist now
 
 
 def _done(one: Planned) -> bool:
-    """A result that was cut short is set aside, as if it had not been there."""
+    """Whether the run is done. A damaged result is renamed, so that the run is made again."""
     found = state.read(one.folder)
     if found.status == "damaged":
         (one.folder / results.FILE).rename(one.folder / f"{results.FILE}.damaged")
@@ -180,7 +181,7 @@ def _done(one: Planned) -> bool:
 
 
 def _run(sweep: Sweep, left: Sequence[Planned], so_far: Counter[str]) -> bool:
-    """Make the runs ``left``; false if the sweep ends with a failure of one."""
+    """Make the runs ``left``; returns false if one failed and ``sweep.on_failure=stop``."""
     names = {one.run_id: one.cell.name for one in left}
     folders = {one.run_id: one.folder for one in left}
     launched = _closing(launchers.launch([_task(sweep, one) for one in left], sweep.launcher))
@@ -199,7 +200,7 @@ def _run(sweep: Sweep, left: Sequence[Planned], so_far: Counter[str]) -> bool:
 
 @contextlib.contextmanager
 def _closing(launched: launchers.Launched) -> Iterator[launchers.Launched]:
-    """Within the block it launches; a signal waits until what ran has saved its state."""
+    """Close ``launched`` after the block; stop signals are delayed until running runs have saved their state."""
     try:
         yield launched
     finally:
@@ -212,7 +213,7 @@ def _task(sweep: Sweep, one: Planned) -> Task:
     if one.cell.labels:
         added.append(labelled(one.cell.labels))
     if sweep.gives_gpus and not {"compute", "compute.device"} & set(map(key_of, one.overrides)):
-        added.append("compute.device=cuda")  # or a GPU that broke meanwhile would leave days of steps to the CPU
+        added.append("compute.device=cuda")  # otherwise, if the GPU broke, the run would compute for days on the CPU
     return Task(
         run_id=one.run_id,
         folder=str(one.folder),
@@ -223,28 +224,28 @@ def _task(sweep: Sweep, one: Planned) -> Task:
 
 
 def labelled(labels: Mapping[str, str]) -> str:
-    """The override that hands the labels of a cell to W&B, as they are."""
+    """The override that passes the labels of a cell to W&B, unchanged."""
     pairs = []
     for name, text in labels.items():
-        key = re.sub(r"([\\()\[\]{}:=, \t])", r"\\\1", name)  # which Hydra does not take in quotes
+        key = re.sub(r"([\\()\[\]{}:=, \t])", r"\\\1", name)  # escaped, as Hydra accepts no quotes here
         pairs.append(f"{key}:{QuotedString(text, Quote.single).with_quotes()}")
     return f"++tracking.labels={{{','.join(pairs)}}}"
 
 
 def _checked(outcome: Outcome, folder: Path) -> Outcome:
     if outcome.status == "done" and state.read(folder).status != "done":
-        error = f"it ended well but left no result in {folder}: was the program edited meanwhile?"
+        error = f"it ended without an error but left no result in {folder}: was the code edited meanwhile?"
         return dataclasses.replace(outcome, status="failed", error=error)
     return outcome
 
 
 def _check_sources(name: str, folder: Path) -> None:
-    """Refuse to go on where sources changed while the sweep ran."""
-    code = results.read(folder).get("code", results.code_version())  # that finished it
+    """Refuse to continue if the sources changed while the sweep ran."""
+    code = results.read(folder).get("code", results.code_version())  # of the process that finished it
     if code != results.code_version():
         raise ConfigError(
             f"{name}: the sources changed while the sweep ran (now {code}, {results.code_version()} when it began): "
-            "sweep.other_code=keep leaves results of both, sweep.other_code=repeat measures all anew"
+            "sweep.other_code=keep keeps results of both, sweep.other_code=repeat measures all again"
         )
 
 
@@ -255,14 +256,15 @@ def _line(name: str, outcome: Outcome, folder: Path) -> str:
 
 
 def accuracy(result: dict[str, Any]) -> str:
-    """Of the test split in percent, ± over networks."""
+    """Test accuracy in percent, ± its standard deviation over networks."""
     return f"{percent(result['accuracy'])} %"
 
 
 def _set_aside_others(sweep: Sweep, planned: Sequence[Planned]) -> bool:
-    """Results of other sources than today's: refused, kept or set aside, by ``sweep.other_code``; whether any were.
+    """Refuse, keep or set aside results of other code versions; returns whether any were set aside.
 
-    What is to be measured anew does not go on from what other sources began, either.
+    ``sweep.other_code`` decides. With ``repeat``, checkpoints of other code versions are removed, too, so that no run
+    continues from them.
     """
     others, now = {}, results.code_version()
     for run_id, one in by_run(planned).items():
@@ -277,25 +279,25 @@ def _set_aside_others(sweep: Sweep, planned: Sequence[Planned]) -> bool:
     if sweep.settings.other_code == "repeat":
         for code, folder in others.values():
             with exclusive(folder):  # a run that has just written its result clears them, too
-                clear(folder / "checkpoints")  # of one that was killed after its result: they would give it again
+                clear(folder / "checkpoints")  # left by a run killed after its result, which they would restore
                 (folder / results.FILE).rename(folder / f"result-{code}.json")
         return True
     codes = ", ".join(sorted({code for code, _ in others.values()}))
     raise ConfigError(
-        f"{len(others)} finished runs are of other sources ({codes}, now {results.code_version()}): "
-        "sweep.other_code=keep leaves them beside the new ones, sweep.other_code=repeat measures them anew"
+        f"{len(others)} finished runs are from other code versions ({codes}, now {results.code_version()}): "
+        "sweep.other_code=keep keeps them beside new ones, sweep.other_code=repeat measures them again"
     )
 
 
 class _Asked(BaseException):
-    """A signal to stop, by its number; an ``Exception`` would be taken for an error of what it happens to interrupt."""
+    """A stop signal, by its number. No ``Exception``, which the interrupted code might catch as an error of its own."""
 
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
-    """The first signal to stop ends the block, which closes the launcher, and is ``Interrupted`` after it.
+    """The first stop signal ends the block, which closes the launcher, and then raises ``Interrupted``.
 
-    Further ones change nothing: what runs has been asked to save its state, and is waited for.
+    Further signals have no effect: the runs have already been asked to save their state, and are waited for.
     """
     asked = False
 
@@ -317,14 +319,14 @@ def _stoppable() -> Iterator[None]:
 
 
 def counts(planned: Sequence[Planned]) -> Counter[str]:
-    """Runs by their status; those that read kept sets which are not there yet count as waiting."""
+    """The number of runs by status; runs that read kept sets which do not exist yet count as waiting."""
     found = Counter(state.read(one.folder).status for one in by_run(planned).values())
     found["waiting"] += sum(one.run_id is None for one in planned)
     return +found
 
 
 def varied_not_read(planned: Sequence[Planned]) -> list[str]:
-    """The settings in which alone runs differ that do not read them, each with the reason: they are alike."""
+    """Settings, each with the reason, that are not read by runs which differ in nothing else and so are identical."""
     values: dict[tuple[str, frozenset[str]], set[str]] = {}
     for one in planned:
         for text in one.not_read:
@@ -334,7 +336,7 @@ def varied_not_read(planned: Sequence[Planned]) -> list[str]:
 
 
 def description(sweep: Sweep, planned: Sequence[Planned]) -> dict[str, Any]:
-    """What the sweep's folder says of it, as plain values; folders relative to where it was started."""
+    """The description in the sweep's folder, as plain values; folders are relative to where the sweep was started."""
     return {
         "schema_version": 1,
         "name": sweep.name,

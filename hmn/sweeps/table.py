@@ -1,4 +1,4 @@
-"""Table files: which cells a table or figure is made of, and how they are laid out in it."""
+"""Table files, which define the cells of a table or figure and their layout."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hmn.sweeps.cells import Cell
 TABLES = ROOT / "experiments" / "tables"
 KINDS = ("table", "figure")
 ONLY = "only."
-KEYS = {  # of a table file, and what they hold; None: a text or null
+KEYS = {  # of a table file, and their types; None: a string or null
     **dict.fromkeys(("title", "reproduces", "kind", "reported")),
     **dict.fromkeys(("expects", "axes"), dict),
     **dict.fromkeys(("rows", "columns", "over", "shows", "base"), list),
@@ -33,7 +33,7 @@ KEYS = {  # of a table file, and what they hold; None: a text or null
 }
 KIND_NAMES = {dict: "mapping", list: "list"}
 
-# How an objective is made a matter of seconds, by the head of its option's name; all others by debug=smoke.
+# The debug option that makes a run with an objective take seconds, by the prefix of its name; for others, debug=smoke.
 SMOKE = {
     "dc": "smoke_synthetic",
     "dsa": "smoke_synthetic",
@@ -47,7 +47,7 @@ SMOKE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table or figure: which runs it is made of, and how they are laid out in it."""
+    """A table or figure: its runs, and how they are laid out in it."""
 
     name: str
     title: str
@@ -72,7 +72,7 @@ def table_names() -> list[str]:
 
 
 def listed() -> str:
-    """Every table with what it is expected to cost."""
+    """A list of all tables with their expected cost."""
     names, rows = table_names(), []
     width = max(map(len, names))
     for name in names:
@@ -85,7 +85,7 @@ def listed() -> str:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[Path]:
-    """Within the block, what cannot be used of a file is said in one line that names it."""
+    """Within the block, errors in a file become a ``ConfigError`` of one line that names the file."""
     try:
         yield path
     except KeyError as error:
@@ -97,10 +97,10 @@ def _named(path: Path) -> Iterator[Path]:
 
 
 def load_table(path: Path, overrides: Sequence[str] = ()) -> Table:
-    """The table of a file, ``overrides`` added to every cell.
+    """The table of a file, with ``overrides`` added to every cell.
 
-    Among them, ``debug=smoke`` asks for the smoke variant and ``only.AXIS=LABEL,LABEL`` for a part of the cells. Raises
-    ``ConfigError`` naming the file and what in it cannot be used.
+    Among the overrides, ``debug=smoke`` selects the smoke variant and ``only.AXIS=LABEL,LABEL`` a part of the cells.
+    Raises ``ConfigError`` naming the file and what is wrong in it.
     """
     smoke = [override for override in overrides if override.lstrip("+") == "debug=smoke"]
     chosen = [override for override in overrides if override.startswith(ONLY)]
@@ -129,7 +129,7 @@ def load_table(path: Path, overrides: Sequence[str] = ()) -> Table:
 
 
 def _chosen(override: str) -> tuple[str, str]:
-    """An axis and the labels that ``only.AXIS=LABEL,LABEL`` leaves of it."""
+    """The axis of ``only.AXIS=LABEL,LABEL`` and the labels to keep, as one string."""
     axis, equals, labels = override.removeprefix(ONLY).partition("=")
     if not equals:
         raise ConfigError(f"{override}: must be {ONLY}AXIS=LABEL,LABEL")
@@ -137,7 +137,7 @@ def _chosen(override: str) -> tuple[str, str]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The file as plain values, of which every key is known and of its kind."""
+    """The file as plain values, after checking that every key is known and of the right type."""
     file = OmegaConf.to_container(OmegaConf.load(path))
     require("the file", isinstance(file, dict), type(file).__name__, "a mapping")
     for key, value in file.items():
@@ -152,19 +152,19 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_added(file: Mapping[str, Any], overrides: Sequence[str]) -> None:
-    """Refuse what would make cells of different labels one run, and what would make several of one."""
+    """Refuse overrides that would make cells with different labels the same run, or make several runs of one cell."""
     for override in overrides:
         key, value = key_of(override), override.partition("=")[2]
         for axis, labels in _axes(file).items():
             given = {tuple(one for one in settings if key_of(one) == key) for settings in labels.values()}
             if len(given) > 1 and axis not in file.get("over", ()):
                 raise ConfigError(
-                    f"{override}: the axis {axis} sets it: {ONLY}{axis}=LABEL,LABEL chooses of its labels"
+                    f"{override}: is set by the axis {axis}: {ONLY}{axis}=LABEL,LABEL chooses among its labels"
                 )
-        with contextlib.suppress(HydraException):  # what cannot be read the cells complain of
+        with contextlib.suppress(HydraException):  # composing the cells reports invalid overrides
             (parsed,) = OverridesParser.create().parse_overrides([override])
             one = not parsed.is_sweep_override()
-            require(key, one, value, f"one value: a table has its axes in its file, and {ONLY}AXIS=LABEL,LABEL chooses")
+            require(key, one, value, f"one value: a table's axes are in its file; {ONLY}AXIS=LABEL,LABEL chooses cells")
 
 
 def _axes(file: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
@@ -196,7 +196,7 @@ def _cells(file: Mapping[str, Any], overrides: Sequence[str], only: Mapping[str,
         ]
     made = [(own, settings) for own, settings in made if not any(_matches(own, rule) for rule in dropped)]
     names = ["/".join(own.values()) for own, _ in made]
-    require("cells", len(set(names)) == len(names), next((n for n in names if names.count(n) > 1), ""), "there once")
+    require("cells", len(set(names)) == len(names), next((n for n in names if names.count(n) > 1), ""), "listed once")
     by_labels = {frozenset(own.items()): name for (own, _), name in zip(made, names, strict=True)}
     cells = []
     for (labels, own), name in zip(made, names, strict=True):
@@ -211,7 +211,7 @@ def _cells(file: Mapping[str, Any], overrides: Sequence[str], only: Mapping[str,
 
 
 def _split(text: str, known: Collection[str]) -> list[str]:
-    """The labels of ``A,B``: at each place the longest that is known, for a label may have commas of its own."""
+    """The labels of ``A,B``: at each position the longest known label, as labels may contain commas."""
     parts, labels = text.split(","), []
     while parts:
         heads = (",".join(parts[:count]) for count in range(len(parts), 0, -1))
@@ -223,7 +223,7 @@ def _split(text: str, known: Collection[str]) -> list[str]:
 def _made(
     file: Mapping[str, Any], axes: Mapping[str, Mapping[str, list[str]]]
 ) -> Iterator[tuple[dict[str, str], list[str]]]:
-    """Labels and own overrides, of the grid and beside it."""
+    """Labels and own overrides of every cell, of the grid and of ``cells``."""
     for values in itertools.product(*axes.values()) if axes else ():
         labels = dict(zip(axes, values, strict=True))
         yield labels, [item for axis, label in labels.items() for item in axes[axis][label]]
@@ -236,7 +236,7 @@ def _set(rules: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> list[
 
 
 def _matches(labels: Mapping[str, str], rule: Mapping[str, Any]) -> bool:
-    """Whether the labels are those of ``rule``, which may list several for an axis."""
+    """Whether the labels match ``rule``, which may list several labels for an axis."""
     return all(
         labels.get(axis) in map(str, wanted if isinstance(wanted, list) else [wanted]) for axis, wanted in rule.items()
     )
@@ -259,7 +259,7 @@ def _reads(
 
 
 def last_of_each(overrides: Sequence[str]) -> list[str]:
-    """Of several values of one key the last, at the place of the first: Hydra takes an option only once."""
+    """Keep the last value of every key, at the position of its first: Hydra accepts an option only once."""
     chosen: dict[str, str] = {}
     for override in overrides:
         chosen[key_of(override)] = override
@@ -267,7 +267,7 @@ def last_of_each(overrides: Sequence[str]) -> list[str]:
 
 
 def smoked(overrides: Sequence[str]) -> list[str]:
-    """The same run in seconds: on digits, with the smoke settings of its objective; its accuracy means nothing."""
+    """The same run in seconds, on digits with the smoke settings of its objective; its accuracy is meaningless."""
     settings = dict(override.split("=", 1) for override in overrides)
     objective = settings.get("objective", "gradient_matching")
     debug = SMOKE.get(objective, SMOKE.get(objective.split("_")[0], "smoke"))
@@ -275,9 +275,9 @@ def smoked(overrides: Sequence[str]) -> list[str]:
     for key, value in settings.items():
         section, _, field = key.partition(".")
         if section == "dataset" and field not in ("", "class_order", "class_range"):
-            continue  # of the data set that digits stand in for
+            continue  # belongs to the dataset that digits replace
         if key.startswith(("objective.", "evaluation.", "network.", "pruning.score_", "pruning.search_")):
-            continue  # what the smoke settings are instead of
+            continue  # replaced by the smoke settings
         if key in ("experiment", "debug") or key.startswith("compute."):
             continue
         if key == "dataset":

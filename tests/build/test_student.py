@@ -1,4 +1,4 @@
-"""Condensing through a student as a command has it: what is made of the settings, what is refused, what it costs."""
+"""Condensing through a student: what the settings build, which are refused, and what a step costs."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_student_is_trained_by_all_settings_of_its_objective(tmp_path: Path):
     assert (float(work.rate.value), work.rate.least) == (pytest.approx(0.02), 0.005)
     assert (rate["lr"], rate["momentum"]) == (0.5, 0.25)
     assert (work.goal.max_start, work.goal.length) == (2, 2)
-    assert [len(index) for index in work.batches(3, generator(0))] == [4, 2, 4]  # of six bases in one style
+    assert [len(index) for index in work.batches(3, generator(0))] == [4, 2, 4]  # six bases in one style
     assert len(work.adversary._pair()[1]) == 4
 
 
@@ -180,12 +180,12 @@ def test_a_step_costs_its_student_forth_and_back():
 
     short, long = step("objective.student_steps=2"), step("objective.student_steps=6")
     assert long.step_flops.matching == 3 * short.step_flops.matching
-    # All 100 images, whose gradients cost a forward and a backward pass, and those again with respect to images.
+    # All 100 images take a forward and a backward pass, and the gradients with respect to the images take them again.
     ratio = short.step_flops.matching / (2 * 100 * short.training_flops)
     assert 3 < ratio < 5
     batched = step("objective.student_steps=2", "objective.student_batch=25")
     assert 4 * batched.step_flops.matching == short.step_flops.matching
-    # Of every segment all steps but the first are taken again, forward.
+    # The backward pass recomputes all steps but one of each segment, forward only.
     again = step("objective.student_steps=6", "objective.segment=3").step_flops.matching
     assert again - long.step_flops.matching == pytest.approx(4 * 100 * short.training_flops, rel=1e-6)
     assert step().summary()["expert_training_flops"] == 100 * 50 * 45_000 * step().training_flops

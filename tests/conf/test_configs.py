@@ -1,4 +1,4 @@
-"""Every file of ``conf/``: it composes, passes the checks, and has a plan."""
+"""Every file of ``conf/`` composes, passes the checks, and has a plan."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hmn.networks import builder, full_name
 from tests.command import CONF, configured, planned
 
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
-# MTT's code: student steps, M, latest start, rate of the pixels, of alpha, alpha, images per student step
+# From MTT's code: student steps, M, latest start, learning rates of pixels and alpha, alpha, images per student step
 MTT_ROWS = {
     "cifar10_ipc1": (50, 2, 2, 100, 1e-7, 0.01, None),
     "cifar10_ipc10": (30, 2, 20, 100, 1e-5, 0.001, None),
@@ -87,12 +87,12 @@ GROUPS = {
     "launcher": ["local", "ray", "submitit"],
 }
 VARIANTS = [path for path in FILES if path.parts[0] in ("experiment", "debug")]
-USERS_DATA = ("folder", "arrays", "imagenet10")  # lie where dataset.root says
+USERS_DATA = ("folder", "arrays", "imagenet10")  # read from dataset.root
 
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory) -> dict[str, Path]:
-    """As much of a user's data as a plan looks at: class folders without images, labels and the shape of an array."""
+    """Users' data as far as a plan reads it: class folders without images, labels, and the shape of an array."""
     folder, imagenet, arrays = (tmp_path_factory.mktemp(name) for name in ("folder", "imagenet", "arrays"))
     for split in ("train", "test"):
         for label in range(10):
@@ -158,7 +158,7 @@ def test_profiles_are_what_their_names_say():
         assert (profile.strategy, profile.cutmix) == ("color_crop_flip_scale_rotate", 0.5)
 
 
-NETWORKS = {  # name in tables and parameters, for three channels and ten classes
+NETWORKS = {  # name in tables, and number of parameters for three channels and ten classes
     "alexnet": ("AlexNet", 1_872_202),
     "convnet": ("ConvNet-D3-W128", 320_010),
     "densenet121": ("DenseNet121-BN", 6_956_298),
@@ -241,7 +241,7 @@ def keys(section: object) -> set[str]:
 
 
 def test_a_variant_may_set_what_the_defaults_set(tmp_path):
-    """The top level's own values come before the variants, not after them."""
+    """Variants override the top level's own values, not the other way round."""
     (tmp_path / "experiment").mkdir()
     text = "# @package _global_\nseed: 5\nmode: full_data\nnetwork: {width: 7}\n"
     (tmp_path / "experiment" / "mine.yaml").write_text(text)

@@ -1,6 +1,6 @@
-"""Stands in for ``run.py`` where only how it is started and ended matters: ``program.py FOLDER WHAT [ARGUMENT]``.
+"""Stand-in for ``run.py`` where only its start and end matter: ``program.py FOLDER WHAT [ARGUMENT]``.
 
-Leaves a line per event in ``events`` of the folder that all runs are started in.
+It appends one line per event to the file ``events`` in the folder that all runs are started in.
 """
 
 import json
@@ -21,7 +21,7 @@ def note(event: str) -> None:
 
 
 def wait_for(path: str) -> None:
-    """Gives up once its parent is gone: another one does the run by then."""
+    """Wait until ``path`` exists, or until the parent is gone: another process does the run by then."""
     while not Path(path).exists() and os.getppid() == int(os.environ["HMN_PARENT"]):
         time.sleep(0.02)
 
@@ -41,6 +41,6 @@ if what == "fail":
     raise ValueError(f"{arguments[0]}\nand more")
 if what == "wait":
     wait_for(arguments[0])
-time.sleep(0.3)  # in which one that should not run beside this one would be seen
+time.sleep(0.3)  # long enough to notice a run that should not overlap with this one
 print(f"output of {sys.argv[1]}")
 note("stop")

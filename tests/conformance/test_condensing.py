@@ -1,4 +1,4 @@
-"""What every condensation must keep to, whatever its objective: rates, averages, and parameters that stay valid."""
+"""What every condensation must satisfy, whatever its objective: learning rates, averages, and valid parameters."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PEAKS = {"instances": 0.05, "class": 0.05, "dataset": 0.05, "extractors": 0.01, 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Where the expert is kept: it is trained once."""
+    """The folder that keeps the expert, so that it is trained once."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -76,7 +76,7 @@ def test_a_step_starts_from_valid_pixels(objective, folder):
         container.hold(pixels)
         run.run_step()
         moved = container.instances.detach().flatten(0, 1) - pixels.clamp(0, 1)
-        assert 0 < moved.abs().max() < 0.06  # by Adam's step, which is about as long as its rate
+        assert 0 < moved.abs().max() < 0.06  # Adam's step, which is about as long as its learning rate
 
 
 @pytest.mark.parametrize(("scaling", "factor"), [("none", 1.0), ("idc", 2 * (8 / 32) ** 2)])

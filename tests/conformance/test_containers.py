@@ -1,4 +1,4 @@
-"""What every data container must keep of ``hmn.containers.base.Container``; another container is one more maker."""
+"""What every container must satisfy as a ``hmn.containers.base.Container``; a new container adds one maker."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from hmn.containers.base import Container, PixelShape
 from hmn.data.datasets import RealData, Split
 from hmn.errors import ConfigError
 from hmn.matching import ClassMatching
+from hmn.network_update import training_step
 from hmn.networks.convnet import ConvNet
 from hmn.objectives.gradient import matching_step
 from hmn.realside import LiveSide
-from hmn.training import training_step
 from tests.real_images import RandomImages
 
-CLASSES, IMAGES, SIDE = 3, 4, 16  # of every container made here
+CLASSES, IMAGES, SIDE = 3, 4, 16  # for every container made here
 SURVIVORS = [1, 2, 4, 7, 8, 10]  # two images of each class
 CONFIGS = {schema.NAME: schema for schema in SCHEMAS}
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -93,7 +93,7 @@ def container(request: pytest.FixtureRequest) -> Container:
 
 @pytest.fixture
 def loose(container: Container) -> Container:
-    """A container that can drop single images."""
+    """A container whose images can be dropped one by one."""
     if container.tied is not None:
         pytest.skip(container.tied)
     return container
@@ -109,7 +109,7 @@ def everything(container: Container) -> range:
 
 
 def gradients(container: Container, *index: int) -> dict[str, Tensor]:
-    """Of a weighted sum of the decoded pixels, by parameter; zero where there is none."""
+    """Gradients of a weighted sum of the decoded pixels, by parameter name; zero for parameters without one."""
     container.zero_grad()
     images = container.decode(torch.tensor(index))
     weights = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
@@ -214,7 +214,7 @@ def test_parameters_that_are_not_of_a_class_serve_all_classes(container):
 
 def test_survivors_of_pruning_are_bit_equal_and_stay_in_order(loose):
     container = loose
-    # Equal numbers of images are compared: a CPU may take another convolution, and rounding, for another number.
+    # Both decode equal numbers of images: for another number a CPU may choose a convolution that rounds differently.
     expected, alone = decoded(container, *SURVIVORS), decoded(container, SURVIVORS[3])
     container.keep(torch.tensor(SURVIVORS))
     assert (container.classes, container.images_per_class) == (CLASSES, 2)
@@ -289,7 +289,7 @@ def test_images_that_are_tied_are_refused_with_the_reason_and_stay(container):
 @torch.no_grad()
 def test_projecting_twice_is_projecting_once(container):
     for parameter in container.parameters():
-        parameter.mul_(50)  # far outside of what is valid
+        parameter.mul_(50)  # far outside the valid range
     container.project()
     once = decoded(container, *everything(container))
     container.project()
@@ -338,7 +338,7 @@ def test_the_budget_is_never_exceeded_and_one_more_instance_would(
 
 
 def condensation(container: Container, **values: object) -> ClassMatching:
-    """Two networks of two steps, on noise."""
+    """A condensation on noise, with two networks of two steps each."""
     channels, cpu = container.shape.channels, Compute(torch.device("cpu"))
     images = (RandomImages(CLASSES, channels, SIDE, seed=1).draw(8) * 255).to(torch.uint8)
     train = Split(images, torch.arange(CLASSES).repeat_interleave(8))
@@ -383,7 +383,7 @@ def test_a_condensation_that_stops_goes_on_bit_for_bit(make, way, tmp_path):
         first.run_step()
     torch.save(first.state_dict(), tmp_path / "state.pt")
     second = condensation(make(), **WAYS[way])
-    for parameter in second.container.parameters():  # all comes from the state
+    for parameter in second.container.parameters():  # the state must restore them all
         parameter.data.fill_(7.0)
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     for _ in range(2):
@@ -441,7 +441,7 @@ NOT_CONFIGURED = {"multiformation": {"tiles"}, "speed": {"sparse"}, "coreset": {
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_shape_takes_all_but_the_data_s_own_from_the_configuration(name):
-    """By name: a field that is called otherwise there would be left at its default."""
+    """Fields are matched by name, so a field with another name in the configuration would stay at its default."""
     shape = {item.name for item in dataclasses.fields(KINDS[name].shape)}
     left = shape - vars(CONFIGS[name](name=name)).keys() - {"classes", "channels", "image_size", "mean", "std"}
     assert left == NOT_CONFIGURED.get(name, set())

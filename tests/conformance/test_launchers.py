@@ -1,4 +1,4 @@
-"""What every launcher must do with the runs it is given; another one is one more maker."""
+"""What every launcher must do with the runs it is given; a new launcher adds one maker."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def wait_until(seen: Callable[[], Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[cluster_utils.Cluster]:
-    """A head that does no run, and two nodes with as many CPUs as two runs of 2, or one run of 3, need."""
+    """A head that takes no runs, and two nodes with CPUs for two runs of 2 CPUs or for one run of 3."""
     made = cluster_utils.Cluster()
-    # Runs that give way to all other processes take long on a machine with others.
+    # At Ray's default niceness, runs take long on a machine with other processes.
     made.add_node(num_cpus=0, include_dashboard=False, _system_config={"worker_niceness": 0}, **STORE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # Ray believes in any number of GPUs, but for this
+        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # without it, Ray accepts any number of GPUs
         for cpus, gpus in ((3, 2), (2, 0)):
             made.add_node(num_cpus=cpus, num_gpus=gpus, **STORE)
     yield made
@@ -63,8 +63,8 @@ def cluster() -> Iterator[cluster_utils.Cluster]:
 
 @pytest.fixture(params=LAUNCHERS)
 def settings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
-    """Makes the settings of a launcher that does ``slots`` runs at a time."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where slots are kept, that another test may hold
+    """A function that makes the settings of a launcher with ``slots`` runs at a time."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # own slots: another test may hold the machine's
     makers = {
         "local": lambda slots: LocalConfig(gpus=0, slots=slots, threads=1),
         "ray": lambda slots: RayConfig(
@@ -101,7 +101,7 @@ def most_at_once(folder: Path) -> int:
 
 @contextlib.contextmanager
 def meanwhile(seen: Callable[[], Any], act: Callable[[], Any]) -> Iterator[None]:
-    """Within the block, ``act`` once something is ``seen``; not any more if the block has failed."""
+    """Call ``act`` as soon as ``seen()`` holds while the block runs, unless the block has failed."""
     failed = threading.Event()
 
     def watch() -> None:
@@ -121,7 +121,7 @@ def meanwhile(seen: Callable[[], Any], act: Callable[[], Any]) -> Iterator[None]
 
 
 class Interruption(Exception):
-    """What a signal is raised as, in whatever the launcher waits for."""
+    """Raised by the signal handler, in whatever call the launcher waits in."""
 
 
 @contextlib.contextmanager
@@ -138,7 +138,7 @@ def interrupted_when(seen: Callable[[], Any]) -> Iterator[None]:
 
 
 def descendants(node: Any) -> set[int]:
-    """Of the processes of a Ray node."""
+    """Process ids of a Ray node and of all their descendants."""
     parents = {}
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -156,7 +156,7 @@ def alive(pid: int) -> bool:
 
 
 def test_every_run_ends_with_an_outcome_and_output_of_its_own(settings: Callable[..., Any], tmp_path: Path) -> None:
-    """One of them fails, which is nothing to the others."""
+    """One run fails, which does not affect the others."""
     tasks = [stub(tmp_path, name, "pass") for name in "abc"] + [stub(tmp_path, "f", "fail", "no such luck", retries=1)]
     outcomes = do(tasks, settings(2))
     assert {name: outcome.status for name, outcome in outcomes.items()} == dict.fromkeys("abc", "done") | {
@@ -175,7 +175,7 @@ def test_one_slot_takes_one_run_at_a_time(settings: Callable[..., Any], tmp_path
 
 
 def test_two_slots_take_two_runs_and_no_third(settings: Callable[..., Any], tmp_path: Path) -> None:
-    """Neither of the first two ends before both have begun."""
+    """Neither of the first two runs ends before both have begun."""
     with meanwhile(lambda: len(events(tmp_path, "start")) == 2, (tmp_path / "go").touch):
         do([stub(tmp_path, name, "wait", "go") for name in "abc"], settings(2))
     assert most_at_once(tmp_path) == 2 and len(events(tmp_path, "stop")) == 3
@@ -203,7 +203,7 @@ def test_a_slurm_job_asks_for_what_its_run_needs(tmp_path: Path, monkeypatch: py
 
     def flags(chosen: SubmititConfig) -> set[str]:
         text = _executor(tmp_path, chosen)._make_submission_file_text("true", "1")
-        assert f"--cpus-per-task={chosen.cpus} true" in text  # of the job's step
+        assert f"--cpus-per-task={chosen.cpus} true" in text  # for the job's step
         return set(re.findall("^#SBATCH (.*)$", text, re.MULTILINE))
 
     (tmp_path / "srun").touch(mode=0o755)
@@ -216,7 +216,7 @@ def test_a_slurm_job_asks_for_what_its_run_needs(tmp_path: Path, monkeypatch: py
 
 
 class Submitted:
-    """A job of SLURM's that has left no result."""
+    """A SLURM job that has left no result."""
 
     job_id = "7_0"
 
@@ -227,7 +227,7 @@ class Submitted:
 def test_a_slurm_job_is_given_up_only_where_two_answers_in_turn_lack_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A result may be seen late, and a SLURM that does not answer says nothing of its jobs."""
+    """A result may become visible late, and a failed squeue says nothing about the jobs."""
     from hmn.sweeps.launchers import submitit as engine
 
     monkeypatch.setattr(engine, "_executor", lambda *_: None)
@@ -253,7 +253,7 @@ def test_closing_tells_what_runs_to_save_and_waits_for_it(settings: Callable[...
     with interrupted_when(lambda: len(events(tmp_path, "start")) == 2):
         do([stub(tmp_path, name, "wait", "go") for name in "abc"], settings(2))
     started, saved = events(tmp_path, "start"), events(tmp_path, "saved")
-    assert len(started) == 2  # the third never had its turn
+    assert len(started) == 2  # the third was never started
     assert {line["run"] for line in saved} == {line["run"] for line in started}
     assert not any(alive(line["pid"]) for line in started)
 
@@ -261,7 +261,7 @@ def test_closing_tells_what_runs_to_save_and_waits_for_it(settings: Callable[...
 def test_a_run_that_is_killed_and_then_interrupted_ends_like_an_undisturbed_one(
     settings: Callable[..., Any], tmp_path: Path, undisturbed: Path
 ) -> None:
-    """Kill -9 of its process, which the launcher answers with another one; that one ends with the launcher."""
+    """The launcher replaces a run's process that was killed by SIGKILL; the new process ends with the launcher."""
     task = real(tmp_path)
     folder, checkpoint = tmp_path / task.folder, tmp_path / task.folder / "checkpoints" / "condense.pt"
 
@@ -303,7 +303,7 @@ def measured(folder: Path) -> tuple[Any, ...]:
 
 
 def processes_in(directory: Path) -> list[int]:
-    """Running ``run.py`` that were started there."""
+    """Ids of the ``run.py`` processes that were started in ``directory``."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -312,7 +312,7 @@ def processes_in(directory: Path) -> list[int]:
     return found
 
 
-# What one engine alone has to do.
+# What applies to a single engine
 
 
 def test_ray_goes_on_elsewhere_with_the_run_of_a_node_that_is_lost(
@@ -337,7 +337,7 @@ def test_ray_goes_on_elsewhere_with_the_run_of_a_node_that_is_lost(
 def test_closing_ray_does_not_wait_for_runs_that_no_node_has_room_for(
     cluster: cluster_utils.Cluster, tmp_path: Path
 ) -> None:
-    with interrupted_when(ray.is_initialized):  # while Ray begins, where it would swallow what the handler raises
+    with interrupted_when(ray.is_initialized):  # while Ray starts, which would swallow what the handler raises
         do([stub(tmp_path, name, "pass") for name in "ab"], RayConfig(address=cluster.address, cpus=100))
     assert events(tmp_path) == []
 
@@ -350,7 +350,7 @@ def test_a_signal_while_ray_takes_runs_has_these_save(
     def begin(*given: Any) -> Any:
         begun = original(*given)
         wait_until(lambda: events(tmp_path, "start"))
-        time.sleep(0.5)  # until the signal has come
+        time.sleep(0.5)  # until the signal has arrived
         return begun
 
     original = engine._begin
@@ -380,7 +380,7 @@ def test_a_signal_to_another_thread_comes_after_what_must_not_be_cut_in_two() ->
     seen: list[str] = []
     before = signal.signal(signal.SIGUSR1, lambda *_: seen.append("signal"))
     ready, end = threading.Event(), threading.Event()
-    other = threading.Thread(target=lambda: (ready.set(), end.wait()))  # whose mask lets it through
+    other = threading.Thread(target=lambda: (ready.set(), end.wait()))  # its mask does not block the signal
     other.start()
     ready.wait()
     arrived, told = socket.socketpair()
@@ -407,7 +407,7 @@ def test_a_signal_to_another_thread_comes_after_what_must_not_be_cut_in_two() ->
 
 
 def test_submitit_queues_a_job_again_that_is_cut_off(tmp_path: Path) -> None:
-    """By the signal of a time limit or of a job that goes first: the run saves, and the same job goes on with it."""
+    """At the signal of a time limit or of preemption, the run saves its state and the same job resumes it."""
 
     def cut_off() -> None:
         (first,) = events(tmp_path, "start")
@@ -461,7 +461,7 @@ def slurm_cluster() -> Iterator[None]:
 @pytest.fixture
 def on_slurm(slurm_cluster: None, monkeypatch: pytest.MonkeyPatch) -> SubmititConfig:
     monkeypatch.setattr("hmn.sweeps.launchers.submitit.QUEUE_SECONDS", 0.5)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # which sbatch hands on to jobs
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # sbatch passes it on to jobs
     return SubmititConfig(cpus=1, memory_gb=0.25, at_once=2, timeout_minutes=10)
 
 
@@ -474,7 +474,7 @@ def command_output(*command: str) -> str:
 
 
 def test_slurm_goes_on_with_a_run_that_it_queues_again(on_slurm: SubmititConfig, tmp_path: Path) -> None:
-    """As for a job that goes first, whereof SIGTERM tells; and at a time limit, whereof SIGUSR1 tells."""
+    """First as on preemption, announced by SIGTERM, then as at a time limit, announced by SIGUSR1."""
     ways = {1: ("scontrol", "requeue"), 2: ("scancel", "--signal=USR1")}
 
     def interrupt(times: int) -> None:

@@ -1,6 +1,6 @@
-"""What every objective that compares real and synthetic images class by class must keep to.
+"""What every objective that compares real and synthetic images class by class must satisfy.
 
-Each is held against its definition written plainly: a loop over classes and layers, through the network itself.
+Each is compared with a plain implementation of its definition: a loop over classes and layers of the network itself.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from hmn.objectives.distribution import CE_FACTOR, IMAGES, distribution_step
 from hmn.objectives.gradient import MatchingStep, matching_step
 
 DEVICE = torch.device("cpu")
-FACTOR = 35.0  # IDM: .5 times an accuracy of 70 percent
-Plain = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]  # of one class: images, images, label -> its distance
+FACTOR = 35.0  # IDM: 0.5 times an accuracy of 70 percent
+# The distance of one class from (network, real images, synthetic images, label)
+Plain = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
 def gradients(network: nn.Module, images: Tensor, label: Tensor) -> dict[str, Tensor]:
@@ -55,7 +56,7 @@ def plain_dc(network: nn.Module, real: Tensor, synthetic: Tensor, label: Tensor)
 
 
 def plain_dm(network: nn.Module, real: Tensor, synthetic: Tensor, label: Tensor) -> Tensor:
-    """DM: the squared distance of the mean features."""
+    """DM: the squared distance between the mean features."""
     kept = []
     hook = network.classifier.register_forward_hook(lambda module, inputs, output: kept.append(inputs[0]))
     network(real), network(synthetic)
@@ -64,7 +65,7 @@ def plain_dm(network: nn.Module, real: Tensor, synthetic: Tensor, label: Tensor)
 
 
 def plain_idm(network: nn.Module, real: Tensor, synthetic: Tensor, label: Tensor) -> Tensor:
-    """IDM: DM, and the cross entropy of the synthetic images times a number of the network's."""
+    """IDM: DM plus the cross-entropy of the synthetic images, weighted by a factor of the network."""
     loss = F.cross_entropy(network(synthetic), label.expand(len(synthetic)))
     return plain_dm(network, real, synthetic, label) + FACTOR * loss
 
@@ -77,10 +78,10 @@ def with_factor(images: Tensor) -> dict[str, Tensor]:
 class Objective:
     step: Callable[[nn.Module, Compute], MatchingStep]
     plain: Plain
-    stored: float  # on a network and images filled with ramps
+    stored: float  # value for a network and images filled with ramps
     real_side: Callable[[Tensor], Tensor | dict[str, Tensor]] = lambda images: images
-    zero: bool = False  # on equal images, exactly
-    only: frozenset[str] = frozenset({"loop", "compiled"})  # the forms there are
+    zero: bool = False  # whether it is exactly zero on equal images
+    only: frozenset[str] = frozenset({"loop", "compiled"})  # the available forms
 
 
 OBJECTIVES = {
@@ -132,7 +133,7 @@ def run(name: str, form: str, per_call: int, network: nn.Module, real: Tensor, *
 def by_definition(
     name: str, network: nn.Module, real: Tensor, synthetic: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The distance and the pixel gradients, class after class, by plain autograd."""
+    """The distance and the pixel gradients by plain autograd, class by class."""
     pixels = synthetic.clone().requires_grad_()
     total = sum(OBJECTIVES[name].plain(network, real[k], pixels[k], labels[k]) for k in range(len(labels)))
     return total.detach(), torch.autograd.grad(total, pixels)[0]
@@ -149,11 +150,11 @@ def test_distance_and_pixel_gradient_are_those_of_the_definition(name, form, per
     torch.testing.assert_close(parts.sum(), expected, rtol=tolerance, atol=0)
     scale = float(expected_gradient.abs().max())
     torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=tolerance * scale)
-    assert gradient.abs().amax((2, 3, 4)).min() > 1e-3 * scale  # every image has one
+    assert gradient.abs().amax((2, 3, 4)).min() > 1e-3 * scale  # every image has a gradient
 
 
 def ramp(like: Tensor, reach: float) -> Tensor:
-    """-reach .. reach along the storage order, then scrambled by a fixed stride so that rows differ."""
+    """Values from -reach to reach in storage order, scrambled by a fixed stride so that rows differ."""
     n = like.numel()
     return ((torch.arange(n) * 7919 % n).to(like.dtype) / max(n - 1, 1) * 2 - 1).view(like.shape) * reach
 
@@ -180,7 +181,7 @@ def test_equal_images_are_at_distance_zero(name, form):
 
 @pytest.mark.parametrize(("name", "form"), CASES)
 def test_an_images_order_and_repetition_change_nothing(name, form):
-    """All are means over images, so that a batch twice is the same batch."""
+    """All distances are means over images, so a batch with every image twice is the same batch."""
     network, real, synthetic, labels = problem()
     order = torch.tensor([2, 0, 3, 1] * 2)
     parts, gradient = run(name, form, 1, network, real, synthetic, labels)

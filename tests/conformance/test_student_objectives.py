@@ -1,4 +1,4 @@
-"""What every objective that goes through a student's training must keep to, against autograd through all of it."""
+"""What every objective that goes through a student's training must satisfy, against autograd through all of it."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def cross_entropy(at: Setting, parameters: Parameters, images: Tensor, labels: T
 
 
 def reach_expert(at: Setting, end: Parameters) -> Tensor:
-    """MTT: the squared distance to the expert's end, in units of the way it went."""
+    """MTT: the squared distance to the expert's end, relative to the squared distance that the expert moved."""
     went = sum(((at.start[name] - at.target[name]) ** 2).sum() for name in end)
     return sum(((end[name] - at.target[name]) ** 2).sum() for name in end) / went
 
 
 def classify_real(at: Setting, end: Parameters) -> Tensor:
-    """LinBa: the cross entropy on real images."""
+    """LinBa: the cross-entropy on real images."""
     return cross_entropy(at, end, *at.real)
 
 
@@ -118,11 +118,11 @@ def test_loss_and_pixel_gradient_are_autograd_s(name, dtype, tolerance):
     torch.testing.assert_close(loss, expected, rtol=tolerance, atol=0)
     scale = float(expected_gradient.abs().max())
     torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=tolerance * scale)
-    assert gradient.abs().amax((1, 2, 3)).min() > 1e-4 * scale  # every image has one
+    assert gradient.abs().amax((1, 2, 3)).min() > 1e-4 * scale  # every image has a gradient
 
 
 def ramp(like: Tensor, reach: float) -> Tensor:
-    """-reach .. reach along the storage order, then scrambled by a fixed stride so that rows differ."""
+    """Values from -reach to reach in storage order, scrambled by a fixed stride so that rows differ."""
     n = like.numel()
     return ((torch.arange(n) * 7919 % n).to(like.dtype) / max(n - 1, 1) * 2 - 1).view(like.shape) * reach
 
@@ -138,13 +138,13 @@ def flat(values: Parameters) -> Tensor:
 
 
 def of_a_step(at: Setting, unrolled: Unrolled) -> Tensor:
-    """The velocity of a student's first step: its gradient."""
+    """The velocity after a student's first step, which is its gradient."""
     still = {name: torch.zeros_like(value) for name, value in at.start.items()}
     return flat(unrolled.forward(at.start, still, at.pixels.detach(), at.labels, torch.tensor(LR))[1])
 
 
 def of_the_way_back(at: Setting, unrolled: Unrolled) -> Tensor:
-    """What the pixels of one step get of a gradient that its end has."""
+    """The pixel gradient of one step, backpropagated from a gradient at the end of the step."""
     still = {name: torch.zeros_like(value) for name, value in at.start.items()}
     towards = {name: at.target[name] - value for name, value in at.start.items()}
     _, _, by_pixels, _ = unrolled.vjp(at.start, still, towards, at.pixels.detach(), at.labels, torch.tensor(LR))
@@ -152,7 +152,7 @@ def of_the_way_back(at: Setting, unrolled: Unrolled) -> Tensor:
 
 
 def of_the_judgement(at: Setting, unrolled: Unrolled) -> Tensor:
-    """The gradient of the cross entropy on real images."""
+    """The gradient of the cross-entropy on real images."""
     return flat(unrolled.loss_and_gradient(at.start, *at.real)[1])
 
 

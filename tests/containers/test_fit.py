@@ -1,4 +1,4 @@
-"""Starting a container from real images: it comes near them, and an interrupted fit goes on as if it had not been."""
+"""Fitting a container to real images: it comes close to them, and an interrupted fit resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def made(seed: int = 0) -> HierarchicalMemory:
 
 
 def targets() -> Tensor:
-    """Six images of one colour each, all different."""
+    """Six images, each of one colour and all different."""
     levels = torch.tensor([[250, 20, 20], [20, 250, 20], [20, 20, 250], [250, 250, 20], [0, 0, 0], [255, 255, 255]])
     return levels.to(torch.uint8)[:, :, None, None].expand(6, 3, 8, 8).contiguous()
 
@@ -65,7 +65,7 @@ def fit(
 
 @torch.no_grad()
 def errors(container: HierarchicalMemory) -> Tensor:
-    """Mean squared difference (decoded, target) of every pair, (6, 6)."""
+    """Mean squared difference of every pair (decoded image, target), shape (6, 6)."""
     images = container.decode(torch.arange(6))
     return (images[:, None] - targets()[None] / 255).square().mean((2, 3, 4))
 
@@ -119,7 +119,7 @@ def test_batches_depend_on_the_generator_alone(tmp_path):
 
 
 class Interrupting(Stop):
-    """A signal that arrives during the step ``at``."""
+    """A stop signal that arrives during step ``at``."""
 
     def arm(self, container: HierarchicalMemory, at: int) -> None:
         left = iter(range(at - 1, -1, -1))
@@ -143,7 +143,7 @@ def test_an_interrupted_fit_goes_on_bit_equal(tmp_path, at):
     assert caught.value.exit_code == 128 + signal.SIGTERM
     assert Checkpoints(tmp_path / "cut", 3600.0).load(SLOT)["done"] == at
 
-    second = made(seed=77)  # another start and another stream: all must come from the checkpoint
+    second = made(seed=77)  # other initial values and another stream: all must come from the checkpoint
     error, stream = fit(second, tmp_path / "cut", steps=9, batch=4, seed=78)
     assert error == expected
     for (name, one), other in zip(whole.named_parameters(), second.parameters(), strict=True):
@@ -169,7 +169,7 @@ def test_a_fit_that_ends_further_off_than_it_began_is_refused(tmp_path, batch):
     told += r"container\.fit_weights_lr$"
     with pytest.raises(Diverged, match=told):
         fit(made(), tmp_path, steps=40, batch=batch, lr=100.0)
-    with pytest.raises(Diverged, match=told):  # also where nothing is left to do but to look at it
+    with pytest.raises(Diverged, match=told):  # also if all steps are done and only the check is left
         fit(made(seed=77), tmp_path, steps=40, batch=batch, lr=100.0)
 
 

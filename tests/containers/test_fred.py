@@ -1,4 +1,4 @@
-"""FreD against scipy's transform: which coefficients are kept, what they decode to, and what they cost."""
+"""FreD against SciPy's transform: which coefficients are kept, what they decode to, and what they cost."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def planned(data: dict[str, int], **changes: object) -> FredShape:
 
 
 def pixels(images: Tensor) -> np.ndarray:
-    """In the container's own space."""
+    """Pixels of ``images`` in the container's own space."""
     return ((images - torch.tensor(SMALL.mean).view(3, 1, 1)) / torch.tensor(SMALL.std).view(3, 1, 1)).double().numpy()
 
 
@@ -221,8 +221,8 @@ def test_coefficients_are_those_of_the_nearest_side(side, coefficients):
 @pytest.mark.parametrize(
     ("side", "changes", "message"),
     [
-        (8, {"coefficients": 65}, "container.coefficients=65: must be at most the 64 of a channel"),
-        (257, {}, "dataset.image_size=257: must be at most 256: positions take 16 bits"),
+        (8, {"coefficients": 65}, "container.coefficients=65: must be at most the 64 coefficients of a channel"),
+        (257, {}, "dataset.image_size=257: must be at most 256: positions must fit in 16 bits"),
     ],
 )
 def test_what_cannot_be_is_refused(side, changes, message):

@@ -1,4 +1,4 @@
-"""HaBa: every image's style against PyTorch's own layers, sizes to the digit, and settings that fit a budget."""
+"""HaBa: every image's style against PyTorch's own layers, exact sizes, and settings that fit a budget."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def shaped(**changes: object) -> HabaShape:
 def made(instances: int = 2, seed: int = 0, **changes: object) -> Haba:
     container = Haba(shaped(**changes), instances)
     container.initialise(torch.Generator().manual_seed(seed), configured(init="noise"), None)
-    with torch.no_grad():  # neither one nor zero, so that a style that is not its own shows
+    with torch.no_grad():  # neither one nor zero, so that a wrong style shows
         for parameter in (container.hallucinators.scale, container.hallucinators.shift):
             parameter.add_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(1)))
     return container
@@ -51,7 +51,7 @@ def everything(container: Haba) -> Tensor:
 
 @torch.no_grad()
 def by_layers(container: Haba, label: int, base: int, style: int) -> Tensor:
-    """Pixels (channels, H, W), by PyTorch's layers with that style's parameters."""
+    """Pixels (channels, H, W) from PyTorch's own layers with the parameters of ``style``."""
     shape, styles = container.shape, container.hallucinators
     encoder = nn.Conv2d(shape.base_channels, shape.channels, 3)
     decoder = nn.ConvTranspose2d(shape.channels, shape.channels, 3)
@@ -200,7 +200,7 @@ def test_where_nothing_fits_the_smallest_container_is_refused():
     data = {"classes": 10, "channels": 1, "image_size": 8}
     config = fill(configured(), images_per_class=1, **data)
     assert (config.styles, config.base_channels) == (1, 1)
-    with pytest.raises(ConfigError, match="the smallest budget that fits is 732"):  # 640 of ten bases and 92
+    with pytest.raises(ConfigError, match="the smallest budget that fits is 732"):  # 640 for ten bases, and 92
         storage(HabaShape.of(config, **data), 1, 0.0)
 
 

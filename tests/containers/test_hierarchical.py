@@ -1,4 +1,4 @@
-"""The Hierarchical Memory Network against a decoder written out image by image; initialisation, pruning, storage."""
+"""The Hierarchical Memory Network against an image-by-image decoder; initialisation, pruning, storage."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def made(shape: HmnShape = TINY, images_per_class: int = 4, seed: int = 0, scale
 
 
 def perturbed(shape: HmnShape, images_per_class: int = 4) -> HierarchicalMemory:
-    """Every parameter away from its initial value, so that zero biases and unit norms hide nothing; float64."""
+    """A float64 container with no parameter at its initial value, so that zero biases and unit norms hide nothing."""
     container = made(shape, images_per_class).double()
     stream = generator(1)
     with torch.no_grad():
@@ -143,7 +143,7 @@ def test_decoding_equals_the_equation_image_by_image(changes):
 def test_a_convolution_that_upsamples_is_upsampling_and_then_the_convolution(inputs, outputs, height, width):
     layer = UpsamplingConv2d(inputs, outputs, 3, padding=1).double()
     plain = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(inputs, outputs, 3, padding=1)).double()
-    plain[1].load_state_dict(layer.state_dict())  # the same names: sets that were kept before load as they are
+    plain[1].load_state_dict(layer.state_dict())  # the same names, so earlier condensed sets still load
     x = torch.randn(2, inputs, height, width, generator=generator(), dtype=torch.float64, requires_grad=True)
     direction = torch.randn(2, outputs, 2 * height, 2 * width, generator=generator(1), dtype=torch.float64)
     found, expected = layer(x), plain(x)
@@ -222,7 +222,7 @@ def test_decoder_norm_adds_two_numbers_per_hidden_channel(decoder):
 
 
 def statistics(container: HierarchicalMemory) -> tuple[float, float]:
-    """Standard deviation of all pixels, and of one pixel over the images of a class, averaged."""
+    """Standard deviation of all pixels, and the mean standard deviation of a pixel over the images of a class."""
     images = decoded(container, *everything(container)).unflatten(0, (container.classes, -1))
     return float(images.std()), float(images.std(1).mean())
 
@@ -231,8 +231,8 @@ def statistics(container: HierarchicalMemory) -> tuple[float, float]:
 def test_images_start_with_the_deviation_of_natural_ones_and_differ_inside_a_class(decoder):
     found = torch.tensor([statistics(made(replace(P1, decoder=decoder), 20, seed)) for seed in range(5)])
     pixels, between = found.mean(0).tolist()
-    assert 0.17 <= pixels <= 0.24  # PyTorch's default weights: 0.006 to 0.019
-    assert 0.06 <= between <= 0.10  # 0.002 to 0.007
+    assert 0.17 <= pixels <= 0.24  # 0.006 to 0.019 with PyTorch's default weights
+    assert 0.06 <= between <= 0.10  # 0.002 to 0.007 with PyTorch's default weights
     assert found[:, 0].min() > 0.1
 
 
@@ -289,7 +289,7 @@ KEPT = [0, 2, 5, 7, 8, 11]  # two of the four images of each of three classes
 
 @each_variant
 def test_dropping_images_leaves_the_others_bit_equal(changes):
-    # A CPU picks another convolution for one image than for several, so equal numbers of images are compared.
+    # A CPU picks different convolutions for one image and for several, so equal numbers of images are compared.
     container = made(replace(TINY, **changes))
     together, alone = decoded(container, *KEPT), [decoded(container, i) for i in KEPT]
     container.keep(torch.tensor(KEPT))
@@ -386,7 +386,7 @@ def test_any_shape_budget_and_pruning_ends_within_the_budget_and_with_equal_clas
     container = HierarchicalMemory(shape, stored.over_budget_images_per_class)
     condensed = container.storage_floats()
     assert condensed <= (1 + over_budget) * budget + 1e-6 < condensed + one_more
-    with torch.no_grad():  # each instance is its own number, so it can be found again
+    with torch.no_grad():  # each instance holds its own number, which identifies it later
         numbers = torch.arange(shape.classes * container.images_per_class, dtype=torch.float32)
         container.instances.copy_(numbers.view(shape.classes, -1, 1, 1, 1))
     scores = torch.rand(shape.classes, container.images_per_class, generator=generator(seed))

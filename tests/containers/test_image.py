@@ -1,4 +1,4 @@
-"""Raw images: where they start, and what keeps those of [0, 1] there."""
+"""Raw images: their starting values, and the clamping of those stored in [0, 1]."""
 
 from __future__ import annotations
 

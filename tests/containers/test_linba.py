@@ -1,4 +1,4 @@
-"""LinBa against sums and upsampling written out, its start, storage, and the number of bases that data get."""
+"""LinBa against explicit sums and upsampling; starting values, storage, and the number of bases per dataset."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def planned(data: dict[str, int], images_per_class: int, **changes: object) -> L
 @torch.no_grad()
 def test_an_image_is_the_sum_of_its_weighted_bases_upsampled():
     container = started(replace(SMALL, pixel_space="normalised", mean=(0.5,) * 3, std=(0.25,) * 3))
-    # Twice the side, bilinear: a new pixel lies a quarter of a pixel from the nearest old one.
+    # Bilinear upsampling by 2: a new pixel lies a quarter of a pixel from the nearest old one.
     up = torch.zeros(8, 4)
     for row in range(8):
         for weight, old in ((0.75, row // 2), (0.25, row // 2 + (1 if row % 2 else -1))):
@@ -139,7 +139,7 @@ def test_floats_are_those_of_the_parameters(classes, channels, side, bases, down
     assert shape.shared_floats + classes * instances * shape.instance_floats == floats
 
 
-# What is left open
+# Settings left open
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_floats_are_those_of_the_parameters(classes, channels, side, bases, down
         (IMAGENET10, {1: 32, 10: 256, 50: 1024}),
         (DIGITS, {1: 4, 10: 16, 50: 32}),
         (dict(classes=10, channels=1, image_size=28), {1: 16, 10: 128}),
-        (dict(classes=2, channels=3, image_size=32), {1: 4}),  # the nearest row's 16 take twice the budget
+        (dict(classes=2, channels=3, image_size=32), {1: 4}),  # the nearest row's 16 would take twice the budget
     ],
 )
 def test_bases_are_those_of_the_nearest_row_that_the_budget_pays_for(data, bases):

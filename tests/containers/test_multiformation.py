@@ -1,4 +1,4 @@
-"""Multi-formation: every image against a loop over tiles, counts and order, starting values, what pruning leaves."""
+"""Multi-formation: images against a loop over tiles; counts, order, starting values, and what pruning leaves."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def configured(**changes: object) -> MultiformationConfig:
 
 
 def made(instances: int = 2, side: int = 8, classes: int = 2, **changes: object) -> Multiformation:
-    """With noise in it; ``changes`` are of the configuration."""
+    """A container of noise; ``changes`` go to the configuration."""
     config = fill(configured(init="noise", **changes))
     shape = MultiformationShape.of(config, classes=classes, channels=3, image_size=side)
     if config.pixel_space == "normalised":
@@ -43,7 +43,7 @@ def everything(container: Multiformation) -> Tensor:
 
 @torch.no_grad()
 def by_loop(stored: Tensor, factor: int, pad: float = 0.5) -> Tensor:
-    """Images of one class's ``stored`` (N, channels, H, W): tile after tile, of each one stored image after another."""
+    """Images from one class's ``stored`` (N, channels, H, W): tile by tile, and for each tile image by image."""
     side = stored.shape[-1]
     missing = -side % factor
     padded = F.pad(stored, (0, missing, 0, missing), value=pad)
@@ -57,7 +57,7 @@ def by_loop(stored: Tensor, factor: int, pad: float = 0.5) -> Tensor:
 
 
 class Real:
-    """Image j of class c is (100 c + j) / 1000 everywhere; remembers what was asked for."""
+    """Real images: image j of class c is (100 c + j) / 1000 everywhere. ``asked`` records the requests."""
 
     def __init__(self, side: int, classes: int = 2) -> None:
         self.side, self.classes, self.asked = side, classes, []
@@ -129,13 +129,13 @@ def test_any_side_factor_and_index(side, factor, instances, data):
 
 def test_every_pixel_gets_the_gradient_of_its_own_image_alone():
     container = made(instances=2, side=8, factor=2)
-    container.decode(torch.tensor([8 + 2 * 2 + 1])).sum().backward()  # class 1, tile 2 (below, left), stored image 1
+    container.decode(torch.tensor([8 + 2 * 2 + 1])).sum().backward()  # class 1, tile 2 (bottom left), stored image 1
     moved = container.instances.grad.ne(0)
     assert moved[1, 1, :, 4:, :4].all()
     assert moved.sum() == 3 * 4 * 4
 
 
-# Bound: what condensing sees
+# decode=bound: the images that condensing matches
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_bound_matches_fewer_images_and_is_judged_by_all():
     single = made(instances=3, side=9, factor=3)
     assert bounded.images_per_class == single.images_per_class == 27
     assert torch.equal(everything(bounded), everything(single))
-    # (18 - 3) // 9 = 1 at factor 3; (18 - 9 - 2) // 4 = 1 at factor 2; one left
+    # (18 - 3) // 9 = 1 at factor 3; (18 - 9 - 2) // 4 = 1 at factor 2; one is left
     assert bounded.matched_per_class == 9 + 4 + 1
     forms = [by_loop(c[i : i + 1], size) for c in bounded.instances for i, size in enumerate((3, 2, 1))]
     found = bounded.decode_matched(torch.arange(28))
@@ -213,7 +213,7 @@ def test_random_images_are_averaged_as_they_shrink():
     real = Real(8)
     real.draw = lambda _count, _how: images
     container.initialise(torch.Generator(), configured(init="random"), real)
-    averaged = images.unfold(2, 2, 2).unfold(3, 2, 2).mean((-2, -1))  # by half, bilinear is the mean of 2 x 2
+    averaged = images.unfold(2, 2, 2).unfold(3, 2, 2).mean((-2, -1))  # halving bilinearly takes the mean of 2 x 2
     rows = [torch.cat([averaged[2 * row], averaged[2 * row + 1]], -1) for row in range(2)]
     torch.testing.assert_close(container.instances[0, 0].detach(), torch.cat(rows, -2))
 
@@ -325,7 +325,7 @@ def test_any_factor_stores_exactly_the_budget(data, images_per_class, factor):
 
 @pytest.mark.parametrize(("factor", "decode"), [(6, "single"), (9, "single"), (8, "multi"), (8, "bound")])
 def test_a_factor_that_makes_tiles_of_padding_alone_is_refused(factor, decode):
-    # 8 by 6: six tiles of two pixels, the last two of them outside; by 8 single pixels, but by 5 and 6 not.
+    # 6 cuts 8 pixels into six tiles of two, the last two outside; 8 fits, but multi and bound also use 5 and 6.
     with pytest.raises(ConfigError, match=rf"container\.factor={factor}: .*decode={decode}.*dataset\.image_size=8"):
         MultiformationShape.of(fill(configured(factor=factor, decode=decode)), classes=2, channels=3, image_size=8)
 

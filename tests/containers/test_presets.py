@@ -1,4 +1,4 @@
-"""Preset rows to the digit, which row a data set gets, and what is said of shapes that cannot be."""
+"""Exact sizes of the presets, the preset that a dataset gets, and the errors for impossible shapes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def configured(**changes: object) -> HmnConfig:
 
 
 def shape_of(preset: str, **changes: object) -> HmnShape:
-    """The preset's shape for the data it was made for, RGB except for digits."""
+    """The preset's shape for the data that it was designed for, RGB except for digits."""
     row = PRESETS[preset]
     channels = 1 if preset.startswith("digits") else 3
     data = {"classes": row.classes, "channels": channels, "image_size": row.image_size}
@@ -35,14 +35,14 @@ def on_meta(shape: HmnShape, images_per_class: int) -> HierarchicalMemory:
 
 
 def decoder_layers(shape: HmnShape) -> list[int]:
-    """Floats of each convolution of the decoder, with its bias."""
+    """Number of floats of each convolution of the decoder, including its bias."""
     with torch.device("meta"):
         decoder = make_decoder(shape)
     counts = [sum(parameter.numel() for parameter in module.parameters()) for module in decoder]
     return [count for count in counts if count]
 
 
-# The shapes by which these presets fill their budgets; every number is a count, by hand or from torch
+# Shapes with which the presets fill their budgets; every number was counted by hand or by torch
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Row:
     instance: int  # m_{c,i}, one image
     layers: list[int]  # D
     shared: int  # F
-    share: float  # of the budget, percent
+    share: float  # percent of the budget
     images: int  # G
-    over: int  # G_o with a tenth beyond the budget
+    over: int  # G_o at 10 percent over budget
     used: int
 
 
@@ -205,7 +205,7 @@ def test_without_over_budget_both_counts_are_the_same():
     assert stored.over_budget_images_per_class == stored.images_per_class == 78
 
 
-# Which row
+# Which preset
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_settings_that_are_no_shapes_pass_through_a_preset():
     assert {key: getattr(filled, key) for key in given} == given
 
 
-# What cannot be
+# Impossible settings
 
 
 def test_an_unknown_preset_is_told_the_known_ones():
@@ -320,8 +320,8 @@ def test_a_latent_side_that_doubling_does_not_lead_to_the_image_is_refused(side,
     with pytest.raises(ConfigError) as caught:
         fill(configured(latent_side=side), classes=10, channels=3, image_size=size, images_per_class=1)
     assert str(caught.value) == (
-        f"container.latent_side={side}: must be the image side divided by a power of two: "
-        f"dataset.image_size={size} is not {side} doubled"
+        f"container.latent_side={side}: must be the image side divided by 2, 4, 8 or a higher power of two: "
+        f"dataset.image_size={size} is not {side} doubled one or more times"
     )
 
 

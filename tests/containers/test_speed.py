@@ -1,4 +1,4 @@
-"""SPEED against a decoder written out patch by patch, the published counts to the digit, and its sparse form."""
+"""SPEED against a patch-by-patch decoder; the exact published counts, and its sparse form."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def written_out(container: SparseCodes, code: Tensor) -> Tensor:
 def test_every_patch_mixes_the_tokens_head_by_head_through_all_blocks(changes):
     container = started(replace(SMALL, **changes))
     for name, parameter in container.named_parameters():
-        if "bias" in name or "norm" in name:  # start at 0 and 1, where leaving them out changes nothing
+        if "bias" in name or "norm" in name:  # at their initial 0 and 1, leaving them out would change nothing
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) / 5)
     for index in (0, 4):
         expected = written_out(container, container.instances[index // 3, index % 3])
@@ -248,7 +248,7 @@ def test_positions_take_as_many_bytes_whatever_the_numbers_are(tmp_path):
     container.finish()
     card = artifacts.save(tmp_path, container, {}, "float16")
     on_disk = sum(tensor.nbytes for tensor in load_file(tmp_path / artifacts.TENSORS).values())
-    spare = artifacts.stored_bytes(card) - on_disk  # half a float where an image has an odd number of positions
+    spare = artifacts.stored_bytes(card) - on_disk  # half a float for an image with an odd number of positions
     assert 0 <= spare <= 2 * container.instances.shape[1] * container.classes
     assert on_disk > 2 * container.storage_floats()
 
@@ -329,7 +329,7 @@ def test_every_shape_is_charged_its_parameters_and_half_a_float_for_each_positio
     assert shape.shared_floats + classes * instances * shape.instance_floats == container.storage_floats()
 
 
-# What is left open
+# Settings left open
 
 
 @pytest.mark.parametrize(
@@ -405,7 +405,7 @@ def test_each_field_can_be_given_and_the_preset_fills_the_others(key, value):
         ({"heads": 3}, "container.heads=3: must be a divisor of container.token_dim=32"),
         (
             {"tokens": 1025, "patch": 4},
-            "container.tokens=1025: must be at most 1024: positions among 64 patches times tokens take 16 bits",
+            "container.tokens=1025: must be at most 1024: a position among 64 patches times tokens must fit in 16 bits",
         ),
         (
             {"top_k": 1025},

@@ -1,4 +1,4 @@
-"""Every augmentation rule against a plain rule for one image, and the parameters that are drawn for it."""
+"""Every augmentation against a plain implementation for one image, and the parameters drawn for it."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def naive(image: Tensor, drawn: Draw, i: int) -> Tensor:
 
 
 def close(found: Tensor, expected: Tensor) -> None:
-    # cosines and sines of the float32 angles are the coarsest part
+    # cosines and sines of float32 angles limit the precision
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
 
 
@@ -166,7 +166,7 @@ def test_cutout_hides_at_most_16_by_16_of_32_pixels_and_a_quarter_of_that_in_a_c
     areas = hidden.sum((1, 2, 3)).view(33, 33)
     assert areas.max() == 16 * 16 and areas[16, 16] == 16 * 16
     assert areas.min() == areas[0, 0] == areas[32, 32] == 8 * 8
-    assert (areas == 16 * 16).sum() == 17 * 17  # centres 8 to 24: nothing is cut off
+    assert (areas == 16 * 16).sum() == 17 * 17  # for centres 8 to 24, nothing is cut off
 
 
 @pytest.mark.parametrize("factors", [(1.0, 1.0), (0.9, 1.15), (1 / 1.2, 1.2)])
@@ -324,7 +324,7 @@ def test_where_a_mirror_is_not_allowed_flip_alone_goes(strategy, expected):
 
 
 def naive_one_of_all(image: Tensor, drawn: Draw, i: int) -> Tensor:
-    """DSA's rule for image ``i`` of a draw: the chosen operator alone, which may be all three colours."""
+    """DSA's rule for image ``i`` of a draw: only the chosen operator, which may be all three colours."""
     name = drawn.alternatives[int(drawn.chosen[i])]
     if name == "color":
         colours = {colour: getattr(drawn, colour)[i : i + 1] for colour in COLOURS}
@@ -373,7 +373,7 @@ def test_one_operator_of_all_is_siamese_by_repetition_and_comes_back_from_its_te
 
 
 def test_no_operator_has_another_parameter_by_the_other_rule():
-    """Only the choice differs in range: both rules draw it where they draw it, from equally many numbers here."""
+    """Both rules draw the choice at the same point, here from equally many operators, so all parameters agree."""
     one, other = (augment.draw("crop_scale_rotate", 6, 32, generator(), rule=rule) for rule in ("idc", "vico"))
     assert one.tensors().keys() == other.tensors().keys()
     assert all(torch.equal(value, other.tensors()[name]) for name, value in one.tensors().items())
@@ -412,7 +412,7 @@ def test_every_group_repeats_its_own_parameters():
 
 
 class Launches(TorchDispatchMode):
-    """Counts operators that compute: views and empty tensors launch nothing."""
+    """Counts the operators that compute; views and empty tensors launch nothing."""
 
     count = 0
 
@@ -422,7 +422,7 @@ class Launches(TorchDispatchMode):
 
 
 def test_all_classes_are_augmented_in_as_many_launches_as_one():
-    """Class by class as in IDC's code there would be as many times more."""
+    """Augmenting class by class, as IDC's code does, would multiply the launches by the number of classes."""
     counts = []
     for classes in (1, 10):
         images, stream = noise(classes * 6, 32), generator()
@@ -476,5 +476,5 @@ def test_scaling_both_axes_alike_is_torchvisions(factor):
 def torchvision_affine(images: Tensor, *, angle: float, scale: float) -> Tensor:
     functional = vision.torchvision().transforms.functional
     bilinear = functional.InterpolationMode.BILINEAR
-    # In float32, as it makes its grid.
+    # In float32, in which torchvision makes its grid.
     return functional.affine(images.float(), angle, [0, 0], scale, [0.0], interpolation=bilinear).double()

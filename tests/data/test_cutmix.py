@@ -1,4 +1,4 @@
-"""CutMix: its boxes by enumeration, its partners, and many batches at once against each alone."""
+"""CutMix: its boxes against enumeration, its partners, and several batches at once against each alone."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def noise(n: int, size: int) -> Tensor:
 
 
 def coded(n: int) -> Tensor:
-    """Images whose pixels say which image and place they come from: value = image * 100 + row * 8 + column."""
+    """Images whose pixels encode their image and place: value = image * 100 + row * 8 + column."""
     places = torch.arange(SIDE * SIDE, dtype=torch.float32).view(1, 1, SIDE, SIDE)
     return torch.arange(n).view(-1, 1, 1, 1) * 100 + places.expand(n, 3, SIDE, SIDE)
 
@@ -34,16 +34,16 @@ def coded(n: int) -> Tensor:
 def cutmix(
     images: Tensor, labels: Tensor, probability: float, stream: torch.Generator, *, real: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """By what a training draws."""
+    """CutMix with the random numbers that a training draws."""
     drawn = augment.draw_mix(labels.shape, images.shape[-1], stream, real=real)
     return augment.cutmix(images, labels, probability, drawn)
 
 
 def mixed(n: int, stream: torch.Generator, probability: float = 1.0) -> tuple[list[int], Tensor | None, float]:
-    """Each image's partner, the box (H, W) as booleans, and the own share of one call.
+    """Each image's partner, the box (H, W) as booleans, and the share of own pixels, for one call.
 
-    The box is ``None`` if every image is its own partner. Checks that all pixels kept their place and all images the
-    same box.
+    The box is ``None`` if every image is its own partner. Checks that all pixels stay in place and that all images
+    have the same box.
     """
     images = coded(n)
     found, partners, share = cutmix(images, torch.arange(n), probability, stream)
@@ -60,7 +60,7 @@ def mixed(n: int, stream: torch.Generator, probability: float = 1.0) -> tuple[li
 
 
 def extents(box: Tensor) -> list[tuple[int, int]]:
-    """First row and one past the last of a rectangle, then the same for columns; checks that it is one."""
+    """(First, one past the last) row and column of ``box``; checks that it is a rectangle."""
     ends = []
     for axis in (1, 0):
         inside = box.any(axis).nonzero().flatten().tolist()
@@ -73,7 +73,7 @@ def extents(box: Tensor) -> list[tuple[int, int]]:
 def exact_extents() -> dict[tuple[int, int], float]:
     """Probability of every clipped interval along one axis, by enumeration; ``(0, 0)`` is an empty box.
 
-    The side is int(8 sqrt(1 - lambda)), lambda uniform: half of it is h for 1 - lambda from (h/4)^2 to ((h+1)/4)^2.
+    The side is int(8 sqrt(1 - lambda)) for uniform lambda: half of it is h if (h/4)^2 <= 1 - lambda < ((h+1)/4)^2.
     """
     chances: Counter[tuple[int, int]] = Counter()
     for half, centre in product(range(4), range(SIDE)):
@@ -84,7 +84,7 @@ def exact_extents() -> dict[tuple[int, int], float]:
 
 
 def exact_own_share() -> float:
-    """The mean share of own pixels, over half sides and both centres."""
+    """The mean share of own pixels, over all half sides and centres."""
     total = 0.0
     for half, cy, cx in product(range(4), range(SIDE), range(SIDE)):
         height, width = (min(c + half, SIDE) - max(c - half, 0) for c in (cy, cx))
@@ -98,7 +98,7 @@ def test_cutmix_boxes_are_idcs_and_the_share_counts_the_clipped_box():
     shares = []
     for _ in range(calls):
         _, box, share = mixed(4, stream)
-        if box is None:  # all four are their own partner: says nothing of the box
+        if box is None:  # all four are their own partner, so the box is not visible
             continue
         shares.append(share)
         assert share == pytest.approx(1 - float(box.sum()) / SIDE**2, abs=1e-6)
@@ -109,7 +109,7 @@ def test_cutmix_boxes_are_idcs_and_the_share_counts_the_clipped_box():
         for ends, chance in exact_extents().items():
             assert counts[ends] / len(shares) == pytest.approx(chance, abs=5 * math.sqrt(chance / len(shares)))
     assert sum(shares) / len(shares) == pytest.approx(exact_own_share(), abs=0.02)
-    assert seen[0] != seen[1]  # the two centres are drawn apart
+    assert seen[0] != seen[1]  # the two centres are drawn separately
 
 
 def test_cutmix_partners_are_a_uniform_permutation():
@@ -154,7 +154,7 @@ def test_padding_rows_of_a_batch_are_neither_mixed_nor_partners():
 @pytest.mark.parametrize("real", [None, 5])
 @pytest.mark.parametrize("probability", [1.0, 0.5])
 def test_several_batches_are_mixed_each_as_it_would_be_alone(monkeypatch, probability, real):
-    """All random numbers of a call are noted; each batch alone, given its own of them, must come out the same."""
+    """Records all random numbers of a call; each batch alone, given its share of them, must give the same result."""
     batches, n = 6, 7
     images, labels = noise(batches * n, SIDE).unflatten(0, (batches, n)), torch.arange(batches * n).view(batches, n)
     orders = augment.permutations((batches,), n if real is None else real, generator(1))
@@ -183,7 +183,7 @@ def test_several_batches_are_mixed_each_as_it_would_be_alone(monkeypatch, probab
 
 @pytest.mark.parametrize("seed", [0, 1, 4])
 def test_cutmix_is_torchvisions_for_the_same_box(seed):
-    """Of two images, in the draws of these seeds, each is the other's partner."""
+    """With these seeds, each of the two images is the other's partner."""
     marks = torch.stack([torch.zeros(1, 32, 32), torch.ones(1, 32, 32)]).double()
     mixed, partners, share = cutmix(marks, torch.tensor([0, 1]), 1.0, generator(seed))
     assert partners.tolist() == [1, 0] and 0 < share < 1

@@ -1,4 +1,4 @@
-"""Splits, statistics, arrays, digits, and what every data set has in common."""
+"""Splits, statistics, arrays, digits, and what all datasets have in common."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def digits(**changes: object) -> DatasetConfig:
 
 
 def numbered(counts: list[int]) -> Split:
-    """``counts[c]`` images of class c; image i has the single pixel i."""
+    """A split with ``counts[c]`` images of class c; image i has the single pixel i."""
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     return Split(torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1), labels)
 
@@ -62,7 +62,7 @@ def test_a_share_of_each_class_is_split_off():
     pixels = [part.images.flatten().tolist() for part in (kept, taken)]
     assert sorted(pixels[0] + pixels[1]) == list(range(52))
     for part, values in zip((kept, taken), pixels, strict=True):
-        assert values == sorted(values)  # order by class survives, and the one inside a class
+        assert values == sorted(values)  # the order of classes and within a class is preserved
         assert part.labels.tolist() == split.labels[values].tolist()
 
 
@@ -131,7 +131,7 @@ def test_the_test_split_does_not_depend_on_the_run_but_the_held_out_one_does():
 
 
 def test_the_test_images_of_digits_are_those_that_kept_results_were_measured_on():
-    """Of every class in turn a fifth, by torch's permutations from seed 0."""
+    """A fifth of every class, chosen class after class by torch's permutations from seed 0."""
     from sklearn.datasets import load_digits
 
     bunch, stream, expected = load_digits(), generator(0), []
@@ -174,7 +174,7 @@ def test_everything_moves_to_the_device():
 
 
 def contents(**changes: np.ndarray) -> dict[str, np.ndarray]:
-    """Two images of each of three classes for training, one for testing, 6x6 RGB, labels not in order."""
+    """Arrays of 6x6 RGB images: for each of three classes two for training and one for testing, labels not in order."""
     random = np.random.default_rng(0)
     arrays = {
         "x_train": random.integers(0, 256, (6, 6, 6, 3), dtype=np.uint8),
@@ -228,7 +228,7 @@ def test_the_fingerprint_follows_every_pixel_and_label(tmp_path):
     pixels = contents()["x_test"].copy()
     pixels[2, 5, 5, 1] ^= 1
     assert load(npz(tmp_path, contents(x_test=pixels))).fingerprint != first
-    labels = [np.array([0, 0, 1, 1, 2, 2]), np.array([0, 1, 1, 1, 2, 2])]  # the images stay in their order
+    labels = [np.array([0, 0, 1, 1, 2, 2]), np.array([0, 1, 1, 1, 2, 2])]  # the images keep their order
     assert len({load(npz(tmp_path, contents(y_train=y_train))).fingerprint for y_train in labels}) == 2
 
 
@@ -254,7 +254,7 @@ def test_peeking_reads_no_pixel(tmp_path):
         ({"x_train": np.zeros((0, 6, 6), np.uint8)}, r"x_train must be \(N, H, W\)"),
         ({"x_train": np.zeros((6, 6, 5), np.uint8)}, "x_train has 6x5 images, set dataset.image_size"),
         ({"x_test": np.zeros((3, 7, 7), np.uint8)}, "x_train and x_test differ in size, set dataset.image_size"),
-        ({"x_train": np.zeros((5, 6, 6), np.uint8)}, "x_train has 5 images, but y_train 6 labels"),
+        ({"x_train": np.zeros((5, 6, 6), np.uint8)}, "x_train has 5 images, but y_train has 6 labels"),
         ({"y_train": np.zeros(6)}, "y_train must be integers .* is float64"),
         ({"y_test": np.zeros((3, 1), np.int64)}, r"y_test must be integers \(N,\), is int64 \(3, 1\)"),
         ({"y_train": np.array([2, 0, 1, 0, 2, -1])}, "y_train must be labels from 0 to 2, has -1"),
@@ -302,18 +302,18 @@ def test_files_that_are_no_npz_are_refused(tmp_path):
             load(config)
     with open(config.root, "wb") as file:
         np.save(file, contents()["x_train"])
-    with pytest.raises(DataError, match="holds one array, make an .npz of x_train, y_train, x_test, y_test"):
+    with pytest.raises(DataError, match="holds a single array: save an .npz with x_train, y_train, x_test, y_test"):
         load(config)
     Path(config.root).write_bytes(whole.replace(b"PK\x05\x06", b"PK\x05\x07"))
     with pytest.raises(DataError, match="cannot be read"):
         datasets.peek(config, Path("absent"))
 
 
-# Classes of a data set
+# Classes of a dataset
 
 
 def imbalanced(folder: Path, **changes: object) -> DatasetConfig:
-    """Ten, seven, two, twelve and five training images of five classes, in no order; pixels that are all different."""
+    """A dataset of five classes with 10, 7, 2, 12 and 5 training images in random order; all images are different."""
     random = np.random.default_rng(0)
     arrays = {}
     for split, counts in (("train", (10, 7, 2, 12, 5)), ("test", (3, 1, 2, 4, 2))):
@@ -323,7 +323,7 @@ def imbalanced(folder: Path, **changes: object) -> DatasetConfig:
 
 
 def naive_classes(split: Split, order: list[int], first: int, last: int) -> list[tuple[bytes, int]]:
-    """Images and new labels of the classes at the positions first .. last - 1 of ``order``, one after the other."""
+    """Images and new labels of the classes at positions first .. last - 1 of ``order``, class after class."""
     found = []
     for position in range(first, last):
         for image, label in zip(split.images, split.labels.tolist(), strict=True):

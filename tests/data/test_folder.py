@@ -45,7 +45,7 @@ def peek(root: Path, **changes: object) -> Shape:
 
 
 def tree(root: Path, names: tuple[str, ...] = ("train", "test"), classes: tuple[str, ...] = ("ant", "bee")) -> Path:
-    """Two images per class and split, each a noise of its own."""
+    """A tree with two images per class and split, each of its own noise."""
     for seed, (name, class_name, i) in enumerate((n, c, i) for n in names for c in classes for i in range(2)):
         save(root / name / class_name / f"{i}.png", noise(seed))
     return root
@@ -195,7 +195,7 @@ def test_orientation_tags_are_ignored(tmp_path):
     tree(tmp_path)
     image = Image.fromarray(noise(9))
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
+    exif[0x0112] = 6  # rotate by 90 degrees
     plain, tagged = tmp_path / "plain.jpg", tmp_path / "train" / "ant" / "9.jpg"
     image.save(plain)
     image.save(tagged, exif=exif)
@@ -343,12 +343,12 @@ def test_layouts_that_cannot_be_used(tmp_path):
         (
             tree(tmp_path / "6", ("Train", "Test")),
             {"test_fraction": 0.1},
-            "Test, Train are no classes: name the folders",
+            "Test, Train are not classes: name the folders",
         ),
         (
             tree(tmp_path / "7", ("train", "valid")),
             {},
-            "beside train/, name valid/ test/, or set dataset.test_fraction",
+            "beside train/, rename valid/ to test/, or set dataset.test_fraction",
         ),
     ]:
         refused(message, root, **changes)

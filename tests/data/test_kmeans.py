@@ -1,4 +1,4 @@
-"""k-means against plain loops over samples, and what every clustering must keep to."""
+"""k-means against plain loops over samples, and what every clustering must satisfy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def points(n: int, f: int = 3, seed: int = 0) -> torch.Tensor:
 
 
 def naive_lloyd(features: list[list[float]], centres: list[list[float]]) -> tuple[list[list[float]], list[int]]:
-    """Lloyd's iterations until nobody changes cluster; for starts that leave no cluster empty."""
+    """Lloyd's iterations until no sample changes its cluster, for starts that leave no cluster empty."""
 
     def squared(a: list[float], b: list[float]) -> float:
         return sum((x - y) ** 2 for x, y in zip(a, b, strict=True))
@@ -48,7 +48,7 @@ def test_separate_clusters_are_found_and_their_middles_picked():
     stream = generator()
     middles = torch.tensor([[0.0, 0.0], [100.0, 0.0], [0.0, 100.0], [100.0, 100.0]])
     around = torch.randn(4, 9, 2, generator=stream)
-    around[:, 4] = 0.01  # one sample at the middle, up to the mean of the others
+    around[:, 4] = 0.01  # one sample at the centre, up to the mean of the others
     around -= around.mean(1, keepdim=True)
     features = (middles[:, None] + around).flatten(0, 1)
     centres, assigned = k_means(features, 4, generator(1))
@@ -62,7 +62,7 @@ def test_separate_clusters_are_found_and_their_middles_picked():
 @given(st.integers(1, 12), st.data(), st.integers(0, 1000))
 def test_no_cluster_is_empty_and_nobody_is_picked_twice_even_among_copies(n, data, seed):
     k = data.draw(st.integers(1, n))
-    few = data.draw(st.lists(st.integers(-1, 1), min_size=2 * n, max_size=2 * n))  # many samples alike
+    few = data.draw(st.lists(st.integers(-1, 1), min_size=2 * n, max_size=2 * n))  # many equal samples
     features = torch.tensor(few, dtype=torch.float32).view(n, 2)
     centres, assigned = k_means(features, k, generator(seed))
     assert sorted(set(assigned.tolist())) == list(range(k))
@@ -75,14 +75,14 @@ def test_no_cluster_is_empty_and_nobody_is_picked_twice_even_among_copies(n, dat
 
 def test_an_empty_cluster_takes_the_sample_farthest_from_its_centre():
     features = torch.tensor([[0.0], [1.0], [5.0], [40.0]])
-    # All but the last are nearest to 0, which is where the farthest that may leave comes from.
+    # All but the last are nearest to the centre 0; the farthest of these samples moves to the empty cluster.
     centres, assigned = lloyd(features, torch.tensor([[0.0], [1000.0], [40.0]]), iterations=1)
     assert assigned.tolist() == [0, 0, 1, 2]
     assert centres.tolist() == [[0.5], [5.0], [40.0]]
 
 
 def test_a_sample_that_is_alone_in_its_cluster_does_not_leave_it():
-    features = torch.tensor([[0.0], [1.0], [30.0]])  # 30 is farthest from its centre, 50
+    features = torch.tensor([[0.0], [1.0], [30.0]])  # 30 is the farthest from its centre, 50
     _, assigned = lloyd(features, torch.tensor([[0.0], [1000.0], [50.0]]), iterations=1)
     assert assigned.tolist() == [0, 1, 2]
 

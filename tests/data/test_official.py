@@ -1,4 +1,4 @@
-"""The official formats, from small files that the tests write in them. Checksums are patched to theirs."""
+"""The official formats, tested with small files in them, to which the checksums are patched."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def refused(message: str, kind: str, data_dir: Path, code: int = 2, **changes: o
 
 @pytest.fixture
 def server(tmp_path, monkeypatch) -> Iterator[str]:
-    """Serves ``tmp_path/server`` on the loopback interface: the URL it starts with."""
+    """The base URL of a server for ``tmp_path/server`` on the loopback interface."""
     (tmp_path / "server").mkdir()
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
@@ -67,7 +67,7 @@ def server(tmp_path, monkeypatch) -> Iterator[str]:
 def write_cifar(
     archive: Path, monkeypatch, kind: str, url: str = "http://absent.invalid"
 ) -> dict[str, tuple[np.ndarray, list[int]]]:
-    """The ``.tar.gz`` at ``archive``; one image per class and batch in CIFAR-10, two and one in CIFAR-100."""
+    """Write ``archive``: per class, an image per batch for CIFAR-10, two training and one test image for CIFAR-100."""
     classes = 10 if kind == "cifar10" else 100
     dataset = getattr(vision.torchvision().datasets, kind.upper())
     names = [name for name, _ in (*dataset.train_list, *dataset.test_list)]
@@ -110,7 +110,7 @@ def test_cifar_is_read_from_its_archive(tmp_path, monkeypatch, kind, archive, cl
         order = np.argsort(labels, kind="stable")
         assert np.array_equal(split.labels, labels[order])
         assert np.array_equal(split.images, pixels[order])
-    (tmp_path / kind / archive).unlink()  # from now on the unpacked files serve
+    (tmp_path / kind / archive).unlink()  # the unpacked files suffice from now on
     assert load(kind, tmp_path).fingerprint == data.fingerprint
     assert len(list((tmp_path / kind).iterdir())) == 1
 
@@ -131,12 +131,12 @@ def test_a_step_of_cifar100_is_the_classes_of_its_order(tmp_path, monkeypatch):
 def test_an_archive_in_the_place_of_its_folder_is_refused(tmp_path, kind):
     archive = tmp_path / "archive"
     archive.touch()
-    refused(f"dataset.root={archive}: is a file: give the folder that it lies in", kind, tmp_path, root=str(archive))
+    refused(f"dataset.root={archive}: is a file: give its folder instead", kind, tmp_path, root=str(archive))
 
 
 def test_cifar_is_downloaded_if_allowed(tmp_path, monkeypatch, server):
     write_cifar(tmp_path / "server" / "cifar-10-python.tar.gz", monkeypatch, "cifar10", server)
-    refused(r"cifar-10-python\.tar\.gz is not there: .* set dataset.download=true", "cifar10", tmp_path)
+    refused(r"cifar-10-python\.tar\.gz does not exist: .* set dataset.download=true", "cifar10", tmp_path)
     assert not (tmp_path / "cifar10").exists()
     here = tmp_path / "mine"
     assert len(load("cifar10", tmp_path, download=True, root=str(here)).train) == 50
@@ -167,7 +167,7 @@ def test_a_wrong_download_leaves_nothing_behind(tmp_path, monkeypatch, server):
     write_cifar(archive, monkeypatch, "cifar10", server)
     archive.write_bytes(b"a login page")
     refused(
-        rf"{server}/{archive.name}: what was downloaded has a wrong checksum", "cifar10", tmp_path, 1, download=True
+        rf"{server}/{archive.name}: the downloaded file has a wrong checksum", "cifar10", tmp_path, 1, download=True
     )
     archive.unlink()
     message = (
@@ -219,7 +219,7 @@ def test_the_held_out_share_comes_from_train(tmp_path, monkeypatch):
 
 @pytest.fixture
 def svhn(tmp_path, monkeypatch) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """``{train,test}_32x32.mat`` in ``tmp_path/svhn``: images along the last axis, digit 0 labelled 10."""
+    """Write ``{train,test}_32x32.mat`` to ``tmp_path/svhn``: images along the last axis, digit 0 labelled 10."""
     dataset = vision.torchvision().datasets.SVHN
     folder = tmp_path / "svhn"
     folder.mkdir()
@@ -249,7 +249,7 @@ def test_damaged_or_missing_svhn_files_are_named(tmp_path, svhn):
     path.write_bytes(path.read_bytes()[:-1])
     refused(rf"{path}: wrong checksum", "svhn", tmp_path, download=True)
     path.unlink()
-    refused(rf"{path} is not there", "svhn", tmp_path)
+    refused(rf"{path} does not exist", "svhn", tmp_path)
 
 
 # Tiny-ImageNet
@@ -258,13 +258,13 @@ WNIDS = ["n03000000", "n01000000", "n02000000"]  # deliberately not sorted
 
 
 def jpeg(path: Path, grey: int, mode: str = "RGB") -> None:
-    """A flat image: JPEG keeps its value."""
+    """Write a flat image, whose value survives JPEG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, (64, 64), grey if mode == "L" else (grey,) * 3).save(path, "JPEG")
 
 
 def write_tiny(tree: Path) -> Path:
-    """Two training images of class c with the pixels 10 c and 10 c + 1, and one for validation with 100 + c."""
+    """Write two training images of class c with the pixels 10 c and 10 c + 1, and a validation image with 100 + c."""
     for c, wnid in enumerate(WNIDS):
         for i in range(2):
             jpeg(tree / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", 10 * c + i, "L" if i else "RGB")
@@ -303,9 +303,9 @@ def test_tiny_imagenet_is_downloaded_verified_and_unpacked(tmp_path, monkeypatch
         for path in sorted((tmp_path / "made").rglob("*")):
             packed.write(path, path.relative_to(tmp_path / "made"))
     monkeypatch.setattr(official, "TINY_URL", f"{server}/{archive.name}")
-    refused("what was downloaded has a wrong checksum", "tiny_imagenet", tmp_path, 1, image_size=64, download=True)
+    refused("the downloaded file has a wrong checksum", "tiny_imagenet", tmp_path, 1, image_size=64, download=True)
     monkeypatch.setattr(official, "TINY_MD5", md5(archive.read_bytes()))
-    refused("tiny-imagenet-200.zip is not there", "tiny_imagenet", tmp_path, image_size=64)
+    refused("tiny-imagenet-200.zip does not exist", "tiny_imagenet", tmp_path, image_size=64)
     check_tiny(load("tiny_imagenet", tmp_path, image_size=64, download=True))
     archive.unlink()
     check_tiny(load("tiny_imagenet", tmp_path, image_size=64))
@@ -348,7 +348,7 @@ TEN = [  # in IDC's label order
 
 
 def write_imagenet(root: Path) -> None:
-    """One image of class c per split, its pixels 20 c in train and 20 c + 1 in val, and a class of no interest."""
+    """Write an image of class c per split, with pixels 20 c in train and 20 c + 1 in val, and one of another class."""
     for offset, split in enumerate(("train", "val")):
         for c, (wnid, _) in enumerate([*TEN, ("n01440764", "tench")]):
             jpeg(root / split / wnid / f"{wnid}_{c}.JPEG", 20 * c + offset)

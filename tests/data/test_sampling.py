@@ -1,4 +1,4 @@
-"""Batches without replacement: what a pass is, who is shuffled, and that a stored sampler goes on identically."""
+"""Batches without replacement: what a pass is, which group is shuffled, and that a stored sampler resumes exactly."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_group_gives_no_image_twice_before_its_pass_ends(case):
         found = sampler.draw(torch.tensor(groups))
         assert found.shape == (len(groups), batch)
         for group, row in zip(groups, found.tolist(), strict=True):
-            if len(seen[group]) + batch > sizes[group]:  # what is left of the pass is dropped
+            if len(seen[group]) + batch > sizes[group]:  # the rest of the pass is dropped
                 seen[group] = set()
             assert all(starts[group] <= index < starts[group] + sizes[group] for index in row)
             assert len(set(row)) == batch and not seen[group] & set(row)
@@ -71,8 +71,8 @@ def test_the_rest_of_a_pass_that_is_smaller_than_the_batch_is_dropped():
         whole_pass = torch.cat([all_groups(sampler).flatten() for _ in range(2)]).tolist()
         assert len(set(whole_pass)) == 6
         orders.add(tuple(whole_pass))
-    assert len(orders) == 40  # every pass is shuffled anew
-    assert len({order[-1] for order in orders}) == 7  # nobody is always the one left out
+    assert len(orders) == 40  # every pass is shuffled again
+    assert len({order[-1] for order in orders}) == 7  # no image is always the one left out
 
 
 def test_only_a_group_that_runs_short_is_shuffled():
@@ -81,7 +81,7 @@ def test_only_a_group_that_runs_short_is_shuffled():
     for _ in range(2):
         all_groups(sampler)
     assert torch.equal(sampler.order, before)
-    sampler.draw(torch.tensor([0, 1]))  # group 0 has given all its 4, group 1 only 4 of 9; group 2 is not asked
+    sampler.draw(torch.tensor([0, 1]))  # group 0 has used all its 4, group 1 only 4 of 9; group 2 is not drawn from
     assert torch.equal(sampler.order[4:], before[4:])
     assert sorted(sampler.order[:4].tolist()) == [0, 1, 2, 3]
     assert sampler.cursors.tolist() == [2, 6, 4]

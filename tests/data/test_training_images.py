@@ -15,7 +15,7 @@ def pixels_of(images: torch.Tensor) -> torch.Tensor:
 
 
 def source(seed: int = 0) -> TrainingImages:
-    """Image i is grey i."""
+    """Training images of which image i is grey i."""
     images = torch.arange(10, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2).contiguous()
     return TrainingImages(images, LABELS, ("a", "b"), torch.Generator().manual_seed(seed), pixels_of)
 
@@ -54,4 +54,4 @@ def test_the_typical_ones_of_two_heaps_are_one_of_each():
     odd_or_even = TrainingImages(images, labels, ("a",), stream, lambda images: pixels_of(images) % 2)
     chosen = {how: greys(odd_or_even.draw(2, how)) for how in ("k_means_of_pixels", "k_means")}
     assert sorted(chosen["k_means_of_pixels"]) == [1, 101]
-    assert sorted(grey % 2 for grey in chosen["k_means"]) == [0, 1]  # of the features alone
+    assert sorted(grey % 2 for grey in chosen["k_means"]) == [0, 1]  # by the features alone

@@ -1,4 +1,4 @@
-"""Stands for experiments/reported.csv."""
+"""A fixture that stands in for experiments/reported.csv."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.experiments.small_table import HEAD
 
 @pytest.fixture
 def reported(tmp_path, monkeypatch):
-    """Writes the lines that stand for experiments/reported.csv."""
+    """A function that replaces the lines of experiments/reported.csv."""
 
     def write(*lines: str) -> None:
         path = tmp_path / "reported.csv"

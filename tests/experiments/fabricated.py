@@ -1,4 +1,4 @@
-"""Run folders as runs and sweeps leave them, without the runs."""
+"""Fabricated folders, as runs and sweeps leave them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROVENANCE = {
 
 
 def result(run_id: str, accuracies: Sequence[float], **changes: Any) -> dict[str, Any]:
-    """A result of as many networks as there are ``accuracies``, fractions in [0, 1]."""
+    """A result with one network per entry of ``accuracies``, which are fractions in [0, 1]."""
     made = {
         "run_id": run_id,
         "mode": "run",
@@ -56,7 +56,7 @@ def result(run_id: str, accuracies: Sequence[float], **changes: Any) -> dict[str
 
 
 def write_run(folder: Path, run_result: Mapping[str, Any], *, losses: int = 0, pictures: bool = False) -> Path:
-    """A finished run with ``losses`` steps of condensing, and where it has such steps, a curve and a histogram."""
+    """Write a finished run with ``losses`` condensing steps and, if there are any, a curve and a histogram."""
     folder.mkdir(parents=True, exist_ok=True)
     results.write(folder, dict(run_result))
     records: list[dict[str, Any]] = [
@@ -78,7 +78,7 @@ def write_run(folder: Path, run_result: Mapping[str, Any], *, losses: int = 0, p
 
 
 def noise(side: int, seed: int = 0) -> Image.Image:
-    """What compresses worst."""
+    """An image of noise, which compresses worst."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
 
 
@@ -89,7 +89,7 @@ def write_failure(folder: Path, error: str, command: str) -> Path:
 
 
 def write_sweep(runs: Path, cells: Sequence[Mapping[str, Any]], *, title: str = "A sweep") -> Path:
-    """The folder of a sweep of ``cells``: name, labels and run_id of each; its runs were at another place once."""
+    """Write a sweep of ``cells`` (name, labels and run_id of each), whose runs were once in another place."""
     folder = runs / "sweeps" / "main-01234567"
     folder.mkdir(parents=True, exist_ok=True)
     cells = [

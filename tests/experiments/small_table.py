@@ -1,4 +1,4 @@
-"""The table of a small sweep, whose runs are folders that a test fills."""
+"""The table of a small sweep whose run folders are filled by tests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HEAD = "table,method,dataset,ipc,network,number,std,unit,source,protocol,note"
 
 
 def result(accuracies: list[float], **changes: object) -> dict[str, object]:
-    """As a run writes it; ``accuracies`` of its networks."""
+    """A result as a run writes it, with the ``accuracies`` of its networks."""
     return {
         "mode": "run",
         "accuracy": {"mean": statistics.fmean(accuracies), "std": None, "best_mean": 0.9}
@@ -48,7 +48,7 @@ def result(accuracies: list[float], **changes: object) -> dict[str, object]:
 
 
 class Runs:
-    """A sweep over ``axes`` whose runs are folders that a test fills."""
+    """A sweep over ``axes`` whose run folders are filled by a test."""
 
     def __init__(self, folder: Path, *, shows: tuple[str, ...] = ("accuracy",), axes: dict = AXES, **changes) -> None:
         self.folder = folder

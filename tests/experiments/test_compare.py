@@ -1,4 +1,4 @@
-"""Comparing runs: what may be one row, and what may not."""
+"""Comparing runs: which may share a row, and which may not."""
 
 from __future__ import annotations
 
@@ -94,5 +94,5 @@ def test_what_was_not_condensed_is_refused(tmp_path, monkeypatch):
 
 def test_what_differs_in_more_than_the_seed_is_refused(tmp_path, monkeypatch):
     folders = run_folder(tmp_path, 0, 0.5), run_folder(tmp_path, 1, 0.5, decoder_width=24)
-    with pytest.raises(SystemExit, match="1 and .*0: no seeds of one .* differ in container.decoder_width$"):
+    with pytest.raises(SystemExit, match="1 and .*0: not seeds of one .* differ in container.decoder_width$"):
         compared(monkeypatch, *folders)

@@ -1,4 +1,4 @@
-"""The picture of a run's learning curve: what is drawn of held-out accuracy and of the matching loss."""
+"""The plot of a run's curves: held-out accuracy and matching loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ POINTS = [{"step": 0, "held_out_accuracy": 0.25}, {"step": 4, "held_out_accuracy
 
 
 def drawn(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[list[tuple[list, list]]]:
-    """By axes the points of every line."""
+    """The points of every line, for each of the axes."""
     kept = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: kept.append(figure))
     curve.draw(folder, folder / "curve.png")

@@ -1,4 +1,4 @@
-"""Figures: what is drawn where, and that nothing reported looks measured."""
+"""Figures: what is drawn where, and that reported values never look measured."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_more_lines_than_colours_are_spread_over_panels():
 
 
 def drawn(panel: Panel) -> tuple[list, list]:
-    """Lines of the axes with a marker: what is measured, what is reported."""
+    """Lines with a marker: those of measured values, and those of reported ones."""
     (axes,) = draw([panel], "A figure", "").axes
     lines = [line for line in axes.get_lines() if line.get_marker() not in ("", "None", "_", "|")]
     return [one for one in lines if one.get_linestyle() != "None"], [
@@ -128,7 +128,7 @@ def test_no_line_leads_across_what_is_not_measured():
     found = filled(*(entry("1", column, mean) for column, mean in points))
     (measured,), _ = drawn(panels_of(found, "accuracy")[0])
     assert np.isnan(measured.get_ydata().astype(float)).tolist() == [False, True, False]
-    assert "1 of 3 points not or not wholly measured yet" in figures.note_of(found)
+    assert "1 of 3 points not yet fully measured" in figures.note_of(found)
 
 
 def test_only_reported_numbers_make_no_measured_line():
@@ -157,7 +157,7 @@ def test_one_value_is_drawn_against_another_of_the_same_runs():
     found = filled(
         *(entry("HMN", f"SVHN/{ipc}", 60 + hour, 0.5) for ipc, hour in hours.items()),
         *(entry("HMN", f"SVHN/{ipc}", hour, 0.1, "condense_hours") for ipc, hour in hours.items()),
-        entry("HMN", "SVHN/50", 70),  # of real images: nothing was condensed
+        entry("HMN", "SVHN/50", 70),  # a subset of real images: nothing was condensed
         entry("HMN", "SVHN/50", None, value="condense_hours"),
         columns=("dataset", "ipc"),
         shows=("accuracy", "condense_hours"),
@@ -260,7 +260,7 @@ def table_files(tmp_path, monkeypatch) -> Path:
 
 
 def finish(name: str, accuracies: dict[tuple[str, str, str], list[float]]) -> None:
-    """Results of the cells with these labels (method, beta, seed)."""
+    """Write the results of the cells with these labels (method, beta, seed)."""
     for one in sweep_of(name, []).plan():
         if (labels := tuple(one.cell.labels.values())) in accuracies:
             made = result(one.run_id, accuracies[labels], condense_seconds=1800.0 * (1 + int(labels[2])))
@@ -320,7 +320,7 @@ def test_bars_need_one_column_and_their_first_row(table_files):
     several = filled(entry("A", "0", 60), entry("A", "0.5", 61))
     with pytest.raises(ConfigError, match="rows of a single column"):
         figures.bars(several, ("accuracy",), "")
-    with pytest.raises(ConfigError, match="A, which others are compared with, is not measured: python sweep.py"):
+    with pytest.raises(ConfigError, match="A, which others are compared with, is not measured; run python sweep.py"):
         figures.bars(filled(entry("A", "0", None), entry("B", "0", 60)), ("accuracy",), "")
 
 
@@ -345,18 +345,18 @@ def test_of_what_nothing_is_measured_nothing_is_drawn(table_files, name):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["numbers"], "python -m experiments.tables numbers, or --against"),
+        (["numbers"], "python -m experiments.tables numbers, or add --against"),
         (["lines", "--bars", "beauty"], "--bars=beauty: must be one of"),
-        (["lines", "--bars", "accuracy,condense_hours"], "--bars=accuracy,condense_hours: has no mean"),
+        (["lines", "--bars", "accuracy,condense_hours"], "--bars=accuracy,condense_hours: must be values of one unit"),
         (
             ["lines", "--bars", "accuracy", "--against", "condense_hours"],
-            "--against and --bars: draw one after the other",
+            "--against and --bars: cannot be combined",
         ),
         (["lines", "--against", "beauty"], "--against=beauty: must be one of"),
         (["unheard_of"], "galleries, lines, numbers"),
-        (["only.seed=0"], "only.seed=0: of which table?"),
-        (["galleries", "--results", "kept"], "--results: of numbers"),
-        (["galleries", "--mix"], "--mix: of numbers"),
+        (["only.seed=0"], "only.seed=0: no table is named"),
+        (["galleries", "--results", "kept"], "--results: applies to numbers"),
+        (["galleries", "--mix"], "--mix: applies to numbers"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_in_one_line(table_files, arguments, told):

@@ -1,4 +1,4 @@
-"""What finished runs measured, what is published, what is missing, and that they stay apart."""
+"""Measured, published and missing values of a table, and that they stay apart."""
 
 from __future__ import annotations
 
@@ -79,10 +79,10 @@ def test_every_value_of_a_result():
     ]
     halves = result([0.5], stored_bytes=7, fit_seconds=900.0)
     assert VALUES["stored_bytes"].samples(halves) == [7.0]
-    assert VALUES["condense_hours"].samples(halves) == [0.5]  # the fit is a part of it
-    older = result([0.5], wall_seconds={"condense": 900.0, "fit": 1800.0})  # which tells it among its stages alone
+    assert VALUES["condense_hours"].samples(halves) == [0.5]  # includes the fit
+    older = result([0.5], wall_seconds={"condense": 900.0, "fit": 1800.0})  # the fit only as a stage
     assert VALUES["condense_hours"].samples(older) == [0.75]
-    assert VALUES["held_out"].samples(result([0.5])) == [25.0]  # the curve's end, where nothing was pruned
+    assert VALUES["held_out"].samples(result([0.5])) == [25.0]  # the end of the curve, as nothing was pruned
 
 
 def test_accuracy_is_better_high_and_what_a_machine_takes_low_and_only_compared_on_one():
@@ -102,7 +102,7 @@ def test_the_least_memory_and_the_highest_accuracy_are_best_and_full_data_compet
     assert best == [("accuracy", "X"), ("peak_gib", "X")]
     runs.finish("Y/1", [0.4], peak_bytes=2**31, device="another, 2 threads")
     best = [(row["value"], row["method"]) for row in rows_of(fill(runs)) if row["best"] == "1"]
-    assert best == [("accuracy", "X")]  # memory and time of two machines are no competition
+    assert best == [("accuracy", "X")]  # memory and time of two machines are not comparable
 
 
 def test_results_of_several_code_versions_are_refused_unless_asked_for(tmp_path, reported):
@@ -171,7 +171,7 @@ def test_kept_results_stand_in_for_runs_that_are_gone(tmp_path, reported):
     write_text(runs.path("A/1/Theirs/0") / FAILURE, json.dumps({"error": "out of memory", "command": "ignored"}))
     assert markdown(fill(runs, kept=kept)) == before
     assert markdown(fill(runs)) != before
-    runs.finish("A/1/Theirs/0", [0.75])  # measured anew: that is what counts, and what is kept from now on
+    runs.finish("A/1/Theirs/0", [0.75])  # measured again: this result now counts and is kept
     assert "75.00 (1 x 1)" in markdown(fill(runs, kept=kept))
     shutil.rmtree(runs.folder)
     assert "75.00 (1 x 1)" in markdown(fill(runs, kept=kept))
@@ -256,7 +256,7 @@ def test_published_units_are_converted_and_out_of_memory_is_no_number(tmp_path, 
     runs.finish("A/1/Ours/0", [0.5])
     runs.finish("A/1/Theirs/0", [0.5])
     text = markdown(fill(runs))
-    assert "| **1.50 (1)** [a] | 2.00 [1] | -0.50 |" in text  # equal ones are both the best
+    assert "| **1.50 (1)** [a] | 2.00 [1] | -0.50 |" in text  # equal values are both best
     assert "| **1.50 (1)** [a] | – [2] |  |" in text
     assert "[2] reported by S (out of memory on a card)" in text
     assert "| **0.250 (1)** [a] | 48.00 [1] | -47.750 |" in text
@@ -272,12 +272,12 @@ def test_of_an_axis_without_a_place_the_last_label_is_shown(tmp_path, reported):
 
 
 def test_a_figure_of_pictures_is_no_table(tmp_path, reported):
-    with pytest.raises(ConfigError, match="shows=gallery: no number"):
+    with pytest.raises(ConfigError, match="shows=gallery: is not a number"):
         fill(Runs(tmp_path, shows=("gallery",)))
 
 
 def test_an_unknown_table_is_answered_with_those_there_are(tmp_path, monkeypatch):
     monkeypatch.setattr("hmn.sweeps.table.TABLES", tmp_path)
     (tmp_path / "tiny.yaml").touch()
-    with pytest.raises(ConfigError, match="tinny: no file of experiments/tables; there are tiny"):
+    with pytest.raises(ConfigError, match="tinny: must be a file of experiments/tables: one of tiny"):
         filling.sweep_of("tinny", [])

@@ -1,4 +1,4 @@
-"""What the command says of decoded images and of the steps that made them."""
+"""What the command reports about decoded images and about the steps that made them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_copies_repeat_each_other_and_lie_where_their_class_does():
 
 
 def test_distances_are_relative_to_the_spread():
-    """Two classes around 0.2 and 0.8, each of two flat images 0.1 off: spread 0.1, neighbours 0.2, classes 0.3."""
+    """Two classes, each of two flat images 0.1 off 0.2 or 0.8: spread 0.1, neighbours 0.2, classes 0.3 apart."""
     classes = [torch.tensor([mean - 0.1, mean + 0.1]).view(2, 1, 1, 1).expand(2, 3, 4, 4) for mean in (0.2, 0.8)]
     found = of_classes(*classes)
     assert found["spread"] == pytest.approx(0.1)
@@ -39,7 +39,7 @@ def test_detail_is_what_smooth_images_lack():
     rows = torch.arange(8.0).view(1, 1, 8, 1).expand(1, 1, 8, 8)
     checkers = (torch.arange(8)[:, None] + torch.arange(8)).remainder(2).float().view(1, 1, 8, 8)
     assert of_classes(torch.cat([checkers, checkers]))["detail"] == pytest.approx(1)
-    # Differences of 0.5 from a pair's mean, of numbers 0 .. 7 with a variance of 63 / 12
+    # Values differ by 0.5 from their pair's mean; the numbers 0 .. 7 have a variance of 63 / 12.
     assert of_classes(torch.cat([rows, rows]))["detail"] == pytest.approx(0.25 / (63 / 12))
 
 
@@ -51,7 +51,7 @@ def test_steps_are_told_by_their_first_and_last_quarter(tmp_path):
 
 
 def test_real_images_are_spread_over_their_files_and_measured_in_the_unit_range(tmp_path):
-    """The first and the third of four of every class: flat ones of 0 and 0.4, of 1 and 0.6."""
+    """The first and third of four flat images per class are used: 0 and 0.4 of one class, 1 and 0.6 of the other."""
     for name, values in (("a", (0, 51, 102, 153)), ("b", (255, 204, 153, 102))):
         (tmp_path / name).mkdir()
         for number, value in enumerate(values):
@@ -78,7 +78,7 @@ def test_finished_runs_beside_real_images(tmp_path, capsys):
     assert real["contrast"] > 0
     shown = capsys.readouterr().out
     assert folder.name in shown and "gradient_norm/decoder" in shown
-    with pytest.raises(DataError, match="9 images, 10 are compared"):
+    with pytest.raises(DataError, match="has 9 images, fewer than the 10 that are compared"):
         of_real(tmp_path / "real", 10, 8, 3)
 
 

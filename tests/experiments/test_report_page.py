@@ -1,4 +1,4 @@
-"""The page of a sweep: what it reads, what it says, and what a browser makes of it."""
+"""The page of a sweep: what it reads, what it says, and how it behaves in a browser."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HOSTILE = '</script><script>window.hit=1</script><img src=x onerror="window.hit=
 
 
 def a_sweep(runs: Path) -> Path:
-    """Five runs: finished with 9.5, 9.25 and 80.5 %, failed, and one that waits for another's kept set."""
+    """A sweep of five runs: three finished at 9.5, 9.25 and 80.5 %, one failed, one waiting for a kept set."""
     for name, accuracies in (("d-aaaa0001", [0.08, 0.11]), ("d-aaaa0002", [0.0925]), ("d-aaaa0003", [0.80, 0.81])):
         steps = {"d-aaaa0001": 12, "d-aaaa0003": 600}.get(name, 0)
         write_run(runs / name, result(name, accuracies), losses=steps, pictures=bool(steps))
@@ -155,7 +155,7 @@ def test_a_real_run_is_shown_as_it_was(tmp_path):
         assert f"data:image/png;base64,{content}" in page
 
 
-# What is said of it
+# What it says
 
 
 def test_a_page_is_a_function_of_its_folders(tmp_path):
@@ -187,7 +187,7 @@ def test_the_summary_adds_up_and_warns_of_mixtures(tmp_path):
     assert "Mixed" not in page and "Uncommitted" not in page
     write_run(tmp_path / "b", result("b", [0.5], code="ba9876543210", dirty=True, device="GPU"))
     old = result("c", [0.5])
-    del old["code"]  # of before there was one
+    del old["code"]  # as in results from before the field existed
     write_run(tmp_path / "c", old)
     found = report.summary(collect(tmp_path).runs)
     assert found["counts"] == [("done", 3)]
@@ -312,7 +312,7 @@ def test_pictures_share_what_the_page_has_for_them(tmp_path, monkeypatch):
     page = render(collect(tmp_path))
     pictures = re.findall(r"data:image/\w+;base64,[\w+/=]+", page)
     assert len(pictures) == 8 and sum(map(len, pictures)) < 125_000
-    assert "Pictures of this page are compressed" in page
+    assert "Pictures on this page are compressed" in page
 
 
 # In a browser
@@ -347,7 +347,7 @@ def address(tmp_path_factory) -> str:
 
 @pytest.fixture
 def browser(chromium, address):
-    """A desktop's window with the page of ``a_sweep``, freshly loaded; a complaint on its console fails the test."""
+    """A desktop-sized window with the page of ``a_sweep``, freshly loaded; any console message fails the test."""
     resize(chromium, 1280)
     chromium.get("about:blank")
     chromium.get(address)
@@ -361,7 +361,7 @@ def resize(browser, width: int) -> None:
 
 
 def texts(browser, selector: str) -> list[str]:
-    """Of the elements that can be seen."""
+    """Texts of the visible elements that match ``selector``."""
     script = (
         "return [...document.querySelectorAll(arguments[0])].filter(e => e.checkVisibility()).map(e => e.innerText)"
     )
@@ -388,7 +388,7 @@ def test_a_click_on_a_header_sorts_numbers_as_numbers_and_another_turns_it_round
     button, state = "th[data-key=accuracy] button", "th[data-key=accuracy]"
     for direction, expected in (("descending", ["80.50", "9.50", "9.25"]), ("ascending", ["9.25", "9.50", "80.50"])):
         click(browser, button)
-        assert accuracies(browser) == [*expected, "–", "–"]  # what has none is last either way
+        assert accuracies(browser) == [*expected, "–", "–"]  # runs without a value come last either way
         assert browser.find_element("css selector", state).get_attribute("aria-sort") == direction
 
 

@@ -1,4 +1,4 @@
-"""experiments/reported.csv: its form, and a few numbers by hand."""
+"""experiments/reported.csv: its form, and a few numbers checked by hand."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def test_no_source_says_a_cell_twice():
     ("table", "method", "dataset", "ipc", "unit", "shown", "others"),
     [
         ("main", "HMN", "CIFAR10", "1", "%", 65.7, []),
-        ("main", "IDC", "CIFAR10", "1", "%", 50.0, [50.6]),  # the paper's own before IDC's
+        ("main", "IDC", "CIFAR10", "1", "%", 50.0, [50.6]),  # the HMN paper's number comes before IDC's
         ("main", "IDC", "CIFAR10", "50", "%", 74.5, [74.5, 71.6]),
         ("main", "DC", "CIFAR10", "50", "%", 53.9, [53.9, 56.81, 54.54]),
         ("main", "SPEED", "CIFAR100", "10", "%", 45.9, []),
-        ("main", "MTT", "Tiny-ImageNet", "50", "%", 28.16, [25.82, 28.0]),  # what was recalled last
+        ("main", "MTT", "Tiny-ImageNet", "50", "%", 28.16, [25.82, 28.0]),  # the unverified number comes last
         ("main", "HMN", "SVHN", "50", "%", 91.2, []),
         ("main", "Full data", "CIFAR10", "10", "%", 84.8, []),
         ("main", "IDC", "ImageNet-10", "10", "%", 72.8, []),

@@ -1,4 +1,4 @@
-"""Every table file as a person would use it, in its smoke variant: swept, rendered, drawn and shown on a page."""
+"""The smoke variant of every table file, used as a user would: swept, rendered, drawn and shown on a page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.command import Forked
 NAMES = sorted(path.stem for path in TABLES.glob("*.yaml"))
 SETTINGS = ("debug=smoke", "tracking=disabled", "compute.device=cpu", "launcher.slots=2", "launcher.threads=1")
 
-# What is run of tables whose other cells take the same ways with other numbers
+# The part to run of tables whose other cells take the same code paths with other numbers
 PARTS = {
     "q75_main": ["only.profile=hmn_cosine"],
     "q75_main_ipc10": ["only.profile=hmn_cosine"],
@@ -34,7 +34,7 @@ PARTS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """One for all tables, which have runs in common."""
+    """One folder for all tables, which share runs."""
     return tmp_path_factory.mktemp("smoke")
 
 
@@ -42,10 +42,10 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_smoke_variant_of_every_table_runs_and_is_rendered(name, folder, monkeypatch):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))  # whose slots are nobody else's
-    for counted in ("expected_flops", "making_flops"):  # which each run counts itself
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))  # slots of its own
+    for counted in ("expected_flops", "making_flops"):  # each run counts them itself
         monkeypatch.setattr(Plan, counted, 0.0)
-    # The launcher's alone: matplotlib asks fc-list for fonts when it is first imported on a machine.
+    # Only the launcher's Popen: matplotlib calls fc-list when it is first imported on a machine.
     monkeypatch.setattr(attempt, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": Forked}))
     settings = [*SETTINGS, *PARTS.get(name, [])]
     sweep = of_arguments([f"experiment={name}", *settings], "")

@@ -1,4 +1,4 @@
-"""Every file of experiments/tables/: all that its cells are made of composes, and what it says of itself is so."""
+"""Every file of experiments/tables/: its cells compose, and its description of itself is correct."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from hmn.sweeps.table import TABLES, Table, load_table, table_file
 from tests.command import ROOT
 
 NAMES = sorted(path.stem for path in TABLES.glob("*.yaml"))
-DRAWN = {"gallery"}  # shown by figures alone
+DRAWN = {"gallery"}  # shown by figures only
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 @pytest.fixture(scope="session")
 def with_data(tmp_path_factory):
-    """A folder with what plans look for: class folders, of which no image is read, and the released sets."""
+    """A folder with what plans look for: class folders without images, and the released condensed sets."""
     folder = tmp_path_factory.mktemp("work")
     for split in ("train", "val"):
         for wnid in IMAGENET10:
@@ -40,13 +40,13 @@ def with_data(tmp_path_factory):
 
 
 def first_of_each(table: Table) -> list[Cell]:
-    """Without the repeats."""
+    """The cells of ``table`` without their repeats."""
     first = {axis: next(iter(table.axes[axis])) for axis in table.over}
     return [cell for cell in table.cells if all(cell.labels[axis] == label for axis, label in first.items())]
 
 
 def in_pairs(table: Table) -> list[Cell]:
-    """So many of :func:`first_of_each` that labels and settings that meet in a cell do so in these; what they read."""
+    """Enough of :func:`first_of_each` to cover every pair of labels or settings in a cell, and the cells they read."""
     cells, met, names = first_of_each(table), set(), set()
     for cell in cells:
         labels = sorted(cell.labels.items())
@@ -65,13 +65,13 @@ def without_repeats(table: Table, cell: Cell) -> set[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_cell_composes(name, with_data, monkeypatch):
     monkeypatch.chdir(with_data)
-    for counted in ("expected_flops", "making_flops"):  # which take longer to count than all else
+    for counted in ("expected_flops", "making_flops"):  # counting them takes longer than all the rest
         monkeypatch.setattr(Plan, counted, 0.0)
     table = load_table(table_file(name))
     own = first_of_each(table)
     planned = plan_cells(in_pairs(table))
     assert all((one.run_id is None) == bool(one.cell.reads) for one in planned)
-    # Repeats differ from them in a seed or an order of classes, in nothing else.
+    # Repeats differ from these only in the seed or the order of classes.
     alike = {
         tuple(v for k, v in cell.labels.items() if k not in table.over): without_repeats(table, cell) for cell in own
     }
@@ -81,7 +81,7 @@ def test_every_cell_composes(name, with_data, monkeypatch):
 
 @pytest.mark.parametrize("name", ["q75_gradients", "q75_main_ipc10", "q75_baselines"])
 def test_published_runs_are_those_that_their_table_plans(name, with_data, monkeypatch):
-    """Or else the settings in conf/ and in the table are no longer those of the numbers that are shown."""
+    """Otherwise the settings in conf/ and in the table no longer match the published numbers."""
     monkeypatch.chdir(with_data)
     for counted in ("expected_flops", "making_flops"):
         monkeypatch.setattr(Plan, counted, 0.0)
@@ -120,7 +120,7 @@ def test_what_a_file_says_of_itself(name):
     assert table.expects["hours"] > 0 and table.expects["memory_gb"] > 0 and table.expects["device"]
     kept = [line for line in text.splitlines() if not line.startswith("#")]
     before = text.splitlines()[text.splitlines().index(next(line for line in kept if line.startswith("expects"))) - 1]
-    assert before.startswith("# ")  # how the estimate was come by
+    assert before.startswith("# ")  # how the estimate was made
     assert shown(table)
 
 
@@ -130,7 +130,7 @@ def test_all_tables_are_listed_with_what_they_cost(capsys):
     assert [line.split()[0] for line in lines] == NAMES
     (whole,) = [line for line in lines if line.startswith("main_table ")]
     assert " ".join(whole.split()) == "main_table Test accuracy of condensed sets 17,000 one H100"
-    with pytest.raises(ConfigError, match="^tables=seed=1: must be given alone"):
+    with pytest.raises(ConfigError, match="^tables=seed=1: must be given without settings"):
         cli.run(["seed=1", "tables"])
 
 
@@ -152,7 +152,7 @@ def test_reported_numbers_have_their_places(name):
         for one in reported_for(rows, table.reported, cell.labels, unit)
     }
     assert len(found) >= 5
-    if name != "main_table":  # whose rows are also of budgets and data sets that it has not
+    if name != "main_table":  # its reported rows include budgets and datasets that it does not show
         numbers = {float(row["number"]) for row in rows if row["table"] == table.reported and row["unit"] == "%"}
         assert numbers <= {number for number, _ in found}
 

@@ -1,4 +1,4 @@
-"""Gradient matching: metrics by hand, the step against plain autograd and finite differences, all forms alike."""
+"""Gradient matching: metrics by hand, and all forms of the step against plain autograd and finite differences."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hmn.objectives.distance import METRICS, Parameters, all_weights, convolutio
 from hmn.objectives.gradient import FORMS, matching_step, real_gradients, stored_step
 
 CPU = Compute(torch.device("cpu"))
-ANY_NETWORK = [form for form in FORMS if form != "r_operator"]  # that one is written for ConvNet
+ANY_NETWORK = [form for form in FORMS if form != "r_operator"]  # which only supports ConvNet
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -75,7 +75,7 @@ def test_cosine_takes_all_inputs_and_taps_of_an_output_channel_as_one_vector():
     stream = generator()
     a, b = (torch.randn(3, 2, 3, 3, generator=stream, dtype=torch.float64) for _ in range(2))
     expected = sum(1 - F.cosine_similarity(x.flatten(), y.flatten(), dim=0, eps=0) for x, y in zip(a, b, strict=True))
-    torch.testing.assert_close(METRICS["cosine"](a, b), expected, rtol=0, atol=1e-5)  # the epsilon in the divisor
+    torch.testing.assert_close(METRICS["cosine"](a, b), expected, rtol=0, atol=1e-5)  # for the divisor's epsilon
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -108,7 +108,7 @@ def test_the_classifier_enters_where_it_is_matched(form):
 
 
 def oracle(network: nn.Module, metric: str, real: Tensor, real_labels: Tensor, synthetic: Tensor, labels: Tensor):
-    """IDC's loss by plain autograd through the module itself: all parameters' gradients, the convolutions' distance."""
+    """IDC's loss by plain autograd through the module: gradients of all parameters, distance of the convolutions'."""
 
     def distance(s: Tensor, r: Tensor) -> Tensor:
         if metric == "mse":
@@ -160,14 +160,14 @@ def test_the_distance_of_a_batch_to_itself_is_zero(form, metric):
 @pytest.mark.parametrize("form", FORMS)
 def test_the_distance_does_not_depend_on_the_order_or_repetition_of_images(form):
     network, (real, labels, _, _) = convnet(), batches()
-    order = torch.tensor([3, 0, 6, 1, 5, 2, 4] * 2)  # the loss is a mean: twice every image is the same batch
+    order = torch.tensor([3, 0, 6, 1, 5, 2, 4] * 2)  # the loss is a mean, so every image twice is the same batch
     layers, _ = one_class(form, network, "mse")(parameters_of(network), real, labels, real[order], labels[order])
     assert layers.abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_gradient_that_only_the_classifier_has_does_not_enter(form):
-    """With dead ReLUs all convolution gradients vanish, whatever biases, norms and classifier are asked to do."""
+    """With dead ReLUs all convolution gradients vanish, whatever the gradients of biases, norms and classifier."""
     network, (real, labels, synthetic, _) = convnet(), batches()
     parameters = parameters_of(network)
     parameters["body.9.weight"].zero_()  # the last norm
@@ -180,7 +180,7 @@ def test_a_gradient_that_only_the_classifier_has_does_not_enter(form):
 
 
 class Smooth(nn.Module):
-    """A network without kinks: finite differences are exact to their order everywhere."""
+    """A network without kinks, so that finite differences are exact to their order everywhere."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,13 +206,13 @@ def test_pixel_gradient_agrees_with_finite_differences(form, metric):
     def along(distance: float) -> float:
         return float(step(synthetic + distance * direction, labels)[0].sum())
 
-    h = 5e-3  # fourth order, so that a step this large, needed with fp32 logits, is still exact enough
+    h = 5e-3  # fp32 logits need a step this large; at fourth order it is still exact enough
     numeric = (8 * (along(h) - along(-h)) - (along(2 * h) - along(-2 * h))) / (12 * h)
     assert numeric == pytest.approx(float((gradient * direction).sum()), rel=1e-4)
     assert abs(numeric) > 1e-3
 
 
-# The step and its surroundings
+# The step in its context
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -249,7 +249,7 @@ def test_bf16_is_finite_and_points_where_fp32_does(form, metric):
     layers, gradient = one_class(form, network, metric, bf16)(parameters, *batch)
     assert layers.dtype == gradient.dtype == torch.float32
     assert layers.isfinite().all() and gradient.isfinite().all()
-    assert not torch.equal(gradient, exact_gradient)  # the convolutions did run in another precision
+    assert not torch.equal(gradient, exact_gradient)  # the convolutions did run in bf16
     assert F.cosine_similarity(gradient.flatten(), exact_gradient.flatten(), dim=0) > 0.98
     torch.testing.assert_close(layers, exact, rtol=0.1, atol=0)
 
@@ -258,7 +258,7 @@ def test_bf16_is_finite_and_points_where_fp32_does(form, metric):
 
 
 def classes(depth: int, size: int, *, dtype: torch.dtype = torch.float64, k: int = 3):
-    """Parameters of a ConvNet with norms that do something, and (real, synthetic, labels) of k classes."""
+    """A ConvNet whose norms are not the identity, its parameters, and (real, synthetic, labels) of k classes."""
     stream = generator(4)
     network = initialise(ConvNet(3, 5, size, width=4, depth=depth), stream).to(dtype)
     for module in network.modules():
@@ -270,7 +270,7 @@ def classes(depth: int, size: int, *, dtype: torch.dtype = torch.float64, k: int
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize(("depth", "size"), [(3, 8), (4, 16), (2, 7), (3, 28)])  # 7: a side that pooling cuts off
+@pytest.mark.parametrize(("depth", "size"), [(3, 8), (4, 16), (2, 7), (3, 28)])  # pooling truncates the side 7
 @pytest.mark.parametrize("per_call", [1, 2, 3])
 @pytest.mark.parametrize("form", ["compiled", "r_operator"])
 def test_every_form_and_number_of_classes_per_call_equals_the_loop(form, per_call, depth, size, metric):
@@ -321,7 +321,7 @@ def test_every_form_removes_the_bias_of_a_random_part_alike(form, per_call, dept
 
 
 def attached(network: nn.Module, parameters: Parameters, images: Tensor, label: Tensor) -> Parameters:
-    """Gradients of the convolution weights that can be differentiated by the images."""
+    """Gradients of the convolution weights, differentiable with respect to the images."""
     weights = {name: value.clone().requires_grad_() for name, value in convolution_weights(parameters).items()}
     loss = F.cross_entropy(functional_call(network, parameters | weights, (images,)), label.expand(len(images)))
     return dict(zip(weights, torch.autograd.grad(loss, list(weights.values()), create_graph=True), strict=True))

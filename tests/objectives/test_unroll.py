@@ -1,4 +1,4 @@
-"""A student's training and its hand-written way back, against autograd through the whole training."""
+"""A student's training and its hand-written backward pass, against autograd through the whole training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hmn.objectives.unroll import Unrolled, copies, inner, trajectory_loss
 CPU = Compute(torch.device("cpu"))
 SGD = [(0.0, 0.0), (0.9, 0.0), (0.9, 0.9)]  # momentum and dampening: MTT, LinBa, SPEED
 IMAGES, BATCH = 6, 4
-LR = 0.3  # so large that a forgotten term shows
+LR = 0.3  # large enough that a missing term shows
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -37,7 +37,7 @@ def parameters_of(network: nn.Module) -> dict[str, Tensor]:
 
 
 class Problem:
-    """Images (6, 1, 4, 4), and batches of four of them: every step takes some that another one takes too."""
+    """Images (6, 1, 4, 4) and batches of four of them, so that steps share images."""
 
     def __init__(self, dtype: torch.dtype = torch.float64) -> None:
         stream = generator(1)
@@ -58,7 +58,7 @@ class Problem:
 
 
 def trained_by_autograd(problem: Problem, steps: int, momentum: float, dampening: float, lr: Tensor):
-    """theta_T with the graph of all its steps, as torch's own SGD would go but for its first velocity."""
+    """theta_T with the graph of all steps, as torch's SGD computes it except for the first velocity."""
     theta = {name: value.clone().requires_grad_() for name, value in problem.start.items()}
     v = {name: torch.zeros_like(value) for name, value in theta.items()}
     for t in range(steps):
@@ -71,7 +71,7 @@ def trained_by_autograd(problem: Problem, steps: int, momentum: float, dampening
 
 
 def by_autograd(problem: Problem, steps: int, momentum: float, dampening: float):
-    """theta_T, the outer loss's gradient with respect to the pixels, and with respect to the learning rate."""
+    """theta_T and the outer loss's gradients with respect to the pixels and to the learning rate."""
     lr = problem.lr.clone().requires_grad_()
     end = trained_by_autograd(problem, steps, momentum, dampening, lr)
     outer = problem.cross_entropy(end, *problem.outer)
@@ -95,7 +95,7 @@ def test_the_way_back_is_autograd_s_through_the_whole_training(momentum: float, 
     expected_end, expected_pixels, expected_by_lr = by_autograd(problem, steps, momentum, dampening)
     for name, value in expected_end.items():
         torch.testing.assert_close(end[name], value.detach(), rtol=0, atol=1e-12)
-    assert expected_pixels.norm() > 1e-3  # else 1e-9 says little
+    assert expected_pixels.norm() > 1e-3  # otherwise a tolerance of 1e-9 says little
     torch.testing.assert_close(pixels, expected_pixels, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(by_lr, expected_by_lr, rtol=1e-9, atol=1e-9)
 
@@ -129,7 +129,7 @@ def test_a_segment_keeps_one_state_of_its_steps():
 
 @pytest.mark.parametrize("segment", [1, 2, 3, 5, 7])
 def test_what_a_student_keeps_of_its_steps_is_counted(segment: int):
-    """Before the way back, and while it is on its first, that is the last, segment."""
+    """Copies kept before the backward pass, plus those within one segment during it."""
     problem = Problem()
     unrolled = Unrolled(problem.network, CPU, momentum=0.9, segment=segment)
     trail = unrolled.train(problem.start, problem.batch, 5, problem.lr)
@@ -139,7 +139,7 @@ def test_what_a_student_keeps_of_its_steps_is_counted(segment: int):
 
 
 def test_a_student_that_does_not_move_still_says_where_its_rate_should_go():
-    """|theta_N - target|^2 / |start - target|^2 is 1 at alpha = 0, and its derivative there is that of -alpha sum v."""
+    """|theta_N - target|^2 / |start - target|^2 is 1 at alpha = 0, and its derivative follows from -alpha sum v."""
     problem = Problem()
     problem.lr = torch.zeros((), dtype=torch.float64)
     target = {name: value + 0.1 for name, value in problem.start.items()}

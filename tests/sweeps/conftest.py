@@ -1,4 +1,4 @@
-"""Sweeps of stubs by processes of their own, or by this one."""
+"""Sweeps of stub runs, in processes of their own or in this one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def known(tmp_path_factory) -> str:
 
 @pytest.fixture
 def sweep(tmp_path, known) -> Launched:
-    """Three runs in two slots."""
+    """A sweep of three runs in two slots."""
     return Launched(tmp_path / "here", known)
 
 
@@ -40,13 +40,13 @@ class Ended:
 
 @functools.cache
 def _common_once(own: tuple[str, ...], shared: tuple[str, ...], real=sweeps._common):
-    """Composing is what an empty sweep takes its time for."""
+    """``sweeps._common``, cached: composing takes most of the time of an empty sweep."""
     return real(own, shared)
 
 
 @pytest.fixture
 def here(monkeypatch, capsys) -> Callable[..., Ended]:
-    """``python sweep.py ARGUMENTS`` in this process: the sweep's own settings, and ``more``."""
+    """A function that runs ``python sweep.py`` in this process, with the sweep's own settings and ``more``."""
 
     def run(sweep: Launched, *more: str, command: str = "launch") -> Ended:
         monkeypatch.chdir(sweep.where)

@@ -1,4 +1,4 @@
-"""Sweeps as tests use them: processes that may be killed, of runs that are stubs; and what they left."""
+"""Sweeps for tests: processes that may be killed and whose runs are stubs, and what they leave behind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.command import WAIT_SECONDS, Command, Outcome
 STUB = Path(__file__).with_name("stub")
 SETTINGS = ("compute.device=cpu", "tracking=disabled", "launcher.slots=2")
 THREE = "seed=0,1,2"
-STEPS = 4  # of a stub
+STEPS = 4  # per stub run
 
 
 @functools.cache
@@ -32,7 +32,7 @@ def described(*settings: str) -> Sweep:
 
 @functools.cache
 def plans(folder: Path) -> str:
-    """A cache of plans for all seeds that tests use: composing anew in every process would take seconds."""
+    """The cached plans of all seeds that tests use: composing them in every process would take seconds."""
     path = folder / PLANS
     plan_cells(grid([*SETTINGS[:2], "seed=0,1,2,3,4,5,6,7"]), path)
     return path.read_text()
@@ -40,10 +40,10 @@ def plans(folder: Path) -> str:
 
 @dataclass
 class Launched:
-    """One sweep of stubs in a folder of its own, started as often as need be."""
+    """One sweep of stub runs in a folder of its own, which can be started any number of times."""
 
     where: Path
-    known: str  # plans
+    known: str  # the text of the cached plans
     settings: tuple[str, ...] = (*SETTINGS, THREE)
     program: Path = STUB / "sweep.py"
     environment: dict[str, str] = field(default_factory=dict)
@@ -68,21 +68,21 @@ class Launched:
 
     @property
     def folder(self) -> Path:
-        """The sweep's own."""
+        """The sweep's own folder."""
         return self.where / described(*self.settings).folder
 
     @property
     def folders(self) -> dict[str, Path]:
-        """Of its runs, by seed."""
+        """Folders of its runs, by seed."""
         planned = plan_cells(described(*self.settings).cells)
         return {one.cell.labels["seed"]: self.where / one.folder for one in planned}
 
     def order(self, orders: dict[str, dict[str, Any]]) -> None:
-        """What the stubs are to do, by seed."""
+        """Tell the stubs what to do, by seed."""
         (self.stub / "orders.json").write_text(json.dumps(orders))
 
     def go(self, seed: str | None = None) -> None:
-        """Let stubs that hang go on."""
+        """Let the hanging stubs continue: all, or that of ``seed``."""
         (self.stub / ("go" if seed is None else f"go-{seed}")).touch()
 
     def start(self, *more: str, **environment: str) -> Command:
@@ -92,7 +92,7 @@ class Launched:
         return self.start(*more, **environment).finish()
 
     def ledger(self) -> list[tuple[str, int, Any]]:
-        """(seed, process, event) in their order."""
+        """All (seed, process id, event) in order."""
         lines = (self.stub / "ledger").read_text().splitlines()
         return [(entry["seed"], entry["pid"], entry["event"]) for entry in map(json.loads, lines)]
 
@@ -103,7 +103,7 @@ class Launched:
         return {pid for _, pid, _ in self.ledger()}
 
     def hanging(self, *seeds: str) -> Callable[[], bool]:
-        """For ``wait_for``: whether the runs of these seeds hang now."""
+        """A condition for ``wait_for``: the runs of these seeds hang now."""
         return lambda: all(self.events(seed)[-1:] == ["hangs"] for seed in seeds)
 
     def table(self) -> dict[str, tuple[float, str]]:
@@ -112,7 +112,7 @@ class Launched:
         return {seed: (one["accuracy"]["mean"], one["artifact_sha256"]) for seed, one in found.items() if one}
 
     def steps(self) -> dict[str, list[int]]:
-        """The steps that were computed, by seed."""
+        """All steps that were computed, by seed."""
         found: dict[str, list[int]] = {}
         for seed, _, event in self.ledger():
             if isinstance(event, int):
@@ -120,22 +120,22 @@ class Launched:
         return found
 
     def nothing_is_left_behind(self) -> None:
-        """Every run of it has ended or ends now, and the slots are free again."""
+        """Wait until all its runs have ended, then check that slots and runs are unlocked."""
         wait_until(lambda: not any(map(alive, self.pids())))
         for lock in (*self.temporary.glob("hmn-slots-*/*"), *self.where.glob("runs/**/.lock")):
             with lock.open() as opened:
-                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where it is taken
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if it is taken
 
 
 def alive(pid: int) -> bool:
-    """Whether it runs; one that ended and was not yet asked for its exit code does not."""
+    """Whether the process runs; a zombie does not."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     return False
 
 
 def complaints(outcome: Outcome) -> str:
-    """What it said on stderr, but for what it waited for on a busy machine."""
+    """Its stderr, without the lines about waiting on a busy machine."""
     return "".join(line for line in outcome.err.splitlines(True) if not line.rstrip().endswith(local.WAITING))
 
 

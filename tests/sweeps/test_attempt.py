@@ -1,4 +1,4 @@
-"""One run as a process: its log, its retries, what it says when it fails, and that it is never left behind."""
+"""One run as a process: its log, its retries, its error if it fails, and that it never outlives its launcher."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ number = len(tries.read_text())
 
 @pytest.fixture
 def task(tmp_path):
-    """Makes the task of a program of these lines, which know as ``number`` how often they were started."""
+    """A function that makes the task of a program; its lines can read the number of starts as ``number``."""
 
     def make(lines: str, *arguments: str, **settings) -> Task:
         program = tmp_path / "program.py"
@@ -121,10 +121,10 @@ REASONS = {
     "an unforeseen error": ("print('first')\n{}['key']", "KeyError: 'key'"),
     "its first line": ("raise ValueError('one\\ntwo\\nthree')", "ValueError: one"),
     "the error, not its cause": (CHAINED, "OSError: outer"),
-    "nothing": ("sys.exit(9)", "ended with exit code 9 and said nothing"),
+    "nothing": ("sys.exit(9)", "ended with exit code 9 and no output"),
     "a signal": (
         "os.kill(os.getpid(), signal.SIGKILL)",
-        "killed by SIGKILL: most often the machine was out of memory",
+        "killed by SIGKILL: most often because the machine ran out of memory",
     ),
     "a crash": ("os.kill(os.getpid(), signal.SIGSEGV)", "killed by SIGSEGV"),
     "a signal without a name": ("os.kill(os.getpid(), 40)", "killed by signal 40"),
@@ -140,11 +140,11 @@ def test_the_error_is_one_line(task, name):
 
 def test_the_error_is_of_the_last_attempt(task):
     made = task("if number == 1: print('early', file=sys.stderr)\nsys.exit(4)", max_retries=1)
-    assert attempt(made).error == "ended with exit code 4 and said nothing"
+    assert attempt(made).error == "ended with exit code 4 and no output"
 
 
 def test_a_run_that_another_process_makes_is_waited_for(task, monkeypatch):
-    """Exit code 75: that one's result is as good as ours, and it is no attempt of ours."""
+    """Exit code 75: the other's result is as good as ours, and the start does not count as an attempt."""
     looks = []
     monkeypatch.setattr("hmn.checkpoint.held", lambda folder: looks.append(folder) or held(folder))
     made = task("sys.exit(75 if number == 1 else 0)")
@@ -171,7 +171,7 @@ time.sleep(1000)
 
 
 def stopped(made: Task) -> tuple[Outcome, int]:
-    """The outcome of the task stopped in its middle, and the process it had."""
+    """The outcome of a task that is stopped midway, and the id of its process."""
     stop, outcomes = threading.Event(), []
     ready = Path(made.directory, "ready")
     thread = threading.Thread(target=lambda: outcomes.append(attempt(made, None, stop)))
@@ -204,7 +204,7 @@ def test_a_run_that_does_not_stop_is_killed_after_a_while(task, monkeypatch):
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_run_that_somebody_else_stopped_is_not_started_again(task, signum):
-    """It has said that it goes on later; a launcher that wanted it to go on now would not have stopped it."""
+    """Whoever stopped the run does not want it to continue now; it can resume later."""
     made = task(f"sys.exit({128 + signum})", max_retries=3)
     assert attempt(made) == Outcome("run-1", "stopped", 1)
     assert starts(made) == 1
@@ -232,7 +232,7 @@ def test_nothing_starts_after_a_stop(task):
 
 
 def test_a_run_hears_no_ctrl_c_of_the_terminal(task):
-    """Which is the launcher's: it asks its runs to stop once, in its own words."""
+    """Ctrl-C is for the launcher, which asks its runs to stop once, by a signal of its own."""
     made = task("print(os.getsid(0) == os.getpid())")
     attempt(made)
     assert (folder(made) / LOG).read_text().endswith("\nTrue\n")
@@ -247,14 +247,14 @@ def test_a_log_that_cannot_be_written_is_a_failure_in_one_line(task):
 
 
 def test_a_failure_that_cannot_be_kept_is_said_too(task, monkeypatch):
-    """A run on a full disk may not even be able to say so in its log."""
+    """On a full disk, a run may not even be able to write the error to its log."""
     made = task("sys.exit(1)")
 
     def full(path: Path, text: str) -> None:
         raise OSError(28, os.strerror(28), str(path))
 
     monkeypatch.setattr("hmn.checkpoint.write_text", full)
-    error = "ended with exit code 1 and said nothing (failure.json is not kept: No space left on device)"
+    error = "ended with exit code 1 and no output (failure.json could not be written: No space left on device)"
     assert attempt(made) == Outcome("run-1", "failed", 1, error)
 
 
@@ -288,7 +288,7 @@ def test_a_run_ends_with_the_process_that_started_it(tmp_path):
 
 
 def test_a_run_whose_parent_ended_before_it_looked_ends_at_once(tmp_path):
-    """Its parent by then is another process than the one it was told."""
+    """By then its parent is not the process that it was told."""
     launcher = parent(tmp_path, of="1")
     child = int(launcher.stdout.readline())
     wait_until(lambda: not alive(child))

@@ -1,4 +1,4 @@
-"""What bad luck gets: after each kind of it, the same command finishes the sweep as if nothing had happened."""
+"""After each kind of bad luck, the same command finishes the sweep as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def undisturbed(tmp_path_factory, known) -> dict[str, tuple[float, str]]:
 
 
 def finished(sweep: Launched, undisturbed: dict[str, tuple[float, str]], **environment: str) -> Outcome:
-    """The same command again: it ends well, with the table of the undisturbed sweep, and leaves nothing behind."""
+    """Repeat the same command: it succeeds with the table of the undisturbed sweep and leaves nothing behind."""
     sweep.go()
     outcome = sweep.finish(**environment)
     assert (outcome.code, complaints(outcome)) == (0, "")
@@ -55,15 +55,15 @@ def test_a_launcher_that_is_killed_takes_its_runs_with_it(sweep, undisturbed):
     launcher.wait_for(sweep.hanging("0", "1"))
     launcher.process.kill()
     assert launcher.finish().code == 128 + signal.SIGKILL
-    sweep.nothing_is_left_behind()  # though nothing tells the runs to go on
+    sweep.nothing_is_left_behind()  # though nothing tells the hanging runs to continue
     assert [sweep.events(seed)[-1] for seed in "01"] == [f"exit {128 + signal.SIGTERM}"] * 2
     assert sweep.table() == {}
     finished(sweep, undisturbed)
-    assert sweep.steps() == {seed: list(range(STEPS)) for seed in "012"}  # none twice
+    assert sweep.steps() == {seed: list(range(STEPS)) for seed in "012"}  # no step twice
 
 
 def test_a_launcher_that_is_killed_again_and_again(sweep, undisturbed):
-    """At another step each time, by the third with a run that is done."""
+    """It is killed at another step each time; by the third time, a run is done."""
     for step in range(STEPS):
         sweep.order({"0": {"hang": step}, "1": {"hang": 3 - step}, "2": {"hang": 1}})
         launcher = sweep.start()
@@ -82,7 +82,7 @@ def running(sweep: Launched) -> list[str]:
 
 
 def test_the_next_launcher_need_not_wait_until_all_have_stopped(sweep, undisturbed):
-    """Started while the runs of the killed one still save their state: they keep their slots and folders."""
+    """It starts while the runs of the killed launcher still save their state and so keep their slots and folders."""
     sweep.order({seed: {"hang": 2, "slow": True} for seed in "012"})
     launcher = sweep.start()
     launcher.wait_for(sweep.hanging("0", "1"))
@@ -116,7 +116,7 @@ def test_a_launcher_says_what_it_waits_for(tmp_path, monkeypatch, capsys):
 
 
 def waits_for_slots(launcher: Command, count: int) -> bool:
-    """Whether the process has the lock files of so many slots open."""
+    """Whether the process has the lock files of ``count`` slots open."""
     opened = []
     for link in Path(f"/proc/{launcher.process.pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
@@ -138,7 +138,7 @@ def test_a_run_that_is_killed_goes_on_from_its_checkpoint(sweep, undisturbed):
 
 
 def pid_of(sweep: Launched, seed: str) -> int:
-    """Of the last process of this run."""
+    """Id of the last process of this run."""
     return next(pid for of, pid, _ in reversed(sweep.ledger()) if of == seed)
 
 
@@ -149,10 +149,10 @@ def test_a_run_that_is_killed_without_retries_is_said_and_alone_repeated(sweep, 
     os.kill(pid_of(sweep, "1"), signal.SIGKILL)
     outcome = launcher.finish()
     assert outcome.code == 1
-    assert outcome.complaint == "what failed: python sweep.py status " + " ".join(
+    assert outcome.complaint == "to see what failed: python sweep.py status " + " ".join(
         (*SETTINGS, THREE, "sweep.max_retries=0")
     )
-    reason = "killed by SIGKILL: most often the machine was out of memory"
+    reason = "killed by SIGKILL: most often because the machine ran out of memory"
     assert f"failed   seed=1: {reason}" in outcome.out.splitlines()
     assert outcome.out.splitlines()[-1] == "3 runs: 2 done, 1 failed"
     failure = json.loads((sweep.folders["1"] / "failure.json").read_text())
@@ -190,8 +190,8 @@ def test_a_launcher_that_is_asked_to_stop_stops_its_runs_and_says_how_to_go_on(s
     outcome = launcher.finish()
     assert outcome.code == 128 + signum
     again = "python sweep.py " + " ".join((*SETTINGS, THREE))
-    assert outcome.complaint == f"stopped by {signum.name}; the same command goes on: {again}"
-    assert not any(map(alive, sweep.pids()))  # it waited for them
+    assert outcome.complaint == f"stopped by {signum.name}; the same command resumes: {again}"
+    assert not any(map(alive, sweep.pids()))  # the launcher waited for them
     assert [sweep.events(seed)[-1] for seed in "01"] == [f"exit {128 + signal.SIGTERM}"] * 2  # they ended by themselves
     sweep.nothing_is_left_behind()
     assert all((sweep.folders[seed] / "checkpoints" / "condense.pt").exists() for seed in "01")
@@ -207,13 +207,13 @@ def test_a_second_ctrl_c_does_not_leave_runs_behind(sweep, undisturbed):
     os.kill(launcher.process.pid, signal.SIGINT)
     launcher.wait_for(lambda: all(sweep.events(seed)[-1] == "is asked to stop" for seed in "01"))
     os.kill(launcher.process.pid, signal.SIGINT)
-    # Not earlier than the signal was heard, as its pending bit tells, is the sweep still held.
+    # Check the sweep's lock only after the signal was delivered, as its pending bit tells.
     launcher.wait_for(lambda: not pending(launcher.process.pid, signal.SIGINT))
     assert held(sweep.folder)
     (sweep.stub / "stop").touch()
     outcome = launcher.finish()
     assert outcome.code == 128 + signal.SIGINT
-    assert outcome.complaint.startswith("stopped by SIGINT; the same command goes on: ")
+    assert outcome.complaint.startswith("stopped by SIGINT; the same command resumes: ")
     sweep.nothing_is_left_behind()
     finished(sweep, undisturbed)
 
@@ -229,7 +229,7 @@ def pending(pid: int, signum: int) -> bool:
 
 
 def test_two_launchers_of_one_sweep_at_once(sweep, undisturbed):
-    """One refuses in a line that says how to see what the other does; no run is doubled."""
+    """One is refused, in a line that says how to watch the other; no run is made twice."""
     sweep.order(AT_STEP_2)
     both = [sweep.start(), sweep.start()]
     wait_until(lambda: not all(one.process.is_alive() for one in both))
@@ -240,7 +240,7 @@ def test_two_launchers_of_one_sweep_at_once(sweep, undisturbed):
     status = "python sweep.py status " + " ".join((*SETTINGS, THREE))
     asked = Path("runs", "sweeps", sweep.folder.name)
     advice = "wait for it or stop it"
-    assert outcome.complaint == f"{asked}: another process is working on this sweep; {advice}; what it does: {status}"
+    assert outcome.complaint == f"{asked}: another process is working on this sweep; {advice}; its progress: {status}"
     assert outcome.out == ""
     other.wait_for(sweep.hanging("0", "1"))
     sweep.go()
@@ -251,7 +251,7 @@ def test_two_launchers_of_one_sweep_at_once(sweep, undisturbed):
 
 
 def test_two_sweeps_that_share_a_run_make_it_once(tmp_path, known, undisturbed):
-    """Each has slots of its own, as on two machines with one disk."""
+    """Each has slots of its own, as on two machines that share a disk."""
     first, second = (
         Launched(tmp_path / "here", known, (*SETTINGS, seeds), environment={"TMPDIR": str(tmp_path / temporary)})
         for seeds, temporary in (("seed=0,1", "one"), ("seed=1,2", "two"))
@@ -259,7 +259,7 @@ def test_two_sweeps_that_share_a_run_make_it_once(tmp_path, known, undisturbed):
     for temporary in ("one", "two"):
         (tmp_path / temporary).mkdir()
     first.order({"1": {"hang": 2}})
-    both = [one.start("sweep.max_retries=0") for one in (first, second)]  # to be busy is no attempt
+    both = [one.start("sweep.max_retries=0") for one in (first, second)]  # finding a run busy is not an attempt
     both[0].wait_for(lambda: "exit 75" in first.events("1"))
     first.go()
     outcomes = [one.finish() for one in both]
@@ -295,7 +295,7 @@ def test_a_run_that_another_sweep_gave_up_is_taken_over(tmp_path, known, undistu
 
 
 def test_two_launchers_share_the_slots_of_one_machine(tmp_path, known):
-    """Never two runs in a slot, of whatever sweep: here two slots and six runs."""
+    """A slot never has two runs, not even of different sweeps: here two slots and six runs."""
     sweeps = [Launched(tmp_path / "here", known, (*SETTINGS, seeds)) for seeds in (THREE, "seed=3,4,5")]
     here = sweeps[0]
     here.order({str(seed): {"hang": 1} for seed in range(6)})
@@ -315,7 +315,7 @@ def test_two_launchers_share_the_slots_of_one_machine(tmp_path, known):
 
 @pytest.fixture
 def small_disk(sweep):
-    """The sweep's runs lie on a disk of 1 MiB; skips where none can be mounted."""
+    """A disk of 1 MiB for the sweep's runs; skips the test if none can be mounted."""
     runs, known = sweep.where / "runs", (sweep.folder / "plan.json").read_text()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", runs], capture_output=True)
     if mounted.returncode:
@@ -330,7 +330,7 @@ def small_disk(sweep):
 
 @pytest.mark.parametrize("pages", [0, 1, 4, 8])
 def test_a_disk_that_is_full_after_so_many_pages(sweep, undisturbed, small_disk, pages):
-    """Whatever cannot be written first, it is said in one line and nothing is lost but what could not be written."""
+    """Whatever fails to be written first, one line says so, and nothing else is lost."""
     ballast = small_disk / "ballast"
     with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
         while True:
@@ -347,7 +347,7 @@ def test_a_disk_that_is_full_after_so_many_pages(sweep, undisturbed, small_disk,
 
 @pytest.mark.parametrize("full", ["log.txt", "metrics.jsonl"])
 def test_a_file_of_one_run_on_a_full_disk(sweep, undisturbed, here, full):
-    """That run fails alone, in one line, and is alone repeated."""
+    """Only that run fails, with a one-line error, and only it is repeated."""
     folder = sweep.folders["1"]
     folder.mkdir()
     (folder / full).symlink_to("/dev/full")
@@ -411,7 +411,7 @@ def test_a_failure_that_was_cut_short_is_still_repeated(sweep, undisturbed, here
 
 @pytest.mark.parametrize("hours", ["5", "-100000"])
 def test_a_clock_that_jumps_changes_nothing(sweep, undisturbed, hours):
-    """Nor do files that are from the future or the past; of a launcher that is killed under it, either."""
+    """Nor do files dated in the future or the past, even after the launcher was killed under such a clock."""
     sweep.order(AT_STEP_2)
     launcher = sweep.start(JUMP=hours)
     launcher.wait_for(sweep.hanging("0", "1"))
@@ -440,7 +440,7 @@ def real(tmp_path) -> Launched:
 
 
 def process_of(folder: Path) -> int | None:
-    """The run that writes its log in this folder now."""
+    """Id of the process that writes its log in this folder now."""
     for opened in Path("/proc").glob("[0-9]*/fd/1"):
         with contextlib.suppress(OSError):
             if opened.readlink() == folder / "log.txt":
@@ -455,7 +455,7 @@ def measured(folder: Path) -> tuple[dict[str, list[float]], str]:
 
 @pytest.mark.slow
 def test_real_runs_that_are_killed_end_as_if_they_had_not_been(real, tmp_path):
-    """One of two, and the launcher at once; a clock jumps all the while. Every number is that of a run by hand."""
+    """A run and the launcher are killed at once, while the clock jumps. Every number equals that of a run by hand."""
     (tmp_path / "sitecustomize.py").write_text(JUMPING)
 
     first = real.folders["0"]
@@ -487,7 +487,7 @@ def test_a_real_run_out_of_memory_fails_alone_and_says_so(tmp_path):
     assert failed.startswith("failed   network.width=10000000: out of memory: set compute.memory_limit, or ")
     assert outcome.out.splitlines()[-1] == "2 runs: 1 done, 1 failed"
     (log,) = [path for path in real.where.glob("runs/*/log.txt") if path.with_name("failure.json").exists()]
-    assert [line for line in log.read_text().splitlines() if "rror" in line] == []  # no other line about it
+    assert [line for line in log.read_text().splitlines() if "rror" in line] == []  # the log has no other line about it
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Which runs a grid or a table file asks for, and what is said of a file that cannot be used."""
+"""Which runs a grid or a table file asks for, and the errors for a file that cannot be used."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ axes:
 
 @pytest.fixture
 def table(tmp_path):
-    """The table of a file of this text, after the common one."""
+    """A function that loads the table of a file with the text ``text + more``."""
 
     def load(more: str = "", *overrides: str, text: str = FILE):
         path = tmp_path / "name.yaml"
@@ -111,7 +111,7 @@ def test_cells_are_all_labels_with_the_settings_of_each(table):
 
 
 def test_the_more_particular_setting_wins(table):
-    """Base, axes, adjustments, command line: the last of a key, each but once."""
+    """The order is base, axes, adjustments, command line; the last value of a key wins and is given once."""
     adjust = """
 adjust:
   - {when: {method: HMN}, set: [network.width=1]}
@@ -271,7 +271,7 @@ def test_the_last_of_each_key_stays_where_the_first_was():
     assert last_of_each(["a=1", "b=2", "+a=3", "c=4", "b=5"]) == ["+a=3", "b=5", "c=4"]
 
 
-# What cannot be used
+# Files that cannot be used
 
 ERRORS = {
     "no title": (FILE.replace("title: A title\n", ""), (), "has no title"),
@@ -284,7 +284,7 @@ ERRORS = {
     "a cell twice": (
         FILE + "cells: [{labels: {a: SVHN/1/HMN, b: 0}, set: []}]\n",
         (),
-        "cells=SVHN/1/HMN/0: must be there once",
+        "cells=SVHN/1/HMN/0: must be listed once",
     ),
     "a kept set of no cell": (
         FILE + "artifacts: [{when: {method: HMN}, from: {method: IDC}}]\n",
@@ -305,13 +305,13 @@ ERRORS = {
     "a setting of an axis": (
         FILE,
         ("memory=ipc1",),
-        "memory=ipc1: the axis ipc sets it: only.ipc=LABEL,LABEL chooses of its labels",
+        "memory=ipc1: is set by the axis ipc: only.ipc=LABEL,LABEL chooses among its labels",
     ),
-    "a setting of one label": (FILE, ("network.width=9",), "network.width=9: the axis method sets it: only.method="),
+    "a setting of one label": (FILE, ("network.width=9",), "network.width=9: is set by the axis method: only.method="),
     "an axis of the command": (
         FILE,
         ("network.depth=1,2",),
-        "network.depth=1,2: must be one value: a table has its axes",
+        "network.depth=1,2: must be one value: a table's axes are in its file",
     ),
     "an axis without labels": (FILE + "  none:\n", (), "axes.none=None: must be a mapping of labels"),
 }

@@ -1,4 +1,4 @@
-"""What cells will be, before anything runs: all complaints at once, run ids, and what is remembered of them."""
+"""Planning of cells before anything runs: all errors at once, run ids, and what is cached."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def cell(name: str, *overrides: str, reads: tuple[str, ...] = ()) -> Cell:
 
 @pytest.fixture
 def composed(monkeypatch) -> list[tuple[str, ...]]:
-    """What is composed while the test runs; nothing is remembered from before."""
+    """Records what is composed during the test; the cache starts empty."""
     seen = []
     real = planning.compose
     monkeypatch.setattr(planning, "compose", lambda overrides: seen.append(tuple(overrides)) or real(overrides))
@@ -63,7 +63,7 @@ SEEDED = (
 
 @pytest.mark.parametrize("own", SEEDED, ids=" ".join)
 def test_seeds_are_planned_without_composing_each(composed, own):
-    """And to the same end: only the run id knows the seed."""
+    """The plans are the same as when composed; only the run id depends on the seed."""
     cells = [cell(str(seed), f"seed={seed}", *own) for seed in (0, 1, 17)] + [cell("none", *own)]
     found = plan_cells(cells)
     assert len(composed) == 1
@@ -75,7 +75,7 @@ def test_seeds_are_planned_without_composing_each(composed, own):
 
 
 def test_a_condensation_that_runs_share_is_work_once():
-    """Pruning does not change it unless by how much is condensed; another seed is another one."""
+    """Of the pruning settings only the over-budget share changes the condensation; another seed is another one."""
     shared = ("memory=ipc10", "compute.share_condensed=true", "pruning.over_budget=0.1")
     betas = [cell(f"{beta}", *shared, f"pruning.beta={beta}") for beta in (0, 0.5, 1)]
     others = [cell("seed", *shared, "seed=1"), cell("more", *shared, "pruning.over_budget=0.3")]
@@ -92,7 +92,7 @@ def test_a_condensation_that_runs_share_is_work_once():
 
 
 def test_experts_that_runs_share_are_work_once():
-    """Of one network and data set, whatever is condensed with them; another network has its own."""
+    """Experts are shared per network and dataset, whatever is condensed with them; another network has its own."""
     cells = [
         cell(kind, "objective=trajectory_matching", "pruning=none", f"container={kind}") for kind in ("image", "fred")
     ]
@@ -151,7 +151,7 @@ def test_all_that_cannot_be_composed_is_said_at_once():
 
 
 def test_an_unknown_key_is_answered_with_the_keys_of_the_cells_own_container(monkeypatch):
-    """And not with those of the command, which may name a table where runs have settings."""
+    """The keys are not those of the command line, which may name a table and a different container."""
     monkeypatch.setattr(sys, "argv", ["sweep.py", "plan", "experiment=main_table", "container=linba"])
     with pytest.raises(ConfigError, match="^a: container.instance_channels: unknown key; container has .*coefficients"):
         plan_cells([cell("a", "container=fred", "container.instance_channels=4")])
@@ -170,7 +170,7 @@ def test_an_error_of_the_program_is_no_complaint(monkeypatch):
         plan_cells([cell("a")])
 
 
-# What is remembered
+# What is cached
 
 
 def test_what_is_known_is_not_composed_again(tmp_path, composed):
@@ -209,7 +209,7 @@ def test_what_is_known_of_other_settings_files_is_not_used(tmp_path, composed, m
         planning._version.cache_clear()
         assert len({before, changed, planning._version()}) == 3
     planning._plan.cache_clear()
-    plan_cells([cell("a")], tmp_path / "plan.json")  # which still says changed
+    plan_cells([cell("a")], tmp_path / "plan.json")  # the file still says ``changed``
     assert len(composed) == 2
     planning._version.cache_clear()
 
@@ -272,12 +272,12 @@ def test_a_disk_without_space_only_costs_the_memory(tmp_path, monkeypatch):
     assert one.run_id == planned(CPU).run_id
 
 
-# Cells about the kept sets of others
+# Cells that read the kept sets of others
 
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
-    """Finishes a run: its folder, with a kept set of this content."""
+    """A function that finishes a run: it fills the run's folder, with a kept set of the given content."""
     monkeypatch.chdir(tmp_path)
     plan = planned(*TINY)
 
@@ -324,7 +324,7 @@ def test_a_kept_card_plans_what_reads_a_run_that_is_gone(kept, tmp_path):
     before = plan_cells(cells)[1]
     (keeping / made.run_id).mkdir(parents=True)
     shutil.copy(made.folder / "result.json", keeping / made.run_id)
-    assert plan_cells(cells, kept=keeping)[1] == before  # the folder itself, while it is there
+    assert plan_cells(cells, kept=keeping)[1] == before  # from the run's own folder while it exists
     card = (made.folder / "card.json").read_bytes()
     shutil.rmtree(made.folder)
     assert plan_cells(cells, kept=keeping)[1].run_id is None
@@ -344,7 +344,7 @@ def test_a_damaged_result_is_as_good_as_none(kept):
 
 
 def test_another_kept_set_is_another_run(kept, tmp_path, composed):
-    """Whether it is remembered by this process or in the file."""
+    """This holds whether the plan is cached in this process or in the file."""
     cells = [cell("made", *TINY), reader("evaluated", "made")]
     made, _ = plan_cells(cells, tmp_path / "plan.json")
     ids = []

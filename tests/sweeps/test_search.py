@@ -1,4 +1,4 @@
-"""The search: its space, what it selects by, and that no kill changes what it proposes."""
+"""The search: its space, its selection criterion, and that a kill never changes its proposals."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_space_is_what_the_grammar_says(line, expected):
         ("a=range(3,3)", "a=range(3,3): must be a range with a value"),
         ("a=shuffle(range(4))", "without shuffle"),
         ("a=tag(log,choice(1,2))", "a=tag(log,choice(1,2)): must be without tags"),
-        ("a=tag(fast,interval(1,2))", "without tags but tag(log, ...)"),
+        ("a=tag(fast,interval(1,2))", "without tags except tag(log, ...)"),
         ("a=choice(1,2,1)", "different values"),
         ("a=glob(*)", "a=glob(*): must be written out as choice(...)"),
         ("a=interval(2,1)", "a=interval(2,1): "),
@@ -89,7 +89,7 @@ def test_what_has_no_meaning_in_a_search_is_refused_in_a_line(line, why):
 
 @pytest.fixture
 def folder(monkeypatch, tmp_path) -> Path:
-    """Where the searches of a test run."""
+    """The folder in which a test's searches run."""
     monkeypatch.chdir(tmp_path)
     for module in (searching, planning):
         monkeypatch.setattr(module, "compose", compose_quickly)
@@ -98,7 +98,7 @@ def folder(monkeypatch, tmp_path) -> Path:
 
 @functools.cache
 def compose_quickly(overrides: tuple[str, ...]) -> Config:
-    """What Hydra takes a tenth of a second for, asked of it once for all values of the settings that are searched."""
+    """Compose once for all values of the searched settings: each call of Hydra takes a tenth of a second."""
     given = dict(override.split("=", 1) for override in overrides)
     rate, share = given.pop("objective.memory_lr", None), given.pop("pruning.beta", None)
     config = composed(tuple(sorted("=".join(item) for item in given.items())))
@@ -119,7 +119,7 @@ composed = functools.cache(planning.compose)
         (["study=a", "trials=2", "batch=0"], "batch=0: must be at least 1"),
         (["study=a", "trials=2", "evaluation.curve_points=0"], "evaluation.curve_points=0: must be at least 2"),
         (["study=a", "trials=2", "mode=random_subset"], "mode=random_subset: must be run"),
-        (["study=a", "trials=2", "container=coreset", "container.method=random"], "mode=run: must be run, of a"),
+        (["study=a", "trials=2", "container=coreset", "container.method=random"], "mode=run: must be run, with a"),
         (["study=a", "trials=2", "seed=choice(1,2)", "seed=3"], "seed=3: must be given once"),
         (["study=a", "trials=2", "sweep.other_code=repeat"], "sweep.other_code=repeat: must be refuse or keep"),
         (["study=a", "trials=2", "sweep.on_failure=maybe"], "sweep.on_failure=maybe: must be one of"),
@@ -152,18 +152,18 @@ def test_a_study_that_another_process_works_on_is_left_alone(folder):
         search(["study=a", "trials=2", *FIXED, *SPACE])
 
 
-# What runs give
+# What runs return
 
 
 class Killed(BaseException):
-    """As SIGKILL: nothing of ours handles it."""
+    """Acts like SIGKILL: no code of ours handles it."""
 
 
 class Runs:
-    """In the place of the processes of a launcher: every run gives what ``held_out`` says of its settings.
+    """Replaces a launcher's processes: the held-out accuracy of a run is ``held_out`` of its settings.
 
-    Its test accuracy says the opposite. ``kill_at`` is the number of the run that takes all down with it, ``stop_at``
-    that of one that is told to stop, and ``saves`` whether it has a state by then.
+    Its test accuracy is one minus that. ``kill_at`` is the number of the run that takes everything down with it,
+    ``stop_at`` that of the run that is asked to stop, and ``saves`` tells whether that run has saved its state.
     """
 
     def __init__(self, held_out: Callable[[Mapping[str, str]], float | None]) -> None:
@@ -198,7 +198,7 @@ class Runs:
 
 
 def near_a_hundredth(settings: Mapping[str, str]) -> float:
-    """Best at a rate of 0.01; the share of the hardest does not matter."""
+    """Best at a learning rate of 0.01; ``pruning.beta`` has no effect."""
     return 0.9 / (1 + abs(float(settings["objective.memory_lr"]) - 0.01))
 
 
@@ -210,7 +210,7 @@ def runs(monkeypatch, folder) -> Runs:
 
 
 def trials(study: str = "a") -> list[dict[str, Any]]:
-    """What the journal holds of each trial, without its times."""
+    """What the journal holds for each trial, without the times."""
     opened = searching._open(Path("runs/studies", study))
     return [
         {"params": one.params, "state": one.state.name, "value": one.value, **one.user_attrs}
@@ -235,9 +235,9 @@ def test_held_out_accuracy_alone_decides(runs, capsys):
         best["params"]["pruning.beta"],
         best["run_id"],
     ]
-    (command,) = (line for line in lines if line.startswith("the best: python run.py "))
+    (command,) = (line for line in lines if line.startswith("best: python run.py "))
     searched = " ".join(f"{key}={value}" for key, value in sorted(best["params"].items()))
-    assert command == f"the best: python run.py {' '.join(FIXED)} {searched}"
+    assert command == f"best: python run.py {' '.join(FIXED)} {searched}"
 
 
 def test_the_search_comes_near_the_best_and_says_which_setting_mattered(runs, capsys):
@@ -266,7 +266,7 @@ def test_a_killed_study_goes_on_with_the_same_trials(runs, kill_at):
     runs.kill_at = None
     assert search(["study=a", *arguments]) == 0
     assert trials() == undisturbed
-    assert runs.made == [one["run_id"] for one in undisturbed]  # each once
+    assert runs.made == [one["run_id"] for one in undisturbed]  # each run once
 
 
 def test_a_journal_cut_anywhere_goes_on_with_the_same_trials(runs):
@@ -275,12 +275,12 @@ def test_a_journal_cut_anywhere_goes_on_with_the_same_trials(runs):
     undisturbed, journal = trials(), Path("runs/studies/a") / JOURNAL
     whole, made = journal.read_bytes(), list(runs.made)
     ends = [place + 1 for place, byte in enumerate(whole) if byte == ord("\n")]
-    assert len(ends) == 9  # the study, and two lines for each trial
+    assert len(ends) == 9  # one for the study and two per trial
     for cut in (0, ends[0] - 5, ends[0], ends[1], ends[2] - 1, ends[3], ends[5] + 7, ends[8] - 1):
         journal.write_bytes(whole[:cut])
         assert search(arguments) == 0
         assert trials() == undisturbed, cut
-    assert runs.made == made  # their results are there
+    assert runs.made == made  # none again: their results exist
 
 
 def test_trials_count_over_all_sittings(runs):
@@ -334,7 +334,7 @@ def test_a_run_that_was_stopped_is_a_trial_that_goes_on_with_the_search(runs, sa
 
 
 def test_a_run_that_another_sweep_is_making_is_a_trial_that_goes_on_with_the_search(runs):
-    """This one has ended with the failure of the other trial of its batch, and waits no longer."""
+    """This search ended with the failure of the batch's other trial and does not wait for that run."""
     first: list[str] = []
     runs.held_out = lambda settings: None
     launch_all = runs.launch
@@ -353,7 +353,7 @@ def test_a_run_that_another_sweep_is_making_is_a_trial_that_goes_on_with_the_sea
 
 def test_values_that_make_no_run_are_failed_trials_that_start_none(runs, capsys):
     runs.held_out = lambda settings: 0.5
-    space = ["container.decoder_width=choice(2,100000)"]  # the second does not fit the budget
+    space = ["container.decoder_width=choice(2,100000)"]  # the second value does not fit the budget
     assert search(["study=a", "trials=6", "batch=2", *FIXED, *space]) == 0
     found = trials()
     failed = [one for one in found if one["state"] == "FAIL"]
@@ -392,7 +392,7 @@ def test_the_order_of_settings_and_where_runs_are_made_are_no_part_of_a_study(ru
 def test_trials_of_other_sources_are_kept_only_if_asked_for(runs):
     runs.code = "0123456789ab"
     assert search(["study=a", "trials=1", "sweep.other_code=keep", *FIXED, *SPACE]) == 0
-    with pytest.raises(ConfigError, match=r"study=a: 1 trials are of other sources \(0123456789ab, now \w+\)"):
+    with pytest.raises(ConfigError, match=r"study=a: 1 trials are from other code versions \(0123456789ab, now \w+\)"):
         search(["study=a", "trials=2", *FIXED, *SPACE])
     assert search(["study=a", "trials=2", "sweep.other_code=keep", *FIXED, *SPACE]) == 0
 
@@ -400,7 +400,7 @@ def test_trials_of_other_sources_are_kept_only_if_asked_for(runs):
 def test_a_trial_that_two_versions_of_the_sources_made_is_of_other_sources(runs):
     runs.earlier = ["0123456789ab"]
     assert search(["study=a", "trials=1", *FIXED, *SPACE]) == 0
-    with pytest.raises(ConfigError, match=r"1 trials are of other sources \(0123456789ab\+\w+, now \w+\)"):
+    with pytest.raises(ConfigError, match=r"1 trials are from other code versions \(0123456789ab\+\w+, now \w+\)"):
         search(["study=a", "trials=2", *FIXED, *SPACE])
 
 
@@ -439,7 +439,7 @@ def start(folder: Path, arguments: Sequence[str]) -> Any:
 
 def _sweep(folder: str, arguments: list[str]) -> None:
     os.chdir(folder)
-    tempfile.tempdir = folder  # where the slots are: those of other sweeps on this machine are not ours
+    tempfile.tempdir = folder  # own slots, not those of other sweeps on this machine
     for descriptor in (1, 2):
         os.dup2(os.open("out", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     sys.argv = ["sweep.py", *arguments]

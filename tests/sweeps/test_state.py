@@ -1,4 +1,4 @@
-"""What has become of a run, by what lies in its folder."""
+"""The state of a run, read from its folder."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_run_without_a_folder_waits(tmp_path):
 
 
 def test_a_run_that_left_nothing_but_its_lock_waits(tmp_path):
-    """It was stopped before its first checkpoint."""
+    """Such a run was stopped before its first checkpoint."""
     with exclusive(tmp_path):
         pass
     records(tmp_path)
@@ -47,7 +47,7 @@ def test_a_run_that_left_nothing_but_its_lock_waits(tmp_path):
 
 
 def test_a_result_is_all_that_counts(tmp_path):
-    """Whatever else lies there: a launcher may have been killed before it removed what an earlier attempt left."""
+    """A killed launcher may have left files of an earlier attempt beside the result; they do not matter."""
     failure(tmp_path)
     checkpoint(tmp_path)
     result = results.write(tmp_path, RESULT)
@@ -83,7 +83,7 @@ def test_a_run_that_is_held_runs_whatever_the_last_one_left(tmp_path):
 
 
 def test_looking_at_a_run_does_not_make_it_busy(tmp_path):
-    """A look must not hold the folder that a run is about to hold."""
+    """Reading the state must not lock the folder that a run is about to lock."""
     (tmp_path / LOCK).touch()
     before = len(os.listdir("/proc/self/fd"))
     state.read(tmp_path)
@@ -136,7 +136,7 @@ def test_a_line_that_is_being_written_is_not_read(tmp_path):
 
 
 def test_of_long_metrics_only_the_end_is_read(tmp_path):
-    """A file of terabytes, though it takes no room on the disk."""
+    """The file is sparse: a terabyte in length, it takes no room on the disk."""
     checkpoint(tmp_path)
     with (tmp_path / METRICS_FILE).open("ab") as metrics:
         metrics.truncate(1 << 40)
@@ -169,7 +169,7 @@ BANK = "snapshot bank:  30%|███       | 3/10 [10:46<24:40, 211.49s/network
 )
 def test_what_runs_shows_its_last_bar(tmp_path, log, bar):
     (tmp_path / LOG).write_text(log)
-    assert state.read(tmp_path).bar is None  # nobody works on it
+    assert state.read(tmp_path).bar is None  # no process works on it
     with exclusive(tmp_path):
         assert state.read(tmp_path) == state.State("running", bar=bar)
 

@@ -1,4 +1,4 @@
-"""The loop of a sweep: what it starts, what it leaves alone, and its exit codes. test_sweep_texts.py: what it says."""
+"""What a sweep starts, what it leaves alone, and its exit codes. test_sweep_texts.py tests what it prints."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_a_run_that_fails_each_time_fails_alone_and_is_repeated_by_the_next_laun
         ["seed=1", "failed", "bad", "luck"],
         *([f"seed={seed}", "done", f"{100 * sweep.table()[seed][0]:.2f}", "%"] for seed in "02"),
     ]
-    assert status.lines[-2:] == ["to repeat what failed by hand:", f"seed=1: {arguments(sweep, '1')[2:]}"]
+    assert status.lines[-2:] == ["to repeat failed runs by hand:", f"seed=1: {arguments(sweep, '1')[2:]}"]
     sweep.order({})
     ended = here(sweep, f"sweep.max_retries={retries}")
     assert (ended.code, ended.lines[-1]) == (0, "3 runs: 3 done")
@@ -163,12 +163,12 @@ def test_a_run_that_ends_well_without_a_result_has_failed(sweep, here):
     ended = here(sweep)
     assert ended.code == 1
     (failed,) = [line for line in ended.lines if line.startswith("failed")]
-    assert failed.startswith(f"failed   seed=1: it ended well but left no result in {Path('runs')}")
+    assert failed.startswith(f"failed   seed=1: it ended without an error but left no result in {Path('runs')}")
     assert begins(sweep)["1"] == 1
 
 
 def test_what_goes_wrong_with_the_slots_ends_the_sweep(sweep, here):
-    """An error of the launcher's own is no reason to wait for ever."""
+    """An error in the launcher itself must not make the sweep wait forever."""
     (sweep.temporary / f"hmn-slots-{os.getuid()}").write_text("")
     with pytest.raises(FileExistsError):
         here(sweep)
@@ -180,7 +180,7 @@ def test_what_goes_wrong_with_the_slots_ends_the_sweep(sweep, here):
 
 @pytest.fixture
 def mixed(sweep, here) -> Launched:
-    """Run 1 is finished, under other sources."""
+    """A sweep of which only run 1 is finished, by another code version."""
     sweep.order({"0": {"fail": [0, "later", 2]}, "1": {"code": "0123456789ab"}, "2": {"fail": [0, "later", 2]}})
     here(sweep, "sweep.other_code=keep")
     sweep.order({})
@@ -192,8 +192,8 @@ def test_results_of_other_sources_are_refused(mixed, here):
     ended = here(mixed)
     assert (ended.code, ended.out) == (2, "")
     assert ended.err == (
-        f"1 finished runs are of other sources (0123456789ab, now {results.code_version()}): "
-        "sweep.other_code=keep leaves them beside the new ones, sweep.other_code=repeat measures them anew\n"
+        f"1 finished runs are from other code versions (0123456789ab, now {results.code_version()}): "
+        "sweep.other_code=keep keeps them beside new ones, sweep.other_code=repeat measures them again\n"
     )
     assert mixed.ledger() == before
 
@@ -213,7 +213,7 @@ def test_results_of_other_sources_are_kept_if_told_to(mixed, here):
 
 
 def test_results_of_other_sources_are_measured_anew_if_told_to(mixed, here):
-    left = mixed.folders["1"] / "checkpoints" / "evaluate.pt"  # of a run that was killed after its result
+    left = mixed.folders["1"] / "checkpoints" / "evaluate.pt"  # left by a run that was killed after its result
     write_text(left, "")
     ended = here(mixed, "sweep.other_code=repeat")
     assert (ended.code, ended.lines[-1], left.exists()) == (0, "3 runs: 3 done", False)
@@ -265,7 +265,7 @@ artifacts: [{when: {network: wide}, from: {network: own}}]
 
 @pytest.fixture
 def reading(tmp_path, monkeypatch) -> Launched:
-    """Two cells that make kept sets, and two that evaluate them; those of A have seed 0, those of B seed 1."""
+    """Two cells that make kept sets and two that evaluate them; those of A have seed 0, those of B seed 1."""
     (tmp_path / "reading.yaml").write_text(TABLE)
     monkeypatch.setattr("hmn.sweeps.table.TABLES", tmp_path)
     described.cache_clear()
@@ -276,7 +276,7 @@ def reading(tmp_path, monkeypatch) -> Launched:
 
 
 def kept_set(sha256: str) -> str:
-    """The files of a kept set as a stub leaves them, which is named by what it computed."""
+    """The files of a kept set as a stub leaves them; it replaces SUM by the checksum of what it computed."""
     config = {"kind": "digits", "name": None, "image_size": 8, "channels": 1, "test_fraction": 0.2}
     data = {"class_names": ["0", "1"], "mean": [0.0], "std": [1.0], "channels": 1, "image_size": 8, "config": config}
     card = {"schema_version": 1, "sha256": sha256, "container": {}, "budget": {"floats": 640}, "data": data}
@@ -317,7 +317,7 @@ def test_a_cell_whose_kept_set_fails_waits_for_it(reading, here):
 
 
 def test_a_kept_set_that_is_made_anew_is_evaluated_anew(reading, here):
-    """The evaluation of the one before, which the run id names, is not taken for it."""
+    """The evaluation of the previous kept set has another run id and is not reused."""
     reading.order({"0": {"code": "0123456789ab"}, "1": {"code": "0123456789ab"}})
     assert here(reading, "sweep.other_code=keep").code == 0
     first = run_ids(reading)
@@ -327,7 +327,7 @@ def test_a_kept_set_that_is_made_anew_is_evaluated_anew(reading, here):
     assert (ended.code, ended.lines[-1]) == (0, "4 runs: 4 done")
     again = run_ids(reading)
     assert {name for name in first if again[name] == first[name]} == {"own/A", "own/B"}
-    assert begins(reading) == {"0": 4, "1": 4, "2": 0}  # each was made and evaluated twice
+    assert begins(reading) == {"0": 4, "1": 4, "2": 0}  # each set was made and evaluated twice
 
 
 def run_ids(sweep: Launched) -> dict[str, str]:
@@ -353,7 +353,7 @@ def test_a_sweep_that_another_process_has_is_refused(sweep, here, monkeypatch):
         ended = here(sweep)
     assert (ended.code, ended.out) == (75, "")
     assert len(ended.err.splitlines()) == 1
-    assert ended.err.endswith("; what it does: python sweep.py status " + " ".join((*SETTINGS, THREE)) + "\n")
+    assert ended.err.endswith("; its progress: python sweep.py status " + " ".join((*SETTINGS, THREE)) + "\n")
     assert sweep.ledger() == []
 
 
@@ -362,7 +362,7 @@ def stop_while_omegaconf_composes(stop):
     OmegaConf.to_container(OmegaConf.create({"key": "${stop:}"}), resolve=True)
 
 
-# Each of the last two takes whatever error comes up in it for one of what it does.
+# The last two stop inside code that wraps any exception as an error of its own.
 WHERE = {
     "compose": lambda stop: (planning, "compose", lambda overrides: stop()),
     "OmegaConf": lambda stop: (planning, "compose", lambda overrides: stop_while_omegaconf_composes(stop)),
@@ -373,8 +373,8 @@ WHERE = {
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_planning_can_be_stopped_too(sweep, here, monkeypatch, signum, where):
-    """Which may take minutes: it is no cell's fault, and the line is the one of any stop."""
-    if where != "data":  # which a plan from earlier is compared with
+    """Planning may take minutes. Stopping it blames no cell and prints the same line as any stop."""
+    if where != "data":  # an earlier plan is compared with the data
         (sweep.folder / "plan.json").unlink()
     planning._plan.cache_clear()
     monkeypatch.setattr(*WHERE[where](lambda: os.kill(os.getpid(), signum)))
@@ -382,7 +382,7 @@ def test_planning_can_be_stopped_too(sweep, here, monkeypatch, signum, where):
     ended = here(sweep)
     assert (ended.code, ended.out) == (128 + signum, "")
     again = "python sweep.py " + " ".join((*SETTINGS, THREE))
-    assert ended.err == f"stopped by {signum.name}; the same command goes on: {again}\n"
+    assert ended.err == f"stopped by {signum.name}; the same command resumes: {again}\n"
     assert [signal.getsignal(one) for one in STOP_SIGNALS] == before
 
 
@@ -406,7 +406,7 @@ def test_a_signal_while_runs_save_comes_after_them():
 
 
 def test_more_gpus_than_there_are_are_refused(monkeypatch):
-    """It would go on with those there are: on the CPU, if a driver is broken."""
+    """Otherwise the sweep would use the GPUs that exist, and the CPU if the driver is broken."""
     monkeypatch.setattr(local, "_gpus", lambda: ["0"])
     with pytest.raises(ConfigError, match=r"^launcher.gpus=2: must be at most 1, what this machine has$"):
         list(local.launch([], LocalConfig(gpus=2)))
@@ -455,7 +455,7 @@ def test_slots_of_the_other_kind_of_machine_are_refused(monkeypatch, gpus, given
     ],
 )
 def test_a_run_that_is_given_a_gpu_is_told_to_use_it(monkeypatch, asked, gpus, given):
-    """Where that is broken by then, it fails at once instead of computing for days on the CPU."""
+    """If the GPU is broken by then, the run fails at once instead of computing for days on the CPU."""
     monkeypatch.setattr(local.torch.cuda, "device_count", lambda: gpus)
     sweep = of_arguments([*asked, "seed=0,1"], "")
     (cell, _) = sweep.cells
@@ -464,7 +464,7 @@ def test_a_run_that_is_given_a_gpu_is_told_to_use_it(monkeypatch, asked, gpus, g
 
 
 def test_a_gpu_is_only_asked_for_where_the_runs_are_to_be(monkeypatch):
-    """A cluster's login node has none."""
+    """A cluster's login node has no GPU."""
     monkeypatch.setattr(local.torch.cuda, "is_available", lambda: False)
     asked = ["compute.device=cuda", "seed=0,1"]
     sweep = of_arguments([*asked, "launcher=submitit", "launcher.gpus=1"], "")
@@ -477,14 +477,14 @@ def test_an_axis_that_runs_do_not_read_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     asked = ["compute.device=cpu", "pruning=none", "pruning.beta=0,0.5", "container.fit_steps=7"]
     sweep = of_arguments(asked, "")
-    told = "not read, though it varies: pruning.beta (pruning.over_budget=0)"
+    told = "varies but is not read: pruning.beta (pruning.over_budget=0)"
     assert cli.plan_text(sweep, sweep.plan()).splitlines().count(told) == 1
     assert sweep_module.varied_not_read(of_arguments([*asked[:1], "pruning.beta=0,0.5"], "").plan()) == []
     alike = [Planned(Cell(name, {}, ()), (f"seed={name}",), name, None, not_read=("seed (a)",)) for name in "12"]
-    assert sweep_module.varied_not_read(alike) == ["seed (a)"]  # of a table, too, whose axes have other names
+    assert sweep_module.varied_not_read(alike) == ["seed (a)"]  # also for a table, whose axes have other names
     assert sweep_module.varied_not_read([alike[0], dataclasses.replace(alike[1], not_read=("seed (b)",))]) == []
     other = dataclasses.replace(alike[1], overrides=("seed=2", "artifact=b"))
-    assert sweep_module.varied_not_read([alike[0], other]) == []  # they differ in more than that
+    assert sweep_module.varied_not_read([alike[0], other]) == []  # they differ in other settings too
     monkeypatch.setattr(sweep_module.launchers, "launch", lambda *_: (outcome for outcome in ()))
     sweep_module.launch(sweep)
     assert capsys.readouterr().out == f"{told}\n"
@@ -495,7 +495,7 @@ def test_a_sweep_reads_its_own_settings_from_the_files_that_its_runs_have(monkey
     monkeypatch.setattr(sweep_module, "composed", lambda overrides: asked.append(list(overrides)) or compose())
     of_arguments(["experiment=demo", "debug=smoke", "launcher.slots=3", "seed=0,1", "network.width=8"], "")
     of_arguments(["experiment=main_table", "compute.device=cpu"], "")
-    of_arguments(["experiment=demo,cifar10_q75", "compute.device=cpu"], "")  # of several none holds for the sweep
+    of_arguments(["experiment=demo,cifar10_q75", "compute.device=cpu"], "")  # several files: none is the sweep's
     one = ["compute.device=cpu"]
     assert asked == [["launcher.slots=3", "experiment=demo", "debug=smoke"], one, one]
 
@@ -507,7 +507,7 @@ def test_what_all_runs_have_alike_holds_for_the_sweep():
 
 
 def test_a_sweep_asks_for_no_more_of_its_runs_settings_than_it_reads():
-    """``mode=evaluate`` wants an artifact, which need not be in the file that sets the mode."""
+    """``mode=evaluate`` needs an artifact, which the file that sets the mode need not name."""
     found = sections(compose("mode=evaluate", "dataset=folder", "paths.runs_dir=there"), ["launcher", "paths"])
     assert found.keys() == {"launcher", "paths"} and found["paths"].runs_dir == "there"
 

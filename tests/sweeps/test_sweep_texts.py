@@ -1,4 +1,4 @@
-"""What sweep.py says: the plan with its hours, the status, and the results."""
+"""What sweep.py prints: the plan with its hours, the status, and the results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.sweeps.launched import SETTINGS, THREE, described
 
 
 def test_the_plan_lists_every_cell_and_what_is_left(sweep, here, monkeypatch):
-    """Before anything is done hours are those of a rate that is timed on the spot: here 1e9 operations a second."""
+    """Before any run is done, hours follow from a rate that is timed on the spot: here 1e9 operations per second."""
     monkeypatch.setattr(cli, "flops_per_second", lambda device: 1e9)
     ended = here(sweep, command="plan")
     assert (ended.code, ended.err) == (0, "")
@@ -48,7 +48,7 @@ def test_the_plan_lists_every_cell_and_what_is_left(sweep, here, monkeypatch):
     assert ended.lines[6] == "3 runs: 3 waiting"
     hours = number_of(ended.lines[7].removeprefix("left: about ").split()[0])
     assert hours == pytest.approx(3 * one.flops / 1e9 / 3600, rel=0.01)
-    assert ended.lines[7].endswith(" hours of one slot, at 1.0 GFLOP/s, by one timed convolution")
+    assert ended.lines[7].endswith(" hours of one slot, at 1.0 GFLOP/s, measured on one convolution")
     assert sweep.ledger() == []
 
 
@@ -57,18 +57,18 @@ def number_of(text: str) -> float:
 
 
 def test_the_plan_expects_hours_by_the_runs_that_are_done(sweep, here):
-    """Each stub says that it took 2 seconds."""
+    """Each stub reports that it took 2 seconds."""
     sweep.order({"1": {"fail": [0, "later", 2]}, "2": {"fail": [0, "later", 2]}})
     here(sweep)
     (one, *_) = planning.plan_cells(described(*sweep.settings).cells)
     ended = here(sweep, command="plan")
     rate = f"{one.flops / 2 / 1e9:,.1f} GFLOP/s"
-    said = f"left: about <0.01 hours of one slot, at {rate}, as the 1 finished runs took"
+    said = f"left: about <0.01 hours of one slot, at {rate}, measured on the 1 finished runs"
     assert ended.lines[-2:] == ["3 runs: 1 done, 2 failed", said]
 
 
 def run_of(folder: Path, name: str | None = None, **figures: Any) -> Planned:
-    """A cell that is the run of ``folder``."""
+    """A planned cell whose run is in ``folder``."""
     return Planned(Cell(name or folder.name, {}, ()), (), folder.name, folder, **figures)
 
 
@@ -76,17 +76,17 @@ RESULT = {"accuracy": {"mean": 0.5, "std": None}, "wall_seconds": {"evaluate": 5
 
 
 def test_hours_are_of_runs_that_condense_once_and_make_no_bank(tmp_path):
-    """Of three that share a condensation two are done: they took 4,000 seconds for 10 TFLOP and 2; 2 are left."""
+    """Two of three runs that share a condensation are done: 10 and 2 TFLOP in 4,000 seconds; 2 TFLOP are left."""
     shared = {"flops": 10e12, "making_flops": 8e12, "condensation": "shared"}
     planned = [run_of(tmp_path / name, **shared) for name in "abc"]
     results.write(planned[0].folder, RESULT | {"wall_seconds": {"bank": 9e4, "condense": 3000.0, "evaluate": 500.0}})
     results.write(planned[1].folder, RESULT)
-    said = "left: about 0.185 hours of one slot, at 3.0 GFLOP/s, as the 2 finished runs took"
+    said = "left: about 0.185 hours of one slot, at 3.0 GFLOP/s, measured on the 2 finished runs"
     assert cli.plan_text(described(*SETTINGS, THREE), planned).splitlines()[-1] == said
 
 
 def test_a_machine_is_as_fast_as_in_the_best_of_a_few_training_steps(monkeypatch):
-    """Of 2 seconds, after one of 9 that warms up; operations are counted by PyTorch."""
+    """The best takes 2 seconds, after a warm-up of 9 seconds; PyTorch counts the operations."""
     ticks = iter([0.0, 9.0, 10.0, 14.0, 20.0, 22.0, 30.0, 33.0])
     monkeypatch.setattr(pace, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     with FlopCounterMode(display=False) as counter:
@@ -101,7 +101,7 @@ def test_what_is_timed_is_a_slot_s_device_with_a_slot_s_threads(monkeypatch, gpu
     sweep = dataclasses.replace(sweep, launcher=LocalConfig(gpus=gpus, threads=before + 1))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(cli, "flops_per_second", lambda on: timed.append((on.type, torch.get_num_threads())) or 1e9)
-    assert cli._rate(sweep, {}, {}) == (1e9, "by one timed convolution")
+    assert cli._rate(sweep, {}, {}) == (1e9, "measured on one convolution")
     assert (timed, torch.get_num_threads()) == ([(device, before + 1)], before)
 
 
@@ -121,8 +121,8 @@ def test_a_run_that_nobody_goes_on_with_has_no_time_left(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["tables", "--json"], "--json=given: must be left out but for results"),
-        (["tables", "--every", "5"], "--every=5.0: must be left out but for status"),
+        (["tables", "--json"], "--json=given: must be left out except for results"),
+        (["tables", "--every", "5"], "--every=5.0: must be left out except for status"),
         (["status", "--every", "0"], "--every=0.0: must be above 0 and at most 86400 seconds"),
         (["status", "--every", "nan"], "--every=nan: must be above 0 and at most 86400 seconds"),
     ],
@@ -160,7 +160,7 @@ def test_what_reads_the_set_of_a_failed_run_is_not_waited_for(tmp_path):
     assert not cli._may_change([failed, reader(failed)])
     assert cli._may_change([failed, other, reader(other)])
     results.write(other.folder, RESULT)
-    assert cli._may_change([other, reader(other)])  # whose run is known and made next
+    assert cli._may_change([other, reader(other)])  # its run is known now and made next
 
 
 def test_an_accuracy_is_percent_with_its_deviation_over_networks():
@@ -175,7 +175,7 @@ def test_what_a_sweep_does_is_asked_of_sweep_py_however_it_was_started(program):
 
 
 def test_status_shows_steps_and_what_is_left_of_runs_that_run(sweep, here):
-    """A stub tells of 2 steps a second; the plan counts the steps of the run that it stands for."""
+    """A stub reports 2 steps per second; the plan counts the steps of the run that it stands for."""
     sweep.order({"0": {"hang": 2}, "1": {"hang": 1}, "2": {"hang": 1}})
     launcher = sweep.start()
     launcher.wait_for(sweep.hanging("0", "1"))

@@ -1,4 +1,4 @@
-"""``wandb agent`` on our sweep file: its own loop starts ``run.py``, and W&B's runs get what the sweep looks for."""
+"""``wandb agent`` on our sweep file: its own loop starts ``run.py``, and W&B's runs get the metric of the sweep."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.command import ROOT, TINY, compose, configured
 from tests.wandb_reader import read_offline_run, without_login
 
 SWEEP = yaml.safe_load((ROOT / "experiments" / "wandb_sweep.yaml").read_text())
-# In the place of CIFAR-10, and after what the file says: Hydra takes an option only once.
+# Replaces CIFAR-10 in place, because Hydra takes an option only once.
 INSTEAD = {"dataset=cifar10": "dataset=digits", "memory=ipc1": "seed=3"}
 QUICK = (*(f for f in TINY if not f.startswith("tracking")), "tracking=offline", "evaluation.curve_epochs=1")
 
@@ -62,7 +62,7 @@ def test_what_an_agent_starts_is_a_run_that_measures_the_metric_of_the_sweep():
 
 
 class Server:
-    """What an agent asks W&B's server for: two runs with the same values, one after the other, then to exit."""
+    """Answers an agent as W&B's server does: two runs with the same values, one after the other, then the exit."""
 
     def __init__(self) -> None:
         self.command = [INSTEAD.get(part, part) for part in SWEEP["command"]]
@@ -84,7 +84,7 @@ class Server:
 
 @pytest.fixture
 def agent(monkeypatch, tmp_path):
-    """W&B's own agent, with a server that is none; whatever it sets in the environment is undone."""
+    """W&B's own agent with a fake server; whatever it sets in the environment is undone."""
     without_login(monkeypatch, tmp_path / "home")
     import wandb
     from wandb import wandb_agent

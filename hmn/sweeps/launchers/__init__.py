@@ -1,7 +1,7 @@
-"""Where the runs of a sweep are processes.
+"""Launchers, which run a sweep's runs as processes on this machine, a Ray cluster or SLURM.
 
 A launcher is a generator function ``launch(tasks, settings)`` that yields one outcome per task, in the order in which
-they end. Closing it stops what runs, so that the same sweep can go on later, and returns once nothing runs any more.
+they end. Closing it stops the runs, so that the same sweep can continue later, and returns once all have ended.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ Launched = Generator[Outcome, None, None]
 
 
 def launch(tasks: Sequence[Task], settings: LauncherConfig) -> Launched:
-    """The launcher that ``settings`` are of: the module of its name, which alone imports its engine."""
+    """Run the launcher that ``settings`` belong to. Only the module named after it imports its engine."""
     return importlib.import_module(f"{__name__}.{settings.name}").launch(tasks, settings)
 
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """A signal to stop comes after the block, unless that fails: not between having runs begin and knowing of them.
+    """Delay a stop signal until after the block, so that none arrives between starting runs and recording them.
 
-    Blocking is not enough, as another thread may be given the signal, and its handler runs in this one.
+    If the block fails, the signal is dropped. Blocking the signal would not be enough: another thread may receive it,
+    and its handler runs in this thread.
     """
     came: list[int] = []
     handlers = {one: signal.signal(one, lambda signum, _frame: came.append(signum)) for one in STOP_SIGNALS}

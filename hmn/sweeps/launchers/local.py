@@ -1,4 +1,4 @@
-"""Runs as processes of this machine, each in a device slot that no other run has, of whatever sweep."""
+"""Runs as processes on this machine, each alone in its device slot; all sweeps of a user share the slots."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from hmn.config.sweeps import LocalConfig
 from hmn.sweeps.attempt import POLL_SECONDS, Task, attempt
 from hmn.sweeps.launchers import Launched
 
-PATIENCE_SECONDS = 10.0  # until it is said what is waited for
-WAITING = "waiting for the run that has this slot, of another sweep or still saving its state"
+PATIENCE_SECONDS = 10.0  # before it is reported what is waited for
+WAITING = "waiting for the run in this slot, which is of another sweep or still saving its state"
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Slot:
 
     @contextlib.contextmanager
     def taken(self, stop: threading.Event) -> Iterator[int | None]:
-        """Yields the descriptor that holds the slot: it is free again once no process has that open.
+        """Wait for the slot and yield the descriptor that holds it: the slot is free again once no process has it open.
 
-        ``None`` if ``stop`` was set before the slot was free.
+        Yields ``None`` if ``stop`` is set before the slot is free.
         """
         folder = Path(tempfile.gettempdir()) / f"hmn-slots-{os.getuid()}"
         folder.mkdir(exist_ok=True, mode=0o700)
@@ -46,7 +46,7 @@ class Slot:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 if not said and time.monotonic() - begun > PATIENCE_SECONDS:
-                    sys.stderr.write(f"{self.name}: {WAITING}\n")  # at once: other slots may say it too
+                    sys.stderr.write(f"{self.name}: {WAITING}\n")  # in one write, as other slots may print the same
                     said = True
                 stop.wait(POLL_SECONDS)
             yield None if stop.is_set() else lock.fileno()
@@ -64,14 +64,14 @@ def slots(settings: LocalConfig) -> list[Slot]:
 
 
 def _cores() -> int:
-    """Those that this process may use, where the system tells."""
+    """The number of cores that this process may use, or of all cores if the system does not tell."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpus() -> list[str]:
-    """The GPUs of this process by the names that CUDA_VISIBLE_DEVICES knows."""
+    """The GPUs of this process, as CUDA_VISIBLE_DEVICES names them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = torch.cuda.device_count()  # without taking any memory on them
+    count = torch.cuda.device_count()  # allocates no memory on them
     return visible.split(",")[:count] if visible is not None else [str(number) for number in range(count)]
 
 
@@ -88,10 +88,10 @@ def launch(tasks: Sequence[Task], settings: LocalConfig) -> Launched:
                         return
                     outcome, seen = attempt(task, slot.environment, stop, keep_open=[descriptor]), threading.Event()
                     outcomes.put((outcome, seen))
-                # Whoever asked may end the sweep for it: the next run does not begin before.
+                # The outcome may end the sweep, so the next run begins only after it was seen.
                 while not stop.is_set() and not seen.wait(POLL_SECONDS):
                     pass
-        except Exception as error:  # nobody else would hear of it, and the sweep would wait for ever
+        except Exception as error:  # would otherwise go unnoticed, and the sweep would wait forever
             outcomes.put((error, threading.Event()))
 
     def next_task() -> Task | None:
@@ -112,5 +112,5 @@ def launch(tasks: Sequence[Task], settings: LocalConfig) -> Launched:
     finally:
         stop.set()
         for thread in threads:
-            if thread.ident is not None:  # a signal may come before all are started
+            if thread.ident is not None:  # a signal may arrive before all are started
                 thread.join()

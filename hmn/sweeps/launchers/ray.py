@@ -1,4 +1,4 @@
-"""Runs as tasks of a Ray cluster, whose nodes share the file system that the run folders are on."""
+"""Runs as tasks of a Ray cluster whose nodes share the file system of the run folders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hmn.errors import ConfigError
 from hmn.sweeps.attempt import GRACE_SECONDS, Outcome, Task, attempt, lost
 from hmn.sweeps.launchers import Launched, uninterrupted
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reads it while it is imported, and reports to its makers
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read on import; by default, Ray reports its usage to its makers
 try:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -27,16 +27,16 @@ except ImportError:
     raise ConfigError("launcher=ray: Ray is not installed: pip install -e '.[ray]'") from None
 
 ANSWER_SECONDS = 10.0
-NODES_LOST = 10  # at most, under one run, before it counts as failed
-OBJECT_STORE_BYTES = 100 << 20  # of a cluster of our own, where no tensor travels
-# Ray's monitor would kill and repeat a run that is out of memory without end; the system's own way ends it once, and
-# `attempt` says so. Ray also lets its workers give way to every other process, as if there were such.
+NODES_LOST = 10  # at most, while running one run, before it counts as failed
+OBJECT_STORE_BYTES = 100 << 20  # for a cluster started here, through which no tensors are sent
+# Ray's memory monitor would kill and repeat a run that is out of memory without end; the operating system kills it
+# once, which `attempt` reports. Ray would also lower the priority of its workers, for which there is no reason here.
 OWN_CLUSTER = {"memory_monitor_refresh_ms": 0, "worker_niceness": 0}
 
 
 @ray.remote(num_cpus=0)
 class _Gate:
-    """Which runs have begun, until it is closed. Ray's own way to cancel would not let them save."""
+    """Lets runs begin until it is closed, and records which did. Cancelling by Ray would not let runs save."""
 
     def __init__(self) -> None:
         self._closed = asyncio.Event()
@@ -49,7 +49,7 @@ class _Gate:
         return not self._closed.is_set()
 
     async def close(self) -> set[str]:
-        """Those that have begun: they save, and no other begins."""
+        """Let no further run begin and return those that have begun, which now save their state."""
         self._closed.set()
         return self._begun
 
@@ -57,9 +57,9 @@ class _Gate:
         await self._closed.wait()
 
 
-@ray.remote(max_retries=NODES_LOST)  # that are Ray's only for a worker that is gone: `attempt` repeats what failed
+@ray.remote(max_retries=NODES_LOST)  # Ray retries only when a worker is lost; `attempt` retries failures
 def _run(task: Task, environment: dict[str, str], gate: ray.actor.ActorHandle) -> Outcome:
-    # Never `ray.get` in here: a task that blocks in it lends its CPUs to another one.
+    # Never call `ray.get` here: Ray lends the CPUs of a task that blocks in it to another task.
     stop = threading.Event()
     if not gate.enter.remote(task.run_id).future().result():
         stop.set()
@@ -68,12 +68,12 @@ def _run(task: Task, environment: dict[str, str], gate: ray.actor.ActorHandle) -
     try:
         return attempt(task, environment, stop)
     finally:
-        ray.cancel(closed)  # the worker does further runs
+        ray.cancel(closed)  # the worker is used for further runs
 
 
 def launch(tasks: Sequence[Task], settings: RayConfig) -> Launched:
     with contextlib.ExitStack() as stack:
-        # While Ray itself works or waits it swallows what a signal's handler raises.
+        # Ray's own calls swallow exceptions that a signal handler raises.
         with uninterrupted():
             stack.enter_context(_connected(settings))
             gate, running = _begin(tasks, settings)
@@ -87,7 +87,7 @@ def launch(tasks: Sequence[Task], settings: RayConfig) -> Launched:
 
 
 def _begin(tasks: Sequence[Task], settings: RayConfig) -> tuple[ray.actor.ActorHandle, dict[Future[Outcome], Task]]:
-    """The gate, on this node, of all ``tasks``, and what becomes of each."""
+    """Submit all ``tasks``. Returns their gate, on this node, and the future of each."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     gate = _Gate.options(scheduling_strategy=here).remote()
     run = _run.options(num_cpus=settings.cpus, num_gpus=settings.gpus)
@@ -96,12 +96,12 @@ def _begin(tasks: Sequence[Task], settings: RayConfig) -> tuple[ray.actor.ActorH
 
 
 def _end(gate: ray.actor.ActorHandle, running: Mapping[Future[Outcome], Task]) -> None:
-    """Have what runs save, and wait for it."""
-    begun: set[str] = set()  # the others need not ever fit on a node
-    with contextlib.suppress(ray.exceptions.RayError):  # without its gate none is told to save
+    """Make running runs save their state, and wait for them."""
+    begun: set[str] = set()  # a run that has not begun may never fit on a node
+    with contextlib.suppress(ray.exceptions.RayError):  # if the gate is lost, no run can be told to save
         begun = gate.close.remote().future().result()
     saving = [future for future, task in running.items() if task.run_id in begun]
-    futures.wait(saving, GRACE_SECONDS + ANSWER_SECONDS)  # one whose node was lost may never begin again
+    futures.wait(saving, GRACE_SECONDS + ANSWER_SECONDS)  # a run whose node was lost may never begin again
 
 
 def _outcome(future: Future[Outcome], task: Task) -> Outcome:
@@ -112,16 +112,16 @@ def _outcome(future: Future[Outcome], task: Task) -> Outcome:
 
 
 def _environment(settings: RayConfig) -> dict[str, str]:
-    """Ray names a run's GPUs itself, but hides none from one that has none."""
+    """The environment of a run. Ray sets the GPUs of a run itself, but hides none from a run without GPUs."""
     hidden = {} if settings.gpus else {"CUDA_VISIBLE_DEVICES": ""}
     return {"OMP_NUM_THREADS": str(max(1, int(settings.cpus))), **hidden}
 
 
 @contextlib.contextmanager
 def _connected(settings: RayConfig) -> Iterator[None]:
-    """Within the block, the cluster of ``settings.address`` answers, or one of our own that ends with it.
+    """Within the block, be connected to the cluster at ``settings.address`` or, without one, to one started here.
 
-    Raises ``ConfigError`` if it does not answer, or if no run could ever be placed on our own.
+    Raises ``ConfigError`` if the cluster does not answer, or if no run could ever be placed on one started here.
     """
     address = settings.address or os.environ.get("RAY_ADDRESS")
     own = {
@@ -131,16 +131,16 @@ def _connected(settings: RayConfig) -> Iterator[None]:
     }
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        if address and ":" in address:  # where nothing answers Ray ends the whole process, after a minute
+        if address and ":" in address:  # without an answer, Ray would end the whole process after a minute
             host, _, port = address.rpartition(":")
             socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
-        # What runs print goes to their own logs, and Ray's own lines nowhere.
+        # Runs print to their own logs; Ray's own messages are dropped.
         ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else own))
     except (OSError, ValueError, RuntimeError) as error:
         line = str(error).strip().splitlines()[0]
         raise ConfigError(f"launcher.address={address}: no Ray cluster of this kind answers: {line}") from None
     finally:
-        if signal.getsignal(signal.SIGTERM) is not handler:  # Ray has put its own in its place
+        if signal.getsignal(signal.SIGTERM) is not handler:  # Ray has replaced it by its own
             signal.signal(signal.SIGTERM, handler)
     try:
         if not address:

@@ -1,7 +1,7 @@
-"""Runs as jobs of a SLURM cluster through submitit; its local executor stands in for one to try it.
+"""Runs as jobs of a SLURM cluster through submitit, whose local executor stands in for a cluster to try it out.
 
-submitit itself, not Hydra's launcher over it (hydra-submitit-launcher): that one says nothing before all jobs have
-ended, lets the first failed one hide the rest, and composes in the job, where a signal to save goes to no run.
+This uses submitit directly instead of Hydra's launcher (hydra-submitit-launcher), which reports nothing before all jobs
+have ended, lets the first failed job hide the others, and composes in the job, where a signal to save reaches no run.
 """
 
 from __future__ import annotations
@@ -25,41 +25,41 @@ from hmn.errors import STOP_SIGNALS, ConfigError
 from hmn.sweeps.attempt import Outcome, Task, attempt, lost
 from hmn.sweeps.launchers import Launched, uninterrupted
 
-# By which SLURM tells all processes of a job of a time limit or of another's job, runs too: one that they know.
+# The signal by which SLURM announces a time limit or pre-emption to all processes of a job: one that runs handle, too.
 os.environ["SUBMITIT_PREEMPT_SIGNAL"] = "USR1"  # for the jobs
 try:
     import submitit
 
-    submitit.JobEnvironment.USR_SIG = "USR1"  # where something has imported it before
+    submitit.JobEnvironment.USR_SIG = "USR1"  # in case it was already imported
 except ImportError:
     raise ConfigError("launcher=submitit: submitit is not installed: pip install -e '.[slurm]'") from None
 
-POLL_SECONDS = 0.5  # of the files that jobs leave
-QUEUE_SECONDS = 15.0  # between two questions to SLURM, which all its users share
-TIME_LIMITS = 100  # that a run may come to, one after another, before it counts as failed
+POLL_SECONDS = 0.5  # between looks at the files that jobs write
+QUEUE_SECONDS = 15.0  # between queries to SLURM, which all its users share
+TIME_LIMITS = 100  # that one run may reach before it counts as failed
 CLOSED = "closed"  # the file that tells jobs to stop
 
 
 class Run(submitit.helpers.Checkpointable):
-    """One run in its job. Cut off by its time limit or for another's job, it saves, and the same job comes again."""
+    """One run in its job. At its time limit or when pre-empted, it saves its state, and the same job is requeued."""
 
     def __call__(self, task: Task, environment: Mapping[str, str], closed: Path) -> Outcome:
         requeue = signal.getsignal(signal.SIGUSR1)  # submitit's handler, which does not return
         asked: set[int] = set()
         for signum in (signal.SIGUSR1, signal.SIGTERM):
-            signal.signal(signum, lambda signum, _frame: asked.add(signum))  # what it interrupts may hold any lock
+            signal.signal(signum, lambda signum, _frame: asked.add(signum))  # no more: interrupted code may hold locks
         with _watching(lambda: asked or closed.exists()) as stop:
             outcome = attempt(task, environment, stop)
         if outcome.status != "stopped" or closed.exists():
             return outcome
         if signal.SIGUSR1 in asked:
             requeue(signal.SIGUSR1, None)
-        sys.exit(128 + signal.SIGTERM)  # without a result: SLURM has queued the job again, or it was cancelled
+        sys.exit(128 + signal.SIGTERM)  # without a result: SLURM has requeued the job, or it was cancelled
 
 
 @contextlib.contextmanager
 def _watching(asked: Callable[[], object]) -> Iterator[threading.Event]:
-    """Yields what is set once ``asked()``."""
+    """Yield an event that is set once ``asked()`` is true."""
     stop, over = threading.Event(), threading.Event()
 
     def watch() -> None:
@@ -81,7 +81,7 @@ def launch(tasks: Sequence[Task], settings: SubmititConfig) -> Launched:
         return
     runs_dir = Path(tasks[0].directory, tasks[0].folder).parent
     runs_dir.mkdir(parents=True, exist_ok=True)
-    # What submitit hands over goes through files. A folder for each launch: the local executor's job ids come again.
+    # submitit exchanges data through files. Every launch has its own folder, as the local executor reuses job ids.
     folder = Path(tempfile.mkdtemp(prefix="submitit-", dir=runs_dir))
     lost_any = False
     try:
@@ -102,17 +102,17 @@ def launch(tasks: Sequence[Task], settings: SubmititConfig) -> Launched:
 
 
 def _outcome(job: submitit.Job, task: Task) -> Outcome | None:
-    """``None`` if the job is gone without a result."""
+    """The outcome of an ended job, or ``None`` if it left no result."""
     if not job.paths.result_pickle.exists():
         return None
     try:
         return job.result()
     except submitit.core.utils.FailedJobError as error:
-        return lost(task, _last_line(str(error).split("-" * 22)[1]))  # between such lines is the trace
+        return lost(task, _last_line(str(error).split("-" * 22)[1]))  # the trace is between lines of dashes
 
 
 class _Jobs:
-    """The jobs of one launch. SLURM is given all at once and starts ``at_once``; the local executor would start all."""
+    """The jobs of one launch. SLURM gets all and runs ``at_once`` of them; the local executor would run all."""
 
     def __init__(self, folder: Path, settings: SubmititConfig, tasks: Sequence[Task]) -> None:
         self._closed = folder / CLOSED
@@ -122,14 +122,14 @@ class _Jobs:
         self._at_once = len(tasks) if self._slurm else settings.at_once
         self._waiting = deque(tasks)
         self._running: dict[submitit.Job, Task] = {}
-        self._unknown: set[submitit.Job] = set()  # to SLURM, when it was last asked
+        self._unknown: set[submitit.Job] = set()  # jobs that SLURM did not list when last asked
         self._ask_at = 0.0
 
     def left(self) -> bool:
         return bool(self._waiting or self._running)
 
     def ended(self) -> list[tuple[submitit.Job, Task]]:
-        """Those that have ended since the last call; none if that is so for a moment."""
+        """Jobs that have ended since the last call; an empty list, after a short wait, if there are none."""
         self._submit()
         found = self._ended()
         if not found:
@@ -137,7 +137,7 @@ class _Jobs:
         return [(job, self._running.pop(job)) for job in found]
 
     def close(self) -> None:
-        """Have what runs save and end; what has not begun never does."""
+        """Make running jobs save their state and end, and let no other begin."""
         self._closed.touch()
         while self._present():
             if self._slurm:
@@ -149,8 +149,8 @@ class _Jobs:
         if count <= 0:
             return
         tasks = [self._waiting.popleft() for _ in range(count)]
-        # Ctrl-C is the launcher's, but the terminal sends it to the local executor's processes too, unless blocked; and
-        # sbatch is to end what it began.
+        # Ctrl-C is for the launcher, but the terminal sends it to the local executor's processes, too, unless it is
+        # blocked. sbatch must finish what it began, so all stop signals are blocked for it.
         blocked = set(STOP_SIGNALS) if self._slurm else {signal.SIGINT}
         with uninterrupted():
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
@@ -169,13 +169,13 @@ class _Jobs:
         if with_result or time.monotonic() < self._ask_at:
             return with_result
         self._ask_at = time.monotonic() + QUEUE_SECONDS
-        # A result takes a while to be seen through a network's file system.
+        # A result may become visible on a network file system only after a while.
         unknown = set(self._running).difference(self._present())
         gone, self._unknown = unknown & self._unknown, unknown
         return list(gone)
 
     def _present(self) -> list[submitit.Job]:
-        """Those that wait or run. Of submitit's own question only clusters that keep accounts know the answer."""
+        """Jobs that wait or run. submitit's own query is not used, as only clusters with accounting can answer it."""
         if not self._slurm:
             return [job for job in self._running if not job.done()]
         answer = subprocess.run(
@@ -190,16 +190,16 @@ def _array(job: submitit.Job) -> str:
 
 
 def _environment(settings: SubmititConfig) -> dict[str, str]:
-    """SLURM names a job's GPUs itself, but need not hide any from one that asked for none."""
+    """The environment of a run. SLURM sets the GPUs of a job itself, but may hide none from a job without GPUs."""
     hidden = {} if settings.gpus else {"CUDA_VISIBLE_DEVICES": ""}
-    # A job that is not over when its notice is cannot be queued again. W&B takes the time before it knows how a run
-    # ends, so those that finish have no longer: what is not uploaded by then waits for `wandb sync`.
+    # A job that still runs when its notice is over cannot be requeued. W&B must be given its time limit before it is
+    # known how a run ends, so it holds for finished runs, too: what is not uploaded by then waits for `wandb sync`.
     upload = str(settings.notice_seconds / 2)
     return {"OMP_NUM_THREADS": str(settings.cpus), FINISH_TIMEOUT: upload, **hidden}
 
 
 def _executor(folder: Path, settings: SubmititConfig) -> submitit.Executor:
-    """Raises ``ConfigError`` where there is no such cluster, or for options that submitit does not know."""
+    """submitit's executor. Raises ``ConfigError`` if there is no such cluster or submitit does not know an option."""
     if settings.cluster == "local":
         executor = submitit.LocalExecutor(folder, max_num_timeout=TIME_LIMITS)
         executor.update_parameters(timeout_min=settings.timeout_minutes, signal_delay_s=settings.notice_seconds)
@@ -218,7 +218,7 @@ def _executor(folder: Path, settings: SubmititConfig) -> submitit.Executor:
         "mem": f"{math.ceil(1024 * settings.memory_gb)}M",
         "partition": settings.partition,
         "additional_parameters": {"requeue": True},
-        "srun_args": [f"--cpus-per-task={settings.cpus}"],  # which a job's step no longer has by itself (SLURM 22.05)
+        "srun_args": [f"--cpus-per-task={settings.cpus}"],  # no longer inherited by a job's step since SLURM 22.05
     }
     try:
         executor.update_parameters(**parameters | settings.options)

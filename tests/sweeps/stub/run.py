@@ -1,13 +1,13 @@
-"""Stands for run.py in tests of sweeps: its locks, files, signals and exit codes, in a few hundredths of a second.
+"""Stand-in for run.py in tests of sweeps: its locks, files, signals and exit codes, in a few hundredths of a second.
 
-It finds its folder by its log. What it does goes to ``ledger`` in the folder STUB, and what bad luck it has is read
-from ``orders.json`` there, by its seed:
+It finds its folder by its log. It records what it does in ``ledger`` in the folder STUB, and reads from
+``orders.json`` there, by its seed, which bad luck it has:
 
-- ``hang``: at this step it waits until the file ``go`` or ``go-SEED`` is there, or a signal asks it to stop
-- ``deaf``: it does not hear SIGTERM
-- ``slow``: asked to stop, it waits for the file ``stop`` first
-- ``fail``: [step, line on stderr, exit code]; with ``times``, only the first so many attempts do
-- ``code``: of the sources, that its result names
+- ``hang``: at this step, wait until the file ``go`` or ``go-SEED`` exists or a signal asks it to stop
+- ``deaf``: ignore SIGTERM and SIGINT
+- ``slow``: when asked to stop, wait for the file ``stop`` first
+- ``fail``: [step, line on stderr, exit code]; with ``times``, only the first ``times`` attempts fail
+- ``code``: the code version that its result names
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SEED = SETTINGS.get("seed", "0")
 
 
 def note(event: object) -> None:
-    with (STUB / "ledger").open("a") as ledger:  # one write, appended whole
+    with (STUB / "ledger").open("a") as ledger:  # a single write, so the line is appended whole
         ledger.write(json.dumps({"seed": SEED, "pid": os.getpid(), "event": event}) + "\n")
 
 
@@ -52,7 +52,7 @@ def leave(line: str, code: int) -> None:
 
 
 def held(path: Path) -> int | None:
-    """The descriptor of a lock that is now ours, or ``None`` where another process has it."""
+    """The descriptor of a lock that is now ours, or ``None`` if another process holds it."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -78,7 +78,7 @@ def main() -> None:
     if held(FOLDER / ".lock") is None:
         leave(f"{FOLDER}: another process is working on this run; wait for it or stop it", 75)
     if (FOLDER / "result.json").exists():
-        leave("is finished: this is its kept result", 0)
+        leave("is finished: this is its saved result", 0)
     note("begin")
     if held(STUB / f"inside-{slot()}") is None:
         note("two in a slot")
@@ -95,7 +95,7 @@ def main() -> None:
                 note("is asked to stop")
             while orders.get("slow") and not (STUB / "stop").exists():
                 time.sleep(0.005)
-            leave(f"stopped by {signal.Signals(asked[0]).name}; the same command goes on from here", 128 + asked[0])
+            leave(f"stopped by {signal.Signals(asked[0]).name}; the same command resumes from here", 128 + asked[0])
         if "fail" in orders and orders["fail"][0] == step and attempts < orders.get("times", 1000):
             leave(*orders["fail"][1:])
         state = {"step": step + 1, "sum": hashlib.sha256(f"{state['sum']} {SEED} {step}".encode()).hexdigest()}
@@ -103,7 +103,7 @@ def main() -> None:
         with (FOLDER / "metrics.jsonl").open("a") as metrics:
             metrics.write(json.dumps({"condense/step": step + 1, "condense/steps_per_second": 2.0}) + "\n")
         replaced(kept, state)
-    for name, text in json.loads(os.environ.get("STUB_KEPT", "{}")).items():  # of a kept set
+    for name, text in json.loads(os.environ.get("STUB_KEPT", "{}")).items():  # the files of a kept set
         (FOLDER / name).write_text(text.replace("SUM", state["sum"]))
     result = {
         "schema_version": 1,
@@ -126,4 +126,4 @@ if __name__ == "__main__":
         main()
     except OSError as error:
         note(f"OSError {error.errno}")
-        leave("no space left on the disk: free some, and the same command goes on from the last checkpoint", 1)
+        leave("no space left on the disk: free some, and the same command resumes from the last checkpoint", 1)

@@ -1,4 +1,4 @@
-"""sweep.py, but its runs are processes of the stub beside this file, and its clock jumps by JUMP hours."""
+"""sweep.py whose runs are processes of the stub beside this file and whose clock jumps by JUMP hours."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def through_stub(task: Task) -> Task:
 
 
 def jumping(hours: float, real=time.time):
-    """A clock that goes forth and back by ``hours`` between any two looks at it."""
+    """A clock that jumps forward or back by ``hours`` between any two readings."""
     signs = itertools.cycle((1, -1))
     return lambda: real() + next(signs) * hours * 3600
 
