@@ -28,7 +28,7 @@ class StyleAdversary:
 
     ``views`` (styles, n) holds the indices of each style's images, on the host; every style has the same bases in the
     same order. ``labels`` (n,) are the bases' classes. A step uses at most ``batch`` bases, or all of them if that is
-    not given.
+    ``None``.
     """
 
     def __init__(

@@ -156,8 +156,8 @@ def device_of(config: ComputeConfig) -> torch.device:
 def bf16_pays(device: torch.device) -> bool:
     """Whether ``device`` computes convolutions faster in bf16 than in fp32.
 
-    Devices without bf16 instructions emulate it. Intel's CPUs with AVX-512 but without AMX have such instructions and
-    are slower with them than in fp32 (benchmarks/README.md); AMD's are twice as fast.
+    Devices without bf16 instructions emulate it. An Intel CPU that has them in AVX-512 but not in AMX is slower with
+    them than in fp32; an AMD CPU is twice as fast (benchmarks/README.md).
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

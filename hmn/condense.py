@@ -85,7 +85,7 @@ class Condensation(ABC):
         """Restore what :meth:`own_state` returned."""
 
     def gather(self) -> None:  # noqa: B027 - most have nothing to gather
-        """Update the rows of all classes in every process."""
+        """Bring the rows of all classes up to date in every process."""
 
     @torch.no_grad()
     def _move_averages(self) -> None:
@@ -228,12 +228,12 @@ class _Stopwatch:
     def __init__(self, run: Condensation) -> None:
         self.run = run
         self.last = time.monotonic()
-        self.first_step = run.step  # where the current memory peak begins
+        self.first_step = run.step  # step since which the current memory peak is measured
         self.reported = (run.step, run.seconds)
         run.compute.begin_peak()
 
     def lap(self, *, finished: bool = False) -> None:
-        """Add the seconds since the last lap; with ``finished``, wait for the device's queued work before."""
+        """Add the seconds since the last lap; with ``finished``, first wait for the device's queued work."""
         if finished:
             self.run.compute.wait()
         now = time.monotonic()

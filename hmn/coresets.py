@@ -1,6 +1,6 @@
 """Coresets, the baselines that select real images of every class instead of condensing them.
 
-All methods are greedy or sample within each class, so every class gives ``count`` images whatever the others' sizes.
+Every method chooses class by class, so every class gives ``count`` images whatever the others' sizes.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def k_center(features: Tensor, count: int) -> Tensor:
 
 
 def highest(scores: Tensor, labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Indices (C * count,), by class, of the ``count`` highest ``scores`` (N,) of every class; ties are random."""
+    """Indices (C * count,), by class, of each class's ``count`` highest ``scores`` (N,); ties are broken at random."""
     shuffled = torch.randperm(len(scores), generator=generator, device=scores.device)
     return _first_of_each_class(shuffled[scores[shuffled].argsort(descending=True, stable=True)], labels, count)
 

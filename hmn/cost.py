@@ -67,7 +67,7 @@ def gradient_matching(
 def synthetic_gradient(
     objective: SyntheticGradientConfig, build: Builder, pixels: tuple[int, int, int], classes: int, images: int
 ) -> Step:
-    """As :func:`gradient_matching`, of all weights; the network trains on synthetic images, not after its last step."""
+    """As :func:`gradient_matching`, of all weights; the network trains on synthetic images between inner steps."""
     passes = objective.network_epochs * (objective.inner_steps - 1) / objective.inner_steps
     update = int(passes * classes * images * training_flops(build, pixels))
     matching = sum(_gradients_compared(objective, build, pixels, images, all_weights))

@@ -50,8 +50,8 @@ def train_judges(
 ) -> dict[str, Tensor]:
     """Train ``count`` fresh networks on ``images``; returns ``memo``, as :func:`hmn.training.train_networks` does.
 
-    ``stream`` names their random streams. ``slot`` names their checkpoint, progress bar and errors; by default, it is
-    the same name.
+    ``stream`` names their random streams. ``slot`` names their checkpoint, progress bar and errors, by default
+    ``stream``.
     """
     make = functools.partial(judge.training, images, recipe, stream)
     return train_networks(count, make, observe, memo, judge.checkpoints, slot or stream, judge.together)

@@ -36,7 +36,7 @@ def run(plan: Plan, *, command: str) -> dict[str, Any]:
             result = _work(plan, folder, stop)
         else:
             print(f"{plan.run_id} is finished: this is its saved result (move {folder} away to measure it again)")
-            # A W&B agent expects the result in a W&B run of its own; without one, W&B may have missed the run's end.
+            # A W&B agent expects the result in a W&B run of its own; without an agent, W&B may have missed the end.
             if tracking.of_agent() or tracking.left_open(folder):
                 with _tracker(plan, folder) as tracker:
                     tracker.summary(results.summary(result))

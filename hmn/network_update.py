@@ -22,7 +22,7 @@ TrainingStep = Callable[..., tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]
 
 
 def training_step(network: nn.Module, compute: Compute) -> TrainingStep:
-    """A function for the mixed cross entropy of one batch, its gradients and the new running statistics.
+    """Make a function that computes the mixed cross entropy of a batch, its gradients and new running statistics.
 
     It changes none of its inputs. ``network`` gives the architecture; its own parameters and buffers are never read.
     ``weights`` (n,) are 0 for the padding of a short batch. Without batch norm the images of a batch do not interact,
@@ -172,7 +172,7 @@ class NetworkUpdate:
     def _seen(
         self, images: Tensor, labels: Tensor, drawn: augment.Draw, mix: augment.MixDraw | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Network inputs from ``images`` (..., n, channels, H, W), the partners' labels, and each image's own share."""
+        """Network inputs from ``images`` (..., n, channels, H, W), the partners' labels, and each batch's own share."""
         inputs = augment.apply(self.normalise(images).flatten(0, -4), drawn).reshape(images.shape)
         if mix is None:
             return inputs, labels, torch.ones(labels.shape[:-1], device=images.device)

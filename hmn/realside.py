@@ -1,4 +1,4 @@
-"""The real side of class matching: the networks and the real images that a step uses, computed during the run.
+"""The real side of class matching: the networks and the real batches that a step uses, drawn during the run.
 
 For each step a side first makes its choice, on the host, and passes it on as tensors. All that follows from the choice
 is device work only, so that it can be replayed as one CUDA graph. Sides differ in what their networks train on: real
@@ -37,7 +37,7 @@ Synthetic = Callable[[], tuple[Tensor, Tensor]]  # all decoded images (N, channe
 class RealSide(ABC):
     """What a condensation needs from the real images. By default, the device draws nothing and no network trains."""
 
-    USES_IMAGES: ClassVar[bool] = True  # whether each step reads real images, rather than all being read beforehand
+    USES_IMAGES: ClassVar[bool] = True  # whether each step reads real images; if not, they were used beforehand
 
     @abstractmethod
     def begin(self, step: int) -> None:
@@ -195,8 +195,9 @@ class TrainedSide(ImageSide):
 class LiveSide(TrainedSide):
     """Networks train on real images after every matching step (IDC, algorithm 1).
 
-    With ``k_means_interval``, real batches are not random (DREAM). Every so many steps of a network's life, the images
-    of each class are clustered by their features in that network. The batch consists of those nearest to the centres.
+    With ``k_means_interval``, real batches are not random (DREAM). Every that many steps of a network's life, the
+    images of each class are clustered by their features in that network. The batch consists of those nearest to the
+    centres.
     """
 
     def __init__(

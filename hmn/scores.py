@@ -25,7 +25,7 @@ SLOT = "coreset"  # name of the checkpoint slot and of the stream of the network
 
 
 def difficulty(judge: Judge, train: Split, networks: int, epochs: int) -> dict[str, Tensor]:
-    """How hard every image of ``train`` (N,) was for ``networks`` networks that learned all by the judge's recipe.
+    """How hard every image of ``train`` (N,) was for ``networks`` networks, trained on all by the judge's recipe.
 
     The un-augmented images are measured after each epoch, and the measures are averaged over networks:
 
@@ -63,8 +63,8 @@ def difficulty(judge: Judge, train: Split, networks: int, epochs: int) -> dict[s
 def weights(judge: Judge, train: Split, networks: int, epochs: int) -> dict[str, Tensor]:
     """Weights of ``networks`` networks trained on ``train`` by the judge's recipe, stacked: (networks, ...) by name.
 
-    CutMix is used, as in IDC's training of the network whose features herding takes. Weights are kept rather than
-    features, because the features of a whole dataset are far larger.
+    The recipe's CutMix stays on, as in IDC's training of the network whose features herding takes. Weights are kept
+    rather than features, because the features of a whole dataset are far larger.
     """
     empty = judge.build().to(train.images.device).state_dict()
 
@@ -102,7 +102,7 @@ def remembered(
         except safetensors.SafetensorError as error:
             raise ArtifactError(f"{path}: not a safetensors file ({error}); remove it to have it made again") from None
 
-    with exclusive(path.with_suffix(""), wait=stop):  # the files beside it belong to others
+    with exclusive(path.with_suffix(""), wait=stop):  # not the whole folder: other files in it have their own locks
         if (found := distributed.from_first(read)) is not None:
             print(f"coreset: read {path}")
             return {name: value.to(device) for name, value in found.items()}

@@ -150,7 +150,7 @@ class LearnedRate:
 
 
 class ThroughStudent(Condensation):
-    """Condensation in which each container step trains a student on decoded images, whose end tells how to change them.
+    """Condensation in which each step trains a student on decoded images and learns from its loss how to change them.
 
     However often the student's steps use an image, it is decoded only twice per container step, ``chunk`` images at a
     time: first without a graph, for the student to train on, then again to pass on the gradient of its pixels.

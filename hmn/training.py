@@ -42,7 +42,7 @@ class Recipe:
 def batches_of(order: Tensor, recipe: Recipe) -> tuple[Tensor, ...]:
     """Split ``order`` (..., N) into the batches of an epoch: ceil(N / batch) of them, (..., n) each.
 
-    All batches are full but the last, which may be a single image and is still a step of its own. With
+    All batches but the last are full; the last may be a single image and is still a step of its own. With
     ``even_batches``, sizes differ by at most one instead.
     """
     if recipe.even_batches:

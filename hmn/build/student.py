@@ -93,7 +93,7 @@ def trajectory_matching(shop: Workshop, container: Container) -> ThroughStudent:
 
 
 def bptt(shop: Workshop, container: Container) -> ThroughStudent:
-    """LinBa's objective: fresh students train on random images of every class at a fixed rate; real ones judge them."""
+    """LinBa's loss: fresh students train on random images of every class at a fixed rate; real images judge them."""
     objective, data, device = shop.config.objective, shop.data, shop.compute.device
     stream = generator(shop.config.seed, "condense", "real", device=device)
     unrolled = _unrolled(shop)

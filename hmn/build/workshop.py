@@ -37,7 +37,7 @@ class Workshop:
 
     @property
     def arithmetic(self) -> dict[str, str]:
-        """The precision of files that runs share: where bf16 does not pay it is fp32, in files of its own."""
+        """The precision of shared files, part of their names: fp32 instead of bf16 where bf16 does not pay."""
         return {"precision": self.compute.precision}
 
     @property

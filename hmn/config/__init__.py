@@ -119,7 +119,8 @@ class DatasetConfig:
 @dataclass(kw_only=True)
 class MemoryConfig:
     images_per_class: int = MISSING  # IPC: the budget is IPC * classes * channels * side^2 numbers
-    # Type in which a container's numbers are kept and judged; float16: half the bytes of the paper's float32, 11 bits
+    # Type in which a container's numbers are kept and judged; float16 takes half the bytes of the paper's float32 and
+    # has 11 significant bits
     number: str = newer("float32", modes=("run", "coreset"))
 
     def __post_init__(self) -> None:
@@ -156,7 +157,7 @@ class NetworkConfig:
 
     name: str = MISSING  # one of NETWORK_NORMS
     width: int | None = None  # of the first layer (densenet121: growth; mlp: every hidden layer); null: the paper's
-    depth: int | None = None  # convnet only; null: the fewest blocks, at least 2, that leave a map of at most 4 x 4
+    depth: int | None = None  # convnet only; null: at least 2, and enough blocks for a last map of at most 4 x 4
     norm: str = "instance"  # instance: GroupNorm with one channel per group; batch: cannot be matched; none
 
     def __post_init__(self) -> None:
@@ -189,7 +190,7 @@ class EvaluationConfig:
     strategy: str = "color_crop_flip_scale_rotate"  # by IDC's rule, with parameters per image
     cutmix: float = 0.5  # probability per batch
     test_points: int = 4  # evenly spaced tests; the best of them is printed as an extra, the last is the result
-    # number of tests during condensing, on held-out real images; the first and last steps are among them
+    # number of tests during condensing, on held-out real images, evenly spaced from step 0 to the last step
     curve_points: int = field(default=0, metadata={"modes": ("run",)})
     curve_epochs: int = field(default=100, metadata={"modes": ("run",)})
 
@@ -228,7 +229,7 @@ class TrackingConfig:
 class ComputeConfig:
     device: str = unscientific("auto")  # auto, cpu, cuda or cuda:N; under torchrun: the GPU of the local rank
     # tf32 (CUDA) and bf16 are for convolutions and matrix products; statistics, softmax, distances, memories stay fp32
-    precision: str = "fp32"
+    precision: str = "fp32"  # bf16 becomes fp32 on devices that it does not speed up
     deterministic: bool = unscientific(True)
     # loop: autograd twice; compiled: nested derivatives; r_operator: written out, ConvNet only; auto: chosen by cost.
     # With all but loop, matching and the training of networks are compiled.

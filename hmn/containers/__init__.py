@@ -59,7 +59,7 @@ class Storage:
 
     @property
     def over_budget_images_per_class(self) -> int:
-        """Images per class that are condensed over budget, G_o."""
+        """Images per class that are condensed before pruning, G_o."""
         return self.over_budget_instances * self.images_per_instance
 
     def stored_floats(self, classes: int) -> int:

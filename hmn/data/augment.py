@@ -36,7 +36,7 @@ MAX_DEGREES = 15.0
 class Draw:
     """Parameters of one augmentation of n images, each (n,); ``None`` where the strategy lacks the operator.
 
-    ``chosen`` (n,) is the position in ``alternatives`` of the operator that each image gets.
+    ``chosen`` (n,) is the position in ``alternatives`` of the one among them that each image gets.
     """
 
     alternatives: tuple[str, ...]

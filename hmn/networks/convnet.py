@@ -45,5 +45,5 @@ class ConvNet(nn.Module):
 
 
 def default_depth(size: int) -> int:
-    """The fewest blocks, at least 2, for a map of at most 4 x 4: D3 at 28 and 32, D4 at 64, D5 at 128, D6 at 224."""
+    """At least 2, and enough blocks for a map of at most 4 x 4: D3 at 28 and 32, D4 at 64, D5 at 128, D6 at 224."""
     return max(2, math.ceil(math.log2(size / 4)))

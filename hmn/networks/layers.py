@@ -30,7 +30,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def norm_layer(norm: str, channels: int) -> nn.Module:
-    """``instance`` (affine GroupNorm, one channel per group, no running statistics), ``batch`` or ``none``."""
+    """The norm ``instance`` (affine GroupNorm, one channel per group, no running statistics), ``batch`` or ``none``."""
     if norm == "instance":
         return GroupNorm(channels, channels)
     return BatchNorm2d(channels) if norm == "batch" else nn.Identity()

@@ -85,7 +85,7 @@ class Unrolled:
 
         # (theta_t, v_t, images, labels, alpha) -> theta_{t+1}, v_{t+1}
         self.forward = compute.maybe_compile(forward)
-        # (theta_t, w_{t+2}, lambda_{t+1}, images, labels, alpha) -> w_{t+1}, lambda_t, dL/dx_t, the step's dL/dalpha
+        # (theta_t, w_{t+2}, lambda_{t+1}, images, labels, alpha) -> w_{t+1}, lambda_t, dL/dx_t, its part of dL/dalpha
         self.vjp = compute.maybe_compile(vjp)
         # (parameters, images, labels) -> value, its gradient with respect to the parameters
         self.loss_and_gradient = compute.maybe_compile(judge)

@@ -87,7 +87,7 @@ def attempt(
 
 
 def end_with_parent() -> None:
-    """On Linux, send this process SIGTERM when the launcher that started it for a sweep ends in any way.
+    """On Linux, send this process SIGTERM when the process that started it for a sweep ends, in whatever way.
 
     On other systems a run outlives a killed launcher, and the next launcher waits for it.
     """
@@ -98,7 +98,7 @@ def end_with_parent() -> None:
 
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != int(parent):  # the launcher ended before the call above
+    if os.getppid() != int(parent):  # the parent ended before the call above
         os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -11,10 +11,10 @@ ROUNDS = 3
 
 
 def flops_per_second(device: torch.device) -> float:
-    """Measured rate of training steps of a 3 x 3 convolution of ConvNet's inner shape in fp32, which dominate a run.
+    """Measured operations per second of a 3 x 3 convolution's training steps at ConvNet's inner shapes, in fp32.
 
-    A multiply-add counts as 2 operations, the backward pass as twice the forward pass. The rate is the best of a few
-    rounds after a warm-up.
+    Most of a run is such steps. A multiply-add counts as 2 operations, the backward pass as twice the forward pass. The
+    rate is the best of a few rounds after a warm-up.
     """
     channels, side, images = 128, 16, 64
     layer = nn.Conv2d(channels, channels, 3, padding=1, device=device)

@@ -11,8 +11,8 @@ runs. A run that fails after its retries is a failed trial, which is counted and
 
 Trials are proposed in batches of ``batch``, each from all earlier batches by a sampler that is seeded with the trial's
 number. An interrupted study therefore proposes the same trials as an uninterrupted one, given the same version of
-Optuna, the same batch size and runs that are reproducible, as they are bit for bit on a CPU. Without that, the first
-ten trials, which are random, are still the same.
+Optuna, the same batch size and runs that are reproducible, as they are bit for bit on a CPU. If the runs are not
+reproducible, the first ten trials, which are random, are still the same.
 """
 
 from __future__ import annotations

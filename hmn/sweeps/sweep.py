@@ -139,7 +139,8 @@ def launch(sweep: Sweep) -> Counter[str]:
     """Make the runs that are left; returns the number of runs by status.
 
     Raises ``ConfigError`` before anything runs if a cell cannot be composed, or if finished runs are from other code
-    versions; ``Busy`` if another process works on this sweep; ``Interrupted`` on Ctrl-C, once runs saved their state.
+    versions; ``Busy`` if another process works on this sweep; and ``Interrupted`` on a stop signal such as Ctrl-C, once
+    all runs have saved their state.
     """
     try:
         with _stoppable():

@@ -47,7 +47,7 @@ class Run(submitit.helpers.Checkpointable):
         requeue = signal.getsignal(signal.SIGUSR1)  # submitit's handler, which does not return
         asked: set[int] = set()
         for signum in (signal.SIGUSR1, signal.SIGTERM):
-            signal.signal(signum, lambda signum, _frame: asked.add(signum))  # no more: interrupted code may hold locks
+            signal.signal(signum, lambda signum, _frame: asked.add(signum))  # only add: interrupted code may hold locks
         with _watching(lambda: asked or closed.exists()) as stop:
             outcome = attempt(task, environment, stop)
         if outcome.status != "stopped" or closed.exists():
