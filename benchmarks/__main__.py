@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import chunks, condensation, evaluation, harness, matching, memory, outer_step
-from hmn.checkpoint import write_text
+from hmn.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
 PARTS = {

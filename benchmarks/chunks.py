@@ -25,7 +25,8 @@ from hmn.compute import Compute
 from hmn.config import HmnConfig
 from hmn.containers import presets, storage
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
-from hmn.data.datasets import RealData, Split
+from hmn.data.datasets import RealData
+from hmn.data.splits import Split
 from hmn.matching import ClassMatching
 from hmn.network_update import training_step
 from hmn.networks.convnet import ConvNet, default_depth

@@ -23,8 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hmn import capture
-from hmn.checkpoint import write_text
 from hmn.compute import bf16_pays, keep_heap_pages
+from hmn.files import write_text
 from hmn.results import cpu_name, provenance
 from hmn.seeding import set_deterministic
 

@@ -28,7 +28,6 @@ from benchmarks.problem import Problem, work
 from hmn import bank
 from hmn.build.matching import kept_on
 from hmn.capture import Replay
-from hmn.checkpoint import Stop
 from hmn.chunks import classes_per_chunk
 from hmn.compute import Compute
 from hmn.config import BankConfig, GradientMatchingConfig
@@ -37,6 +36,7 @@ from hmn.matching import ClassMatching
 from hmn.network_update import training_step
 from hmn.objectives.gradient import matching_step, real_gradients, stored_step
 from hmn.realside import LiveSide
+from hmn.stop import Stop
 
 PART = "outer_step"
 DECODING = "HMN decoding and its backward pass"

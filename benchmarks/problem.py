@@ -16,9 +16,10 @@ from hmn.config import DatasetConfig, GradientMatchingConfig, HmnConfig
 from hmn.containers import presets, storage
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
 from hmn.data import datasets, folder
-from hmn.data.datasets import RealData, Split
+from hmn.data.datasets import RealData
 from hmn.data.preprocess import Normalise
 from hmn.data.sampling import random_subset
+from hmn.data.splits import Split
 from hmn.errors import DataError
 from hmn.networks import Builder, initialise
 from hmn.networks.convnet import ConvNet

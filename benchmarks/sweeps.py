@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from hmn import results
-from hmn.checkpoint import write_text
 from hmn.config.sweeps import LocalConfig
+from hmn.files import write_text
 from hmn.sweeps.attempt import Task
 from hmn.sweeps.cells import Cell, grid
 from hmn.sweeps.cli import status_text

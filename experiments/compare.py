@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from hmn import results
-from hmn.checkpoint import write_text
 from hmn.explain import in_one_line
+from hmn.files import write_text
 from hmn.tracking import read_metrics
 
 # What separates rows: ways to compute one experiment. Runs of a row that differ in anything else are refused.
@@ -27,6 +27,7 @@ WAYS = {
 }
 # Settings in which runs of a row may differ. Images are compared by fingerprint instead of by path.
 NOT_COMPARED = ("seed", "compute", "tracking", "paths", "dataset.root", "dataset.download")
+FREE = ("container.lr_scale",)  # mappings with the user's own keys, compared as a whole
 
 
 def _bank(settings: dict[str, int]) -> str:
@@ -54,7 +55,7 @@ def row(folders: list[Path], found: list[dict[str, Any]]) -> dict[str, Any]:
         "bank_seconds": max(result["wall_seconds"].get("bank", 0.0) for result in found),
         "compile_seconds": [round(sum(result["compile_seconds"]), 1) for result in found],
         "peak_gib": max(result["peak_bytes"] for result in found) / 2**30,
-        "commits": sorted({result["commit"] for result in found}),
+        "commits": sorted({result["commit"] or "unknown" for result in found}),
         "device": found[0]["device"],
     }
 
@@ -102,7 +103,8 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         if f"{prefix}{key}" in NOT_COMPARED:
             continue
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        nested = isinstance(value, dict) and f"{prefix}{key}" not in FREE
+        found |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return found
 
 

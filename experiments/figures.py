@@ -30,10 +30,10 @@ from PIL import Image
 from experiments.filling import VALUES, Filled, fill, shown, sweep_of
 from experiments.panels import NAMES, Panel, continual, instance_memory, named, panels_against, panels_of, reports
 from hmn import results
-from hmn.checkpoint import atomic_write
 from hmn.config import one_of
 from hmn.errors import ArtifactError, ConfigError
 from hmn.explain import in_one_line
+from hmn.files import atomic_write
 from hmn.sweeps.sweep import Sweep
 
 if TYPE_CHECKING:

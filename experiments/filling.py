@@ -327,7 +327,8 @@ def _refuse_mixture(name: str, results: Mapping[str, Mapping[str, Any]]) -> None
     images: dict[str, set[str]] = {}  # fingerprints by the settings that should give the same images
     for result in results.values():
         settings = result["config"].get("dataset", {})
-        same = json.dumps({key: settings[key] for key in sorted(settings) if key not in ("root", "download")})
+        named = {key: settings[key] for key in sorted(settings) if key not in ("root", "download")}
+        same = json.dumps([result["data"]["name"], named])  # folders without dataset.name are named by their root
         images.setdefault(same, set()).add(result["data"]["fingerprint"][:12])
     if differing := next((found for found in images.values() if len(found) > 1), None):
         listed = ", ".join(sorted(differing))

@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hmn import artifacts, results
-from hmn.checkpoint import write_text
 from hmn.data.folder import class_files, class_folders
 from hmn.data.images import stack_files
 from hmn.errors import ArtifactError, DataError
 from hmn.explain import in_one_line
+from hmn.files import write_text
 from hmn.tracking import read_metrics
 
 

@@ -10,10 +10,10 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from hmn.checkpoint import write_text
 from hmn.containers import KINDS
 from hmn.errors import ConfigError
 from hmn.explain import in_one_line
+from hmn.files import write_text
 from hmn.plan import Plan, make_plan
 from hmn.sweeps.planning import compose
 

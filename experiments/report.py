@@ -24,9 +24,9 @@ from markupsafe import Markup
 
 from experiments.collection import Collection, Run, bare, collect, leading_number, shared_settings
 from experiments.embedding import Embedded, embed
-from hmn.checkpoint import write_text
 from hmn.errors import ArtifactError
 from hmn.explain import in_one_line
+from hmn.files import write_text
 from hmn.prune import hardest_count
 from hmn.report import percent
 from hmn.results import code_of

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.filling import NO_VALUE, VALUES, Entry, Filled, Gap, Measured, Reported, Value, fill, sweep_of
-from hmn.checkpoint import write_text
 from hmn.errors import ConfigError
 from hmn.explain import in_one_line
+from hmn.files import write_text
 
 
 @dataclass(frozen=True)

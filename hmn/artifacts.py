@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hmn.checkpoint import write_tensors, write_text
 from hmn.compute import at_once
 from hmn.containers import rebuild
 from hmn.containers.base import Container
 from hmn.errors import ArtifactError
+from hmn.files import write_tensors, write_text
 
 SCHEMA_VERSION = 1
 TENSORS, CARD = "condensed.safetensors", "card.json"
@@ -51,13 +51,11 @@ class CondensedSet(Dataset):
 
 
 @torch.no_grad()
-def decode_all(container: Container, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+def decode_all(container: Container) -> tuple[Tensor, Tensor]:
     """All images (N, channels, H, W) of a container, 0 black and 1 white, and their labels (N,), on its device."""
     device = next(container.parameters()).device
     index = torch.arange(container.classes * container.images_per_class, device=device)
-    images = torch.cat(
-        [container.decode(part) for part in index.split(chunk or at_once(1024, container.shape.image_size))]
-    )
+    images = torch.cat([container.decode(part) for part in index.split(at_once(1024, container.shape.image_size))])
     return images, index // container.images_per_class
 
 

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hmn.checkpoint import Stop, exclusive, write_tensors
 from hmn.config import BankConfig, GradientMatchingConfig
 from hmn.data import augment
+from hmn.files import exclusive, write_tensors
 from hmn.objectives.distance import Parameters
 from hmn.precomputed import check_images, read_part
 from hmn.realside import Choice, LiveSide, RealSide, update_of
 from hmn.seeding import generator
+from hmn.stop import Stop
 
 # (parameters, images (k, B, channels, H, W), labels (k,)) -> gradients {name: (k, ...)}
 RealGradients = Callable[[Parameters, Tensor, Tensor], Parameters]

@@ -57,11 +57,12 @@ def gradient_matching(
 
     With a bank, only the comparison counts: real gradients and trained networks are made once for many runs.
     """
+    real, compared = _gradients_compared(objective, build, pixels, images, convolution_weights)
+    if objective.bank.networks:
+        return Step(compared * objective.group(classes), 0)
     batches = math.ceil(objective.network_samples / objective.network_batch)
     update = batches * objective.network_batch * training_flops(build, pixels)
-    real, compared = _gradients_compared(objective, build, pixels, images, convolution_weights)
-    banked = objective.bank.networks > 0
-    return Step((compared + real * (not banked)) * objective.group(classes), update * (not banked))
+    return Step((compared + real) * objective.group(classes), update)
 
 
 def synthetic_gradient(

@@ -11,13 +11,15 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from hmn import compute, distributed, networks, report, results, tracking
-from hmn.checkpoint import Checkpoints, Stop, clear, exclusive, write_text
+from hmn.checkpoint import Checkpoints, clear
 from hmn.config import Config
 from hmn.data import datasets
 from hmn.errors import ArtifactError
+from hmn.files import exclusive, write_text
 from hmn.plan import Plan, make_plan
 from hmn.seeding import generator, set_deterministic
 from hmn.session import Session
+from hmn.stop import Stop
 
 REFERENCES = {"random_subset": "random real subset", "full_data": "full training set"}
 
@@ -142,15 +144,15 @@ def _rows(plan: Plan, result: dict[str, Any]) -> list[list[str]]:
     if plan.config.kind == "coreset":
         name = f"coreset, {plan.config.container.method}"
     if plan.config.mode == "redundancy":
-        return [_row_without(100 * row["dropped"], row, result) for row in result["rows"]]
+        return [_row_without(row, result) for row in result["rows"]]
     measured = {mode: kept for mode, kept in _references(plan).items() if kept is not None}
     return [report.row(name, result), *(report.row(REFERENCES[mode], kept) for mode, kept in measured.items())]
 
 
-def _row_without(percent: float, row: dict[str, Any], result: dict[str, Any]) -> list[str]:
-    """Table row of the set without the easiest ``percent`` % of each class."""
+def _row_without(row: dict[str, Any], result: dict[str, Any]) -> list[str]:
+    """Table row of the set without the easiest images of each class, which ``row`` measured."""
     rest = {"accuracy": row, "images_per_class": str(row["images_per_class"])}
-    return report.row(f"without {percent:g} %", result | rest)
+    return report.row(f"without {100 * row['dropped']:g} %", result | rest)
 
 
 def _print_result(plan: Plan, result: dict[str, Any], command: str) -> None:

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hmn.checkpoint import Checkpoints, Stop, exclusive, write_tensors
+from hmn.checkpoint import Checkpoints
 from hmn.config.objectives import ExpertsConfig
 from hmn.errors import Diverged
+from hmn.files import exclusive, write_tensors
 from hmn.objectives.distance import Parameters
 from hmn.precomputed import check_images, read_part
+from hmn.stop import Stop
 from hmn.training import Recipe, Training
 
 TOGETHER = 10  # most experts trained at once

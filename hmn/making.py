@@ -12,9 +12,9 @@ import torch
 from hmn import build, condense, distributed, pictures, shared_condensed
 from hmn.artifacts import decode_all
 from hmn.build import Workshop
-from hmn.checkpoint import exclusive
 from hmn.containers.base import Container
 from hmn.data.splits import Split
+from hmn.files import exclusive
 from hmn.plan import Plan
 from hmn.tracking import Tracker
 

@@ -8,9 +8,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 HARDEST, EASIEST = (213, 94, 0), (0, 114, 178)  # vermilion and blue, which remain distinct with colour blindness
+COLUMNS, ROWS, PIXELS = 10, 20, 64  # at most as many images of as many classes, enlarged to about this side
 
 
-def class_grid(images: Tensor, labels: Tensor, *, columns: int = 10, rows: int = 20, pixels: int = 64) -> Image.Image:
+def class_grid(
+    images: Tensor, labels: Tensor, *, columns: int = COLUMNS, rows: int = ROWS, pixels: int = PIXELS
+) -> Image.Image:
     """The first ``columns`` images of the first ``rows`` classes, one class per row.
 
     ``images`` (N, channels, H, W) in [0, 1], ``labels`` (N,). Images are enlarged to a side of about ``pixels``, by
@@ -28,9 +31,7 @@ def class_grid(images: Tensor, labels: Tensor, *, columns: int = 10, rows: int =
     return enlarge(to_pil(canvas), max(1, round(pixels / side)))
 
 
-def pruning_grid(
-    images: Tensor, scores: Tensor, keep: int, hardest: int, *, columns: int = 10, rows: int = 20, pixels: int = 64
-) -> Image.Image:
+def pruning_grid(images: Tensor, scores: Tensor, keep: int, hardest: int) -> Image.Image:
     """The over-budget set before pruning: one row per class, from its hardest image to its easiest.
 
     ``images`` (C, G, channels, H, W) in [0, 1], ``scores`` (C, G): their AUM, written below each image. Each class
@@ -38,14 +39,14 @@ def pruning_grid(
     images are framed and labelled "hard" or "easy".
     """
     count, side = scores.shape[1], images.shape[-1]
-    factor = max(1, round(pixels / side))
+    factor = max(1, round(PIXELS / side))
     font = ImageFont.load_default(max(10, factor * side // 6))
     gap, text = max(8, factor * side // 16), font.size + 4
     width, height = factor * side + gap, factor * side + text + gap
-    positions = _across(count, hardest, count - keep - hardest, columns)
-    canvas = Image.new("RGB", (len(positions) * width + gap, min(rows, len(scores)) * height + gap), "white")
+    positions = _across(count, hardest, count - keep - hardest, COLUMNS)
+    canvas = Image.new("RGB", (len(positions) * width + gap, min(ROWS, len(scores)) * height + gap), "white")
     draw = ImageDraw.Draw(canvas)
-    for row, order in enumerate(scores.argsort(dim=1, stable=True)[:rows].tolist()):
+    for row, order in enumerate(scores.argsort(dim=1, stable=True)[:ROWS].tolist()):
         for column, position in enumerate(positions):
             left, top, index = gap + column * width, gap + row * height, order[position]
             end, colour = _dropped(position, hardest, hardest + keep)

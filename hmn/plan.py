@@ -154,9 +154,9 @@ class Plan:
     @property
     def epochs(self) -> int:
         evaluation = self.config.evaluation
-        return (
-            evaluation.full_data_epochs or evaluation.epochs if self.config.mode == "full_data" else evaluation.epochs
-        )
+        if self.config.mode == "full_data" and evaluation.full_data_epochs:
+            return evaluation.full_data_epochs
+        return evaluation.epochs
 
     def summary(self) -> dict[str, Any]:
         """The plan as plain values: floats count stored float32 numbers, FLOPs count a multiply-add as 2."""

@@ -1,52 +1,28 @@
-"""Double-end pruning (HMN): margins of the over-budget images, their AUM, and which instances are dropped."""
+"""Double-end pruning (HMN): the AUM of the over-budget images, and which instances are dropped."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from hmn.data.splits import Split
-from hmn.evaluate import Judge, quick_accuracy, train_judges
+from hmn.evaluate import Judge, quick_accuracy
+from hmn.scores import difficulty
 from hmn.seeding import generator
-from hmn.training import Training, logits_of
 
 BETAS = tuple(step / 10 for step in range(11))
-
-
-def margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """z_y - max_{i != y} z_i for every row (..., n); negative where the network is wrong (Pleiss et al., NeurIPS 2020).
-
-    ``logits`` (..., n, classes) may come from several networks; ``labels`` (n,).
-    """
-    column = labels.expand(logits.shape[:-1])[..., None]
-    own = logits.gather(-1, column)[..., 0]
-    others = logits.scatter(-1, column, -torch.inf)
-    return own - others.max(-1).values
 
 
 def area_under_margin(judge: Judge, decoded: Split, score: str, networks: int, epochs: int) -> Tensor:
     """AUM (N,) of the decoded images: high is easy, low is hard.
 
-    Networks train on the images by the judge's recipe without CutMix, whose mixed labels have no margin. The margins of
-    the un-augmented images are measured after each epoch. ``logit_margin`` (HMN) averages the margins of logits over
-    epochs, ``softmax_margin`` (CCS) sums those of softmax probabilities; both average over ``networks``. ``random``,
-    the ablation's control, draws random scores instead.
+    ``score`` is ``logit_margin`` (HMN) or ``softmax_margin`` (CCS), as :func:`hmn.scores.difficulty` measures them for
+    networks trained on these images, or ``random``, the ablation's control, which draws random scores instead.
     """
     if score == "random":
         stream = generator(judge.seed, "score", device=decoded.images.device)
         return torch.rand(len(decoded.images), generator=stream, device=decoded.images.device)
-    recipe = replace(judge.recipe, epochs=epochs, cutmix=0.0)
-
-    def observe(_group: range, training: Training, memo: dict[str, Tensor]) -> None:
-        logits = logits_of(training.network, decoded.images, judge.normalise)
-        values = logits if score == "logit_margin" else logits.softmax(-1)
-        memo["margins"] += margins(values, decoded.labels).view(-1, len(decoded.labels)).sum(0)
-
-    memo = {"margins": torch.zeros(len(decoded), device=decoded.images.device)}
-    train_judges(judge, networks, decoded, recipe, "score", observe, memo)
-    return memo["margins"] / (networks * epochs if score == "logit_margin" else networks)
+    return difficulty(judge, decoded, networks, epochs, stream="score")[score]
 
 
 def hardest_count(beta: float, cut: int) -> int:

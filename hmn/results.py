@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from hmn.checkpoint import write_text
 from hmn.errors import ArtifactError, Damaged
+from hmn.files import write_text
 
 SCHEMA_VERSION = 1
 FILE = "result.json"

@@ -1,4 +1,4 @@
-"""What networks trained on the full training set tell about each of its images: features, and how hard it is."""
+"""What networks trained on a set of images tell about each of them: how hard it is, and its features."""
 
 from __future__ import annotations
 
@@ -12,19 +12,30 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hmn import distributed
-from hmn.checkpoint import Stop, exclusive, write_tensors
 from hmn.data.preprocess import Normalise
 from hmn.data.splits import Split
 from hmn.errors import ArtifactError
 from hmn.evaluate import Judge, train_judges
+from hmn.files import exclusive, write_tensors
 from hmn.networks import Builder
-from hmn.prune import margins
+from hmn.stop import Stop
 from hmn.training import Training, features_of, logits_of
 
-SLOT = "coreset"  # name of the checkpoint slot and of the stream of the networks' seeds
+SLOT = "coreset"  # default name of the checkpoint slot and of the stream of the networks' seeds
 
 
-def difficulty(judge: Judge, train: Split, networks: int, epochs: int) -> dict[str, Tensor]:
+def margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """z_y - max_{i != y} z_i for every row (..., n); negative where the network is wrong (Pleiss et al., NeurIPS 2020).
+
+    ``logits`` (..., n, classes) may come from several networks; ``labels`` (n,).
+    """
+    column = labels.expand(logits.shape[:-1])[..., None]
+    own = logits.gather(-1, column)[..., 0]
+    others = logits.scatter(-1, column, -torch.inf)
+    return own - others.max(-1).values
+
+
+def difficulty(judge: Judge, train: Split, networks: int, epochs: int, stream: str = SLOT) -> dict[str, Tensor]:
     """How hard every image of ``train`` (N,) was for ``networks`` networks, trained on all by the judge's recipe.
 
     The un-augmented images are measured after each epoch, and the measures are averaged over networks:
@@ -35,7 +46,8 @@ def difficulty(judge: Judge, train: Split, networks: int, epochs: int) -> dict[s
       image is drawn for an update. An image that was never right, which they count as forgotten infinitely often,
       counts as forgotten as often as there are epochs.
 
-    CutMix is left out, because mixed labels have no margin.
+    CutMix is left out, because mixed labels have no margin. ``stream`` names the checkpoint slot and the networks'
+    seeds.
     """
     n, device = len(train), train.labels.device
     recipe = replace(judge.recipe, epochs=epochs, cutmix=0.0)
@@ -52,7 +64,7 @@ def difficulty(judge: Judge, train: Split, networks: int, epochs: int) -> dict[s
 
     summed = {name: torch.zeros(n, device=device) for name in ("logit_margin", "softmax_margin")}
     by_network = {name: torch.zeros(networks, n, device=device) for name in ("right", "learned", "forgotten")}
-    memo = train_judges(judge, networks, train, recipe, SLOT, observe, summed | by_network)
+    memo = train_judges(judge, networks, train, recipe, stream, observe, summed | by_network)
     return {
         "logit_margin": memo["logit_margin"] / (networks * epochs),
         "softmax_margin": memo["softmax_margin"] / networks,

@@ -22,7 +22,7 @@ from hmn import (
     tracking,
 )
 from hmn.artifacts import decode_all
-from hmn.checkpoint import Checkpoints, atomic_write
+from hmn.checkpoint import Checkpoints
 from hmn.config.identity import digest
 from hmn.containers.base import Container
 from hmn.data import datasets
@@ -31,6 +31,7 @@ from hmn.data.sampling import random_subset
 from hmn.data.splits import Split, listing
 from hmn.errors import DataError
 from hmn.evaluate import Accuracies, Judge, evaluate, quick_accuracy, recipe_of, tiny_rest
+from hmn.files import atomic_write
 from hmn.making import Making
 from hmn.network_update import training_step
 from hmn.plan import Plan

@@ -12,10 +12,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from hmn.checkpoint import write_tensors
 from hmn.config.identity import condensation_identity, digest
 from hmn.containers.base import Container
 from hmn.errors import ArtifactError
+from hmn.files import write_tensors
 from hmn.plan import Plan
 
 TENSORS = "container.safetensors"

@@ -26,10 +26,10 @@ from PIL import Image
 from torch import Tensor
 
 from hmn import distributed
-from hmn.checkpoint import write_text
 from hmn.config import TrackingConfig
 from hmn.config.sweeps import FINISH_TIMEOUT
 from hmn.errors import ArtifactError, HmnError, Interrupted
+from hmn.files import write_text
 
 if TYPE_CHECKING:
     import wandb
@@ -119,13 +119,13 @@ class Tracker:
         self._append({step_key: step, **{name: _finite(value) for name, value in values.items()}})
         self._mirror_values(lambda: values, step_key, step)
 
-    def log_image(self, name: str, image: Image.Image, *, step_key: str, step: int, caption: str = "") -> None:
+    def log_image(self, name: str, image: Image.Image, *, step_key: str, step: int) -> None:
         """Send an image to W&B; nothing is kept locally."""
 
         def values() -> dict[str, Any]:
             import wandb
 
-            return {name: wandb.Image(image, caption=caption or None)}
+            return {name: wandb.Image(image)}
 
         self._mirror_values(values, step_key, step)
 

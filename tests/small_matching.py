@@ -17,8 +17,9 @@ from hmn.config.containers import HabaConfig
 from hmn.containers.base import Container
 from hmn.containers.haba import Haba, HabaShape
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
-from hmn.data.datasets import RealData, Split
+from hmn.data.datasets import RealData
 from hmn.data.preprocess import Normalise
+from hmn.data.splits import Split
 from hmn.matching import ClassMatching
 from hmn.network_update import training_step
 from hmn.networks import initialise

@@ -14,16 +14,18 @@ from torch import Tensor
 
 from hmn.bank import BankSide, build, snapshot_steps
 from hmn.build import condensation
-from hmn.checkpoint import Checkpoints, Stop, held
+from hmn.checkpoint import Checkpoints
 from hmn.config import BankConfig, GradientMatchingConfig
 from hmn.config.identity import bank_identity
 from hmn.errors import ArtifactError, Interrupted
+from hmn.files import held
 from hmn.matching import ClassMatching
 from hmn.network_update import training_step
 from hmn.networks import initialise
 from hmn.objectives.gradient import matching_step, real_gradients, stored_step
 from hmn.realside import LiveSide
 from hmn.seeding import generator
+from hmn.stop import Stop
 from tests.command import configured
 from tests.small_matching import CLASSES, CPU, REAL, SEED, assert_same, config, make_container, workshop
 from tests.small_matching import build as build_network
@@ -279,10 +281,15 @@ OWN = {
 }
 
 
+def _identity(*arguments: str) -> dict[str, object]:
+    config = configured(*arguments)
+    return bank_identity(config, config.compute.precision)
+
+
 @pytest.mark.parametrize(("key", "value"), [*SHARED.items(), *OWN.items()])
 def test_runs_share_a_bank_unless_what_it_holds_would_differ(key: str, value: object):
     base = ("dataset=cifar10", "objective.bank.networks=2")
-    same = bank_identity(configured(*base)) == bank_identity(configured(*base, f"{key}={value}"))
+    same = _identity(*base) == _identity(*base, f"{key}={value}")
     assert same == (key in SHARED)
 
 

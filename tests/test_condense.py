@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from hmn import condense as condensing
-from hmn.checkpoint import Checkpoints, Stop
+from hmn.checkpoint import Checkpoints
 from hmn.compute import Compute
 from hmn.condense import Report, condense, curve_steps
 from hmn.errors import Diverged, Interrupted
 from hmn.matching import ClassMatching
 from hmn.objectives.gradient import matching_step
+from hmn.stop import Stop
 from tests.small_matching import CPU, TIERS, assert_same, build, clone_of, config, lr_at, make_run
 
 

@@ -21,14 +21,15 @@ from torch import Tensor, nn
 
 from hmn import bank, compute, distributed
 from hmn.artifacts import decode_all
-from hmn.checkpoint import Checkpoints, Stop
+from hmn.checkpoint import Checkpoints
 from hmn.compute import Compute
 from hmn.condense import condense
 from hmn.config import BankConfig, ComputeConfig, GradientMatchingConfig, HmnConfig
 from hmn.config.objectives import SyntheticGradientConfig
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
-from hmn.data.datasets import RealData, Split
+from hmn.data.datasets import RealData
 from hmn.data.preprocess import Normalise
+from hmn.data.splits import Split
 from hmn.errors import Busy, ConfigError, Lost
 from hmn.evaluate import Judge, evaluate
 from hmn.matching import ClassMatching
@@ -38,6 +39,7 @@ from hmn.objectives.distance import all_weights
 from hmn.objectives.gradient import matching_step, real_gradients, stored_step
 from hmn.prune import area_under_margin
 from hmn.realside import LiveSide, SyntheticSide
+from hmn.stop import Stop
 from hmn.training import Recipe, train_networks
 from tests.command import (
     ROOT,

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hmn import evaluate as evaluation
-from hmn.checkpoint import Checkpoints, Stop
+from hmn.checkpoint import Checkpoints
 from hmn.compute import Compute
 from hmn.config import EvaluationConfig
 from hmn.data.preprocess import Normalise
@@ -21,6 +21,7 @@ from hmn.evaluate import Accuracies, Judge, evaluate, quick_accuracy, recipe_of,
 from hmn.network_update import training_step
 from hmn.networks.convnet import ConvNet
 from hmn.seeding import derived_seed
+from hmn.stop import Stop
 from hmn.training import Recipe, Training, accuracy
 
 NORMALISE = Normalise((0.5,), (0.25,))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hmn import compute, experiment, results
-from hmn.checkpoint import write_text
+from hmn.files import write_text
 from hmn.sweeps import state
 from hmn.sweeps.attempt import FAILURE
 from hmn.tracking import LEFT_OPEN, Tracker

@@ -16,14 +16,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hmn import experts
-from hmn.checkpoint import Checkpoints, Stop, held
+from hmn.checkpoint import Checkpoints
 from hmn.config.identity import experts_identity
 from hmn.config.objectives import ExpertsConfig
 from hmn.data.preprocess import Normalise
 from hmn.errors import ArtifactError, ConfigError, Diverged, Interrupted
 from hmn.experts import Trajectories, read
+from hmn.files import held
 from hmn.network_update import training_step
 from hmn.seeding import generator
+from hmn.stop import Stop
 from hmn.training import Training
 from tests.command import TINY, configured, run
 from tests.small_matching import CPU, MEAN, REAL, STD, assert_same
@@ -154,7 +156,7 @@ def test_what_ends_while_it_writes_its_experts_goes_on_from_their_state(stopped,
         save_file(tensors, path, metadata)
 
     with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
-        patched.setattr("hmn.checkpoint.save_file", full)
+        patched.setattr("hmn.files.save_file", full)
         make(stopped, count=2)
     trained, run_epoch = [], Training.run_epoch
     monkeypatch.setattr(Training, "run_epoch", lambda training: trained.append(training.epoch) or run_epoch(training))
@@ -249,10 +251,15 @@ OWN = {
 }
 
 
+def _identity(*arguments: str) -> dict[str, object]:
+    config = configured(*arguments)
+    return experts_identity(config, config.compute.precision)
+
+
 @pytest.mark.parametrize(("key", "value"), [*SHARED.items(), *OWN.items()])
 def test_runs_share_experts_unless_these_would_differ(key: str, value: object):
     base = ("dataset=cifar10", "objective=trajectory_matching")
-    same = experts_identity(configured(*base)) == experts_identity(configured(*base, f"{key}={value}"))
+    same = _identity(*base) == _identity(*base, f"{key}={value}")
     assert same == (key in SHARED)
 
 

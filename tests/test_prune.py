@@ -21,7 +21,8 @@ from hmn.data.splits import Split
 from hmn.evaluate import Judge
 from hmn.network_update import training_step
 from hmn.networks.convnet import ConvNet
-from hmn.prune import area_under_margin, candidates, hardest_count, kept_images, margins, search_beta
+from hmn.prune import area_under_margin, candidates, hardest_count, kept_images, search_beta
+from hmn.scores import margins
 from hmn.seeding import derived_seed
 from hmn.training import Recipe, Training, logits_of
 

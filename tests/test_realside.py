@@ -24,8 +24,9 @@ from hmn.config.objectives import (
     SyntheticGradientConfig,
 )
 from hmn.containers.image import RawImages, RawShape
-from hmn.data.datasets import RealData, Split
+from hmn.data.datasets import RealData
 from hmn.data.preprocess import Normalise
+from hmn.data.splits import Split
 from hmn.errors import ConfigError
 from hmn.matching import ClassMatching
 from hmn.network_update import training_step

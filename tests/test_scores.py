@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hmn import coresets
-from hmn.checkpoint import Checkpoints, Stop, held
+from hmn.checkpoint import Checkpoints
 from hmn.compute import Compute
 from hmn.config.containers import CoresetConfig
 from hmn.coresets import choose
@@ -22,12 +22,14 @@ from hmn.data.sampling import random_subset
 from hmn.data.splits import Split
 from hmn.errors import ArtifactError, DataError, Interrupted
 from hmn.evaluate import Judge
+from hmn.files import held
 from hmn.network_update import training_step
 from hmn.networks import Builder
 from hmn.networks.convnet import ConvNet
 from hmn.networks.resnet import ResNet
 from hmn.scores import SLOT, difficulty, features, networks_of, remembered, weights
 from hmn.seeding import generator
+from hmn.stop import Stop
 from hmn.training import Recipe, logits_of
 
 NORMALISE = Normalise((0.5,), (0.25,))

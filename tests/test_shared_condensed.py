@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from hmn import shared_condensed
-from hmn.checkpoint import Stop, exclusive
 from hmn.config.identity import condensation_identity
 from hmn.errors import Interrupted
+from hmn.files import exclusive
 from hmn.results import code_version
+from hmn.stop import Stop
 from tests.command import TINY, configured, planned, run, run_several, start
 
 SHARED = "compute.share_condensed=true"

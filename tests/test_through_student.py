@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from hmn import experts
 from hmn.adversary import StyleAdversary, supervised_contrast
-from hmn.checkpoint import Checkpoints, Stop
+from hmn.checkpoint import Checkpoints
 from hmn.config.containers import HabaConfig, MultiformationConfig
 from hmn.config.objectives import BpttConfig, TrajectoryMatchingConfig
 from hmn.containers import KINDS
@@ -31,6 +31,7 @@ from hmn.networks import initialise
 from hmn.networks.convnet import ConvNet
 from hmn.objectives.unroll import Unrolled
 from hmn.seeding import derived_seed, generator
+from hmn.stop import Stop
 from hmn.through_student import ClassifyReal, LearnedRate, ReachExpert, ThroughStudent, of_every_class, shuffled
 from hmn.training import Training
 from tests.command import configured

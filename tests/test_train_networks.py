@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from hmn import training as trainer
-from hmn.checkpoint import Checkpoints, Stop
+from hmn.checkpoint import Checkpoints
 from hmn.data.preprocess import Normalise
 from hmn.errors import Diverged, Interrupted
 from hmn.networks import initialise
 from hmn.networks.together import Together
+from hmn.stop import Stop
 from hmn.training import Training, accuracy, logits_of, train_networks
 from tests.small_training import NORMALISE, assert_equal_states, generator, images_and_labels, in_float64, training
 

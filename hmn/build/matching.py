@@ -32,7 +32,7 @@ def gradient_matching(shop: Workshop, container: Container) -> ClassMatching:
     """Gradient matching on networks trained as the run goes, or on a snapshot bank, which is built first if missing."""
     config, compute, objective = shop.config, shop.compute, shop.config.objective
     network = shop.build().to(compute.device)
-    folder = Path(config.paths.cache_dir) / "banks" / digest(bank_identity(config) | shop.arithmetic)
+    folder = Path(config.paths.cache_dir) / "banks" / digest(bank_identity(config, shop.compute.precision))
     banked = objective.bank.networks and all(path.exists() for path in bank.files(folder, objective.bank))
     real_batch = 0 if banked else objective.real_batch  # an existing bank supplies real gradients, not images
     chunk = _chunk(shop, container, network, partial(matching_bytes, metric=objective.metric), real_batch=real_batch)

@@ -42,7 +42,7 @@ def experts(shop: Workshop) -> list[Path]:
         train = shop.data.train
         return Training(shop.build, train.images, train.labels, recipe, shop.normalise, shop.train_step, *streams)
 
-    folder = Path(config.paths.cache_dir) / "experts" / digest(experts_identity(config) | shop.arithmetic)
+    folder = Path(config.paths.cache_dir) / "experts" / digest(experts_identity(config, shop.compute.precision))
     with shop.checkpoints.timed("experts"):
         return expert_training.build(
             folder,

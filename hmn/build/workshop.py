@@ -36,11 +36,6 @@ class Workshop:
         return idc_rate_factor(config.memory.images_per_class, self.data.train.images.shape[-1])
 
     @property
-    def arithmetic(self) -> dict[str, str]:
-        """The precision of shared files, part of their names: fp32 instead of bf16 where bf16 does not pay."""
-        return {"precision": self.compute.precision}
-
-    @property
     def strategy(self) -> str:
         strategy = self.config.objective.strategy
         return usable(strategy, self.config.dataset.flip)

@@ -44,21 +44,25 @@ def condensation_identity(config: Config) -> dict[str, Any]:
     return kept
 
 
-def bank_identity(config: Config) -> dict[str, Any]:
-    """What the contents of a snapshot bank depend on, as plain values: runs that agree on it share one bank."""
+def bank_identity(config: Config, precision: str) -> dict[str, Any]:
+    """What the contents of a snapshot bank depend on, as plain values: runs that agree on it share one bank.
+
+    ``precision`` is the one in use, which is not the configured one where bf16 does not pay.
+    """
     objective = config.objective
     names = ("strategy", "augmentation_rule", "real_batch", "inner_steps", "bank")
     kept = {k: v for k, v in dataclasses.asdict(objective).items() if k in names or k.startswith("network_")}
-    dataset = scientific(config)["dataset"]
-    network = dataclasses.asdict(config.network)
-    return {"dataset": dataset, "network": network, "objective": kept, "precision": config.compute.precision}
+    return {**_data_and_network(config), "objective": kept, "precision": precision}
 
 
-def experts_identity(config: Config) -> dict[str, Any]:
+def experts_identity(config: Config, precision: str) -> dict[str, Any]:
     """What each expert depends on, however many there are, as plain values: runs that agree on it share them."""
     experts = {name: value for name, value in dataclasses.asdict(config.objective.experts).items() if name != "count"}
-    dataset, network = scientific(config)["dataset"], dataclasses.asdict(config.network)
-    return {"dataset": dataset, "network": network, "experts": experts, "precision": config.compute.precision}
+    return {**_data_and_network(config), "experts": experts, "precision": precision}
+
+
+def _data_and_network(config: Config) -> dict[str, Any]:
+    return {"dataset": scientific(config)["dataset"], "network": dataclasses.asdict(config.network)}
 
 
 def digest(values: dict[str, Any]) -> str:

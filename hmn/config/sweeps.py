@@ -18,6 +18,10 @@ class LauncherConfig:
 
     name: str = MISSING
 
+    def __post_init__(self) -> None:
+        own = type(self).name
+        require("launcher.name", self.name == own, self.name, f"{own}: choose another launcher by launcher=NAME")
+
 
 @dataclass(kw_only=True)
 class LocalConfig(LauncherConfig):
@@ -30,6 +34,7 @@ class LocalConfig(LauncherConfig):
     threads: int | None = None  # CPU threads of each run; null: the machine's, divided among the slots
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least("launcher", 0, self, "gpus")
         at_least("launcher", 1, self, "slots_per_gpu", "slots", "threads")
 
@@ -44,6 +49,7 @@ class RayConfig(LauncherConfig):
     gpus: float = 0.0  # of each run; a fraction shares one GPU
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive("launcher", self, "cpus")
         at_least("launcher", 0, self, "gpus")
 
@@ -65,6 +71,7 @@ class SubmititConfig(LauncherConfig):
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         one_of("launcher.cluster", self.cluster, ("slurm", "local"))
         at_least("launcher", 1, self, "timeout_minutes", "at_once", "cpus")
         at_least("launcher", 0, self, "gpus")

@@ -17,7 +17,7 @@ from hmn.data import arrays, folder, official
 from hmn.data.splits import Source, Split, check_classes, listing, split_off
 from hmn.errors import ConfigError, DataError
 
-__all__ = ["RealData", "Shape", "Split", "display_name", "load", "peek"]
+__all__ = ["RealData", "Shape", "display_name", "load", "peek"]
 
 TEST_SPLIT_SEED = 0  # for datasets without a test split: the one made for them must not depend on a run's seed
 

@@ -89,9 +89,9 @@ def read_files(
         if files is None:
             splits.append(None)
             continue
-        split_paths = [path for paths in files.per_class for path in paths]
+        split_paths = [path for members in files.per_class for path in members]
         images, split_modes = stack_files(split_paths, *size, name)
-        counts = torch.tensor([len(paths) for paths in files.per_class])
+        counts = torch.tensor([len(members) for members in files.per_class])
         splits.append(Split(images, torch.arange(len(counts)).repeat_interleave(counts)))
         paths += split_paths
         modes += split_modes

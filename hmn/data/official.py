@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import http.client
-import logging
 import os
 import socket
 import tempfile
@@ -19,8 +18,6 @@ from hmn.data import folder, vision
 from hmn.data.arrays import from_pixels
 from hmn.data.splits import Source
 from hmn.errors import DataError, Unreachable
-
-log = logging.getLogger(__name__)
 
 SILENT_SECONDS = 60.0  # without an answer from the server, before a download counts as failed
 
@@ -141,7 +138,7 @@ def _answers_within(seconds: float) -> Iterator[None]:
 
 def unpack(archive: Path, target: Path) -> None:
     """Extract the folder ``target.name`` of ``archive`` to ``target``, atomically: other processes may do the same."""
-    log.info("unpacking %s", archive)
+    print(f"unpacking {archive}", flush=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".unpack-") as scratch:
         vision.torchvision().datasets.utils.extract_archive(str(archive), scratch)
         try:

@@ -134,7 +134,7 @@ def _run(
 
 
 def _wait_for_other(folder: Path, stop: threading.Event) -> None:
-    from hmn.checkpoint import held
+    from hmn.files import held
 
     while held(folder) and not stop.wait(POLL_SECONDS):
         pass
@@ -146,7 +146,7 @@ def lost(task: Task, error: str) -> Outcome:
 
 
 def _failed(task: Task, folder: Path, attempts: int, error: str, code: int | None) -> Outcome:
-    from hmn.checkpoint import write_text
+    from hmn.files import write_text
     from hmn.results import code_version
 
     kept = {

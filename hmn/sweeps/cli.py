@@ -120,11 +120,12 @@ def _with_command(arguments: Sequence[str]) -> list[str]:
 def plan_text(sweep: Sweep, planned: Sequence[Planned]) -> str:
     """Every cell with its run and expected cost, followed by the expected cost of all runs that are left."""
     runs = by_run(planned)
-    done = {run_id: found.result for run_id, one in runs.items() if (found := state.read(one.folder)).result}
+    states = {run_id: state.read(one.folder) for run_id, one in runs.items()}
+    done = {run_id: found.result for run_id, found in states.items() if found.result}
     rate, whence = _rate(sweep, runs, done)
     rows = []
     for number, one in enumerate(planned, start=1):
-        found = state.read(one.folder).status
+        found = states[one.run_id].status if one.run_id else "waiting"
         used = f"{one.stored_floats:,} of {one.budget_floats:,}" if one.budget_floats else ""
         cost = [one.steps or "", _shown(one.flops / 1e12), _shown(one.flops / rate / 3600)] if one.flops else [""] * 3
         run = one.run_id or "after " + "; ".join(one.cell.reads)
@@ -152,7 +153,7 @@ def _rate(sweep: Sweep, runs: Mapping[str, Planned], done: Mapping[str, dict[str
     flops = work(runs[run_id] for run_id in done)
     if seconds and flops:
         return flops / seconds, f"measured on the {len(done)} finished runs"
-    cuda = torch.cuda.is_available() and getattr(sweep.launcher, "gpus", None) != 0
+    cuda = sweep.gives_gpus and torch.cuda.is_available()
     with _threads_of(sweep.launcher):
         return flops_per_second(torch.device("cuda" if cuda else "cpu")), "measured on one convolution"
 

@@ -20,12 +20,12 @@ from omegaconf import DictConfig
 
 from hmn import config, results, shared_condensed
 from hmn.artifacts import CARD, card_file, sha256
-from hmn.checkpoint import write_text
 from hmn.config import CONF, Config, DatasetConfig, require
 from hmn.config.identity import digest, experts_identity
 from hmn.data import datasets
 from hmn.errors import ArtifactError, ConfigError, Damaged, HmnError
 from hmn.explain import explain
+from hmn.files import write_text
 from hmn.plan import Plan, make_plan
 from hmn.sweeps.cells import Cell
 
@@ -169,7 +169,7 @@ def _outside(where: str) -> list[Any]:
     return [*dataclasses.astuple(shape), start]
 
 
-def _figures(overrides: Sequence[str], kept: tuple[str, ...] = ()) -> dict[str, Any]:
+def _figures(overrides: Sequence[str], kept: tuple[str, ...]) -> dict[str, Any]:
     """One cell's figures, where they were read from beside the overrides, and what was found there."""
     seeds = [override.removeprefix("seed=") for override in overrides if override.startswith("seed=")]
     plan = _plan(tuple(override for override in overrides if not override.startswith("seed=")), kept)
@@ -181,7 +181,10 @@ def _figures(overrides: Sequence[str], kept: tuple[str, ...] = ()) -> dict[str, 
     if plan.config.condenses and plan.config.compute.share_condensed:
         found["condensation"] = digest(shared_condensed.identity_of(plan))
     if plan.expert_flops and (plan.config.condenses or plan.config.mode == "experts"):
-        found |= {"experts": digest(experts_identity(plan.config)), "expert_flops": float(plan.expert_flops)}
+        found |= {
+            "experts": digest(experts_identity(plan.config, plan.config.compute.precision)),
+            "expert_flops": float(plan.expert_flops),
+        }
     config = plan.config
     start = getattr(config.container, "start", None) if config.condenses else None
     where = {"dataset": dataclasses.asdict(config.dataset), "data_dir": config.paths.data_dir, "start": start}

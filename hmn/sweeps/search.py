@@ -33,11 +33,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 
 from hmn import results
-from hmn.checkpoint import exclusive, write_text
 from hmn.config import require
 from hmn.config.overrides import section_of
 from hmn.errors import ArtifactError, ConfigError, HmnError
 from hmn.explain import explain
+from hmn.files import exclusive, write_text
 from hmn.plan import Plan, make_plan
 from hmn.report import text_table
 from hmn.sweeps import state

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hmn import results
-from hmn.checkpoint import held
 from hmn.errors import Damaged
+from hmn.files import held
 from hmn.sweeps.attempt import FAILURE, LOG
 from hmn.tracking import METRICS_FILE
 

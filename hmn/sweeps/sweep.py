@@ -26,13 +26,14 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from tqdm import tqdm
 
 from hmn import results
-from hmn.checkpoint import clear, codes_of, exclusive, write_text
+from hmn.checkpoint import clear, codes_of
 from hmn.compute import device_of
 from hmn.config import CONF, LauncherConfig, SweepConfig, require, sections
 from hmn.config.identity import digest
 from hmn.config.overrides import key_of, section_of
 from hmn.config.sweeps import LocalConfig
 from hmn.errors import STOP_SIGNALS, Busy, ConfigError, Interrupted
+from hmn.files import exclusive, write_text
 from hmn.report import percent
 from hmn.sweeps import launchers, state
 from hmn.sweeps.attempt import Outcome, Task

@@ -19,7 +19,8 @@ from hmn.config.containers import SCHEMAS
 from hmn.config.objectives import GradientMatchingConfig
 from hmn.containers import KINDS, rebuild, storage
 from hmn.containers.base import Container, PixelShape
-from hmn.data.datasets import RealData, Split
+from hmn.data.datasets import RealData
+from hmn.data.splits import Split
 from hmn.errors import ConfigError
 from hmn.matching import ClassMatching
 from hmn.network_update import training_step

@@ -524,3 +524,9 @@ def test_slurm_that_is_not_there_is_said_in_one_line(tmp_path: Path, monkeypatch
     with pytest.raises(ConfigError, match=r"^launcher.cluster=slurm: Could not detect .srun"):
         do([stub(tmp_path, "a", "pass")], SubmititConfig())
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+@pytest.mark.parametrize("settings", [LocalConfig, RayConfig, SubmititConfig])
+def test_a_launcher_is_chosen_with_its_own_settings_and_not_by_its_name_alone(settings: type[LauncherConfig]) -> None:
+    with pytest.raises(ConfigError, match=r"^launcher\.name=slurm: must be \w+: choose another launcher by launcher="):
+        settings(name="slurm")

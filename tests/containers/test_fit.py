@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hmn.checkpoint import Checkpoints, Stop
+from hmn.checkpoint import Checkpoints
 from hmn.config import HmnConfig
 from hmn.containers.fit import SLOT, fit_real
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
 from hmn.errors import Diverged, Interrupted
+from hmn.stop import Stop
 
 SHAPE = HmnShape(
     classes=3,

@@ -92,7 +92,14 @@ def test_what_was_not_condensed_is_refused(tmp_path, monkeypatch):
         compared(monkeypatch, str(folder))
 
 
-def test_what_differs_in_more_than_the_seed_is_refused(tmp_path, monkeypatch):
-    folders = run_folder(tmp_path, 0, 0.5), run_folder(tmp_path, 1, 0.5, decoder_width=24)
-    with pytest.raises(SystemExit, match="1 and .*0: not seeds of one .* differ in container.decoder_width$"):
+@pytest.mark.parametrize(("key", "value"), [("decoder_width", 24), ("lr_scale", {"decoder": 0.1})])
+def test_what_differs_in_more_than_the_seed_is_refused(tmp_path, monkeypatch, key: str, value: object):
+    folders = run_folder(tmp_path, 0, 0.5), run_folder(tmp_path, 1, 0.5, **{key: value})
+    with pytest.raises(SystemExit, match=f"1 and .*0: not seeds of one .* differ in container.{key}$"):
         compared(monkeypatch, *folders)
+
+
+def test_a_result_without_a_commit_is_compared_with_one_that_has_it(tmp_path):
+    folders = [Path(run_folder(tmp_path, seed, 0.5)) for seed in range(2)]
+    results.write(folders[1], results.read(folders[1]) | {"commit": None})
+    assert "unknown" in compare.row(folders, [results.read(folder) for folder in folders])["commits"]

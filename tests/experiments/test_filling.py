@@ -15,8 +15,8 @@ from experiments import filling
 from experiments.filling import VALUES, fill, measure
 from experiments.tables import markdown
 from hmn import results
-from hmn.checkpoint import write_text
 from hmn.errors import ConfigError
+from hmn.files import write_text
 from hmn.sweeps import state
 from hmn.sweeps.attempt import FAILURE
 from hmn.sweeps.planning import Planned
@@ -133,6 +133,14 @@ def test_results_on_images_that_were_changed_between_are_refused_unless_asked_fo
     ):
         fill(runs)
     assert "aaaaaaaaaaaa; mine, bbbbbbbbbbbb; mine, cccccccccccc" in markdown(fill(runs, mix=True))
+
+
+def test_two_folders_without_a_name_of_their_own_are_two_datasets(tmp_path, reported):
+    runs, settings = Runs(tmp_path), result([0.5])["config"]
+    for cell, root in (("A/1/Ours/0", "here"), ("B/1/Ours/0", "there")):
+        data = {"name": root, "fingerprint": root[0] * 64, "notes": []}
+        runs.finish(cell, [0.5], data=data, config={**settings, "dataset": {"kind": "folder", "root": root}})
+    fill(runs)
 
 
 def test_cells_that_are_one_run_count_once(tmp_path, reported):

@@ -17,8 +17,8 @@ from experiments import filling, tables
 from experiments.filling import VALUES, Entry, Gap, fill, measure
 from experiments.tables import escaped, latex, markdown
 from hmn import results
-from hmn.checkpoint import write_text
 from hmn.errors import ConfigError
+from hmn.files import write_text
 from hmn.sweeps.attempt import FAILURE
 from hmn.sweeps.planning import Planned
 from tests.experiments.small_table import AXES, COMMAND, HEAD, Runs, result, rows_of

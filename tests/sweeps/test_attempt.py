@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hmn import results
-from hmn.checkpoint import exclusive, held
+from hmn.files import exclusive, held
 from hmn.sweeps import attempt as attempts
 from hmn.sweeps.attempt import FAILURE, LOG, Outcome, Task, attempt
 from tests.sweeps.launched import alive, wait_until
@@ -146,7 +146,7 @@ def test_the_error_is_of_the_last_attempt(task):
 def test_a_run_that_another_process_makes_is_waited_for(task, monkeypatch):
     """Exit code 75: the other's result is as good as ours, and the start does not count as an attempt."""
     looks = []
-    monkeypatch.setattr("hmn.checkpoint.held", lambda folder: looks.append(folder) or held(folder))
+    monkeypatch.setattr("hmn.files.held", lambda folder: looks.append(folder) or held(folder))
     made = task("sys.exit(75 if number == 1 else 0)")
     outcomes = []
     with exclusive(folder(made)):
@@ -253,7 +253,7 @@ def test_a_failure_that_cannot_be_kept_is_said_too(task, monkeypatch):
     def full(path: Path, text: str) -> None:
         raise OSError(28, os.strerror(28), str(path))
 
-    monkeypatch.setattr("hmn.checkpoint.write_text", full)
+    monkeypatch.setattr("hmn.files.write_text", full)
     error = "ended with exit code 1 and no output (failure.json could not be written: No space left on device)"
     assert attempt(made) == Outcome("run-1", "failed", 1, error)
 

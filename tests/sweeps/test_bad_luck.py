@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from hmn import results
-from hmn.checkpoint import held
 from hmn.explain import explain
+from hmn.files import held
 from hmn.sweeps.launchers import local
 from tests.command import ROOT, TINY, Command, Outcome, run
 from tests.sweeps.launched import SETTINGS, STEPS, THREE, Launched, alive, complaints, wait_until

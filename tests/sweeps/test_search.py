@@ -21,9 +21,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from hmn import results
-from hmn.checkpoint import exclusive
 from hmn.config import Config
 from hmn.errors import Busy, ConfigError, HmnError
+from hmn.files import exclusive
 from hmn.sweeps import planning
 from hmn.sweeps import search as searching
 from hmn.sweeps.attempt import FAILURE, Outcome, Task

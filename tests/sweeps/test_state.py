@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from hmn import results
-from hmn.checkpoint import LOCK, exclusive
 from hmn.errors import ArtifactError
+from hmn.files import LOCK, exclusive
 from hmn.sweeps import cli, state
 from hmn.sweeps.attempt import FAILURE, LOG
 from hmn.sweeps.cells import Cell

@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from hmn import checkpoint, results
-from hmn.checkpoint import Checkpoints, exclusive, write_text
+from hmn import files, results
+from hmn.checkpoint import Checkpoints
 from hmn.config import sections
 from hmn.config.sweeps import LocalConfig
 from hmn.data import datasets
 from hmn.errors import STOP_SIGNALS, ConfigError, Interrupted
+from hmn.files import exclusive, write_text
 from hmn.sweeps import cli, planning
 from hmn.sweeps import sweep as sweep_module
 from hmn.sweeps.cells import Cell
@@ -348,7 +349,7 @@ def test_a_sweep_that_cannot_run_leaves_nothing_behind(tmp_path, here):
 
 
 def test_a_sweep_that_another_process_has_is_refused(sweep, here, monkeypatch):
-    monkeypatch.setattr(checkpoint, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(files, "LOOK_SECONDS", 0)
     with exclusive(sweep.folder):
         ended = here(sweep)
     assert (ended.code, ended.out) == (75, "")

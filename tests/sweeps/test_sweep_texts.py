@@ -16,9 +16,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hmn import results
-from hmn.checkpoint import exclusive
 from hmn.config.sweeps import LocalConfig
 from hmn.errors import ConfigError
+from hmn.files import exclusive
 from hmn.sweeps import cli, pace, planning
 from hmn.sweeps.attempt import FAILURE
 from hmn.sweeps.cells import Cell
@@ -100,6 +100,7 @@ def test_what_is_timed_is_a_slot_s_device_with_a_slot_s_threads(monkeypatch, gpu
     sweep, before, timed = described(*SETTINGS, THREE), torch.get_num_threads(), []
     sweep = dataclasses.replace(sweep, launcher=LocalConfig(gpus=gpus, threads=before + 1))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(cli, "flops_per_second", lambda on: timed.append((on.type, torch.get_num_threads())) or 1e9)
     assert cli._rate(sweep, {}, {}) == (1e9, "measured on one convolution")
     assert (timed, torch.get_num_threads()) == ([(device, before + 1)], before)
