@@ -53,7 +53,7 @@ def plain_networks(
 ) -> tuple[list[nn.Module], Callable[[], None]]:
     """The reference's networks, and a call that trains each for an epoch."""
     networks = [at.network(channels_last=False, name=number) for number in range(count)]
-    random = reference.random_of(0, at.device)
+    random, normalise = reference.random_of(0, at.device), at.normalise
     optimizers = [
         torch.optim.SGD(network.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
         for network in networks
@@ -66,7 +66,7 @@ def plain_networks(
                 reference.training_step(
                     network,
                     optimizer,
-                    at.normalise(images[index]),
+                    normalise(images[index]),
                     labels[index],
                     strategy=recipe.strategy,
                     cutmix_probability=recipe.cutmix,

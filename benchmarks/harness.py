@@ -54,6 +54,7 @@ def parser(description: str, *, rounds: int) -> argparse.ArgumentParser:
     options.add_argument("--least-seconds", type=float, default=0.5, help="a round repeats a call at least this long")
     options.add_argument("--forms", nargs="+", help="only these rows and the reference")
     options.add_argument("--without-reference", action="store_true", help="with --forms: leave out the reference, too")
+    options.add_argument("--no-record", action="store_true", help="GPU: launch steps kernel by kernel, for any form")
     options.add_argument("--deterministic", action="store_true", help="GPU: deterministic algorithms, runs' default")
     options.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     options.add_argument("--system-allocator", action="store_true", help="do not keep heap pages, for any form")
@@ -79,6 +80,8 @@ def shape_arguments(options: argparse.Namespace) -> list[str]:
         arguments += ["--threads", str(options.threads)]
     if options.deterministic:
         arguments.append("--deterministic")
+    if options.no_record:
+        arguments.append("--no-record")
     return arguments + (["--system-allocator"] if options.system_allocator else [])
 
 
@@ -123,6 +126,7 @@ def prepare(options: argparse.Namespace) -> torch.device:
     options.heap_kept = not options.system_allocator and keep_heap_pages()
     if options.threads:
         torch.set_num_threads(options.threads)
+    capture.enable(not options.no_record)
     set_deterministic(options.deterministic)  # off by default, as in IDC's code: it slows all forms down
     # Every form compiles the same functions once more. PyTorch 2.7 also calls this recompile_limit.
     torch._dynamo.config.cache_size_limit = 64
@@ -415,7 +419,8 @@ def report(
 def finished(options: argparse.Namespace, head: dict[str, Any], measured: Iterable[Row]) -> None:
     """Write the times before the long processes that measure memory, and note in ``head`` what a GPU did not replay."""
     if head["device"] == "cuda":
-        head["launched_anew"] = "; ".join(sorted(capture.launched_anew)) or "nothing"
+        reasons = "; ".join(sorted(capture.launched_anew)) or "nothing"
+        head["launched_anew"] = "everything: --no-record" if options.no_record else reasons
     if options.json:
         write_json(options.json, _found(head, measured) | {"not_measured": ["peak memory: was being measured"]})
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -54,9 +56,11 @@ class Replay:
         shapes = tuple((name, value.shape) for name, value in inputs.items())
         if shapes not in self.recorded and not self.plain:
             gc.collect()  # reference cycles hold earlier recordings and their memory
-            self._warm_up(inputs)
+            # Warmed up with the very tensors that are recorded: with another layout, compiled code would compile again.
+            kept = {name: value.clone() for name, value in inputs.items()}
+            self._warm_up(kept)
             try:
-                self.recorded[shapes] = self._record(inputs)
+                self.recorded[shapes] = self._record(kept)
             except RuntimeError as error:
                 error = _first(error)  # ending a failed recording raises another error
                 if isinstance(error, torch.cuda.OutOfMemoryError):
@@ -80,24 +84,42 @@ class Replay:
             print(f"a step cannot be recorded as a CUDA graph, so it runs without one: {reason}", file=sys.stderr)
 
     def _warm_up(self, inputs: Tensors) -> None:
-        side = torch.cuda.Stream()
+        side = _side_stream(torch.cuda.current_device())
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             warm_up(self.function, inputs, self.state, self.generators)
         torch.cuda.current_stream().wait_stream(side)
 
     def _record(self, inputs: Tensors) -> _Recorded:
-        inputs = {name: value.clone() for name, value in inputs.items()}
         graph = torch.cuda.CUDAGraph()
         for generator in self.generators:
             graph.register_generator_state(generator)
         stream = torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph):
+            with _uncollected(), torch.cuda.graph(graph):
                 outputs = self.function(inputs)
         finally:
             torch.cuda.set_stream(stream)  # a failed recording leaves its own stream current
         return _Recorded(graph, inputs, outputs)
+
+
+@functools.cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """One for all warm-ups on ``device``, because cuBLAS keeps a workspace for every stream that it has run on."""
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep Python's garbage collector from freeing device code within the block, which would spoil a recording."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _first(error: RuntimeError) -> RuntimeError:

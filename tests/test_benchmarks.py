@@ -262,6 +262,20 @@ def test_what_was_timed_is_written_before_memory_is_measured(tmp_path, monkeypat
         assert [(row["name"], row["median_ms"], row["peak_bytes"]) for row in found["rows"]] == [("a", 2.0, None)]
         assert found["not_measured"] == ["peak memory: was being measured"]
         assert found["header"].get("launched_anew") == (None if device == "cpu" else "no such kernel")
+    harness.finished(options("--json", str(tmp_path / "rows.json"), "--no-record"), {"device": "cuda"}, [])
+    assert json.loads((tmp_path / "rows.json").read_text())["header"]["launched_anew"] == "everything: --no-record"
+
+
+def test_recording_can_be_left_out_and_is_then_left_out_of_the_processes_that_measure_memory_too(monkeypatch):
+    monkeypatch.setattr(capture, "_enabled", True)  # so that monkeypatch restores it and the next one afterwards
+    monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", torch._dynamo.config.cache_size_limit)
+    monkeypatch.setattr(harness, "set_deterministic", lambda _: None)
+    monkeypatch.setattr(harness, "keep_heap_pages", lambda: True)
+    harness.prepare(options("--device", "cpu"))
+    assert capture._enabled
+    given = options("--device", "cpu", "--no-record")
+    harness.prepare(given)
+    assert not capture._enabled and "--no-record" in harness.shape_arguments(given)
 
 
 def test_a_form_that_computes_something_else_ends_the_benchmark_once_all_is_written():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -126,6 +128,32 @@ def test_where_a_whole_step_is_not_recorded_the_networks_update_can_be(monkeypat
         assert torch.equal(plain.run_step()[0], tried.run_step()[0])
     for one, other in zip(plain._state_tensors(), tried._state_tensors(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_what_is_recorded_reads_the_tensors_that_it_was_warmed_up_with_and_never_the_callers(monkeypatch):
+    """A caller's tensor may have another layout than its copy, for which compiled code would compile again."""
+    seen = []
+    monkeypatch.setattr(Replay, "_warm_up", lambda self, inputs: seen.append(inputs["gradient"]))
+    monkeypatch.setattr(Replay, "_record", lambda self, inputs: seen.append(inputs["gradient"]) or self._give_up("no"))
+    monkeypatch.setattr(capture, "RECOVERS", "0")
+    monkeypatch.setattr(capture, "launched_anew", set())
+    Replay(Walk().step, list, [])(INPUTS)
+    warmed, recorded = seen
+    assert warmed is recorded is not INPUTS["gradient"]
+    assert torch.equal(warmed, INPUTS["gradient"])
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_nothing_is_collected_while_a_step_is_recorded(enabled: bool):
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with pytest.raises(RuntimeError), capture._uncollected():
+            assert not gc.isenabled()
+            raise RuntimeError
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 def test_an_older_pytorch_cannot_go_on_after_a_recording_that_fails(monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import shutil
 from collections.abc import Callable
 
 import pytest
@@ -29,6 +30,7 @@ from tests.small_training import (
     generator,
     images_and_labels,
     normalised,
+    state_of,
     training,
 )
 
@@ -276,3 +278,14 @@ def test_bf16_trains_with_fp32_parameters_and_loss():
     for name, value in gradients.items():
         if value.ndim > 1:
             assert F.cosine_similarity(value.flatten(), exact[1][name].flatten(), dim=0) > 0.98
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler")
+def test_networks_together_are_trained_by_a_compiled_step_as_without_compiling():
+    plain, compiled = training(seeds=[0, 1]), training(seeds=[0, 1])
+    compiled.update.step = training_step(build(), Compute(torch.device("cpu"), matching="compiled", compiled=True))
+    for run in (plain, compiled):
+        run.run_epoch()
+    for name, value in state_of(plain).items():
+        torch.testing.assert_close(state_of(compiled)[name], value, rtol=1e-3, atol=1e-5)

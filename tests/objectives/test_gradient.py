@@ -377,7 +377,7 @@ def test_the_written_out_form_is_refused_for_another_network():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler")
-@pytest.mark.parametrize(("form", "per_call"), [("compiled", 1), ("r_operator", 1), ("r_operator", 2)])
+@pytest.mark.parametrize(("form", "per_call"), [("compiled", 1), ("compiled", 2), ("r_operator", 1), ("r_operator", 2)])
 def test_a_compiled_step_equals_the_loop(form, per_call):
     network, parameters, real, synthetic, labels = classes(1, 8, dtype=torch.float32, k=2)
     layers, gradient = matching_step(network, "mse", CPU)(parameters, real, synthetic, labels)
