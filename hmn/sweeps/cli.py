@@ -26,7 +26,7 @@ from hmn.sweeps.launchers import local
 from hmn.sweeps.pace import flops_per_second
 from hmn.sweeps.planning import Planned, by_run, work
 from hmn.sweeps.search import search
-from hmn.sweeps.sweep import Sweep, accuracy, counts, launch, of_arguments, status_command, varied_not_read
+from hmn.sweeps.sweep import Sweep, accuracy_text, counts, launch, of_arguments, status_command, varied_not_read
 
 COMMANDS = ("launch", "plan", "status", "results", "search", "tables")
 DAY_SECONDS = 86400
@@ -220,7 +220,7 @@ def status_text(planned: Sequence[Planned]) -> str:
 
 def _detail(found: state.State, one: Planned) -> str:
     if found.status == "done":
-        return accuracy(found.result)
+        return accuracy_text(found.result)
     if found.error:
         return found.error
     if found.bar and not found.bar.startswith("condense "):
@@ -257,7 +257,13 @@ def _results(sweep: Sweep, as_json: bool) -> int:
         )
     else:
         rows = [
-            [one.cell.name, result["images_per_class"], f"{result['stored_floats']:,}", accuracy(result), one.run_id]
+            [
+                one.cell.name,
+                result["images_per_class"],
+                f"{result['stored_floats']:,}",
+                accuracy_text(result),
+                one.run_id,
+            ]
             for one, result in found
         ]
         print(text_table(["cell", "images/class", "floats", "test accuracy", "run"], rows))

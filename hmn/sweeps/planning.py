@@ -73,7 +73,7 @@ def plan_cells(cells: Sequence[Cell], cache: Path | None = None, kept: Path | No
     line per error.
     """
     version = _version()
-    known = _kept(cache, version)
+    known = _cached(cache, version)
     fresh: dict[str, dict[str, Any]] = {}
     outside = functools.cache(_outside)  # looked up once for all cells
     planned: dict[str, Planned] = {}
@@ -169,10 +169,10 @@ def _outside(where: str) -> list[Any]:
     return [*dataclasses.astuple(shape), start]
 
 
-def _figures(overrides: Sequence[str], kept: tuple[str, ...]) -> dict[str, Any]:
+def _figures(overrides: Sequence[str], cards: tuple[str, ...]) -> dict[str, Any]:
     """One cell's figures, where they were read from beside the overrides, and what was found there."""
     seeds = [override.removeprefix("seed=") for override in overrides if override.startswith("seed=")]
-    plan = _plan(tuple(override for override in overrides if not override.startswith("seed=")), kept)
+    plan = _plan(tuple(override for override in overrides if not override.startswith("seed=")), cards)
     flops = {"flops": plan.expected_flops, "making_flops": plan.making_flops}
     if seeds:
         plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, seed=_whole(seeds[-1])))
@@ -193,10 +193,10 @@ def _figures(overrides: Sequence[str], kept: tuple[str, ...]) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(overrides: tuple[str, ...], kept: tuple[str, ...]) -> Plan:
+def _plan(overrides: tuple[str, ...], cards: tuple[str, ...]) -> Plan:
     """Plan without the seed, in which alone most cells of a table differ: composing takes most of the time of planning.
 
-    ``kept``, the digests of cards, distinguishes plans that read different sets under the same names.
+    ``cards``, the digests of their cards, distinguishes plans that read different sets under the same names.
     """
     return make_plan(compose(overrides), typed=overrides, here=False)
 
@@ -248,14 +248,14 @@ def _version() -> str:
     return found.hexdigest()[:12]
 
 
-def _kept(cache: Path | None, version: str) -> dict[str, dict[str, Any]]:
+def _cached(cache: Path | None, version: str) -> dict[str, dict[str, Any]]:
     if cache is None or not cache.exists():
         return {}
     try:
-        kept = json.loads(cache.read_text(encoding="utf-8"))
+        found = json.loads(cache.read_text(encoding="utf-8"))
     except ValueError:  # truncated: it is written again
         return {}
-    return kept["cells"] if isinstance(kept, Mapping) and kept.get("version") == version else {}
+    return found["cells"] if isinstance(found, Mapping) and found.get("version") == version else {}
 
 
 def by_run(planned: Sequence[Planned]) -> dict[str, Planned]:

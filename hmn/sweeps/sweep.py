@@ -254,10 +254,11 @@ def _check_sources(name: str, folder: Path) -> None:
 def _line(name: str, outcome: Outcome, folder: Path) -> str:
     if outcome.status == "failed":
         return f"failed   {name}: {outcome.error}"
-    return f"{outcome.status:8} {name}" + (f": {accuracy(results.read(folder))}" if outcome.status == "done" else "")
+    told = f": {accuracy_text(results.read(folder))}" if outcome.status == "done" else ""
+    return f"{outcome.status:8} {name}{told}"
 
 
-def accuracy(result: dict[str, Any]) -> str:
+def accuracy_text(result: dict[str, Any]) -> str:
     """Test accuracy in percent, ± its standard deviation over networks."""
     return f"{percent(result['accuracy'])} %"
 

@@ -23,7 +23,7 @@ from hmn.sweeps import cli, pace, planning
 from hmn.sweeps.attempt import FAILURE
 from hmn.sweeps.cells import Cell
 from hmn.sweeps.planning import Planned
-from hmn.sweeps.sweep import accuracy, status_command
+from hmn.sweeps.sweep import accuracy_text, status_command
 from hmn.tracking import METRICS_FILE
 from tests.sweeps.launched import SETTINGS, THREE, described
 
@@ -165,8 +165,8 @@ def test_what_reads_the_set_of_a_failed_run_is_not_waited_for(tmp_path):
 
 
 def test_an_accuracy_is_percent_with_its_deviation_over_networks():
-    assert accuracy({"accuracy": {"mean": 0.59602, "std": 0.00214}}) == "59.60 ± 0.21 %"
-    assert accuracy({"accuracy": {"mean": 0.59602, "std": None}}) == "59.60 %"
+    assert accuracy_text({"accuracy": {"mean": 0.59602, "std": 0.00214}}) == "59.60 ± 0.21 %"
+    assert accuracy_text({"accuracy": {"mean": 0.59602, "std": None}}) == "59.60 %"
 
 
 @pytest.mark.parametrize("program", ["sweep.py", "run.py -m"])
