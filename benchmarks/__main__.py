@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import chunks, condensation, evaluation, harness, matching, memory, outer_step
+from benchmarks import chunks, condensation, evaluation, matching, memory, outer_step, reports, settings
 from hmn.files import write_text
 
 RESULTS = Path(__file__).parent / "results"
@@ -46,7 +46,7 @@ def planned(kind: str, options: argparse.Namespace) -> list[str]:
 def merge(parts: dict[str, dict[str, Any]], failed: Sequence[str], absent: Sequence[str]) -> dict[str, Any]:
     """Merge the parts' reports: the first header, another part's differing values under its name, and all rows."""
     head: dict[str, Any] = {}
-    found: dict[str, Any] = {"schema_version": harness.SCHEMA_VERSION, "header": head, "rows": []}
+    found: dict[str, Any] = {"schema_version": reports.SCHEMA_VERSION, "header": head, "rows": []}
     for name, report in parts.items():
         for key, value in report["header"].items():
             own = key in ("date", "load_average", "ceilings", "float64_differences")
@@ -58,20 +58,20 @@ def merge(parts: dict[str, dict[str, Any]], failed: Sequence[str], absent: Seque
 
 
 def main() -> int:
-    options = harness.parser(__doc__, rounds=0).parse_args()
+    options = settings.parser(__doc__, rounds=0).parse_args()
     arguments = sys.argv[1:]
     if options.forms or options.forms_of or options.json:
         raise SystemExit(
             "--forms, --forms-of and --json belong to single parts, as in python -m benchmarks.matching --forms ..."
         )
-    kind = harness.kind_of(options)
+    kind = settings.kind_of(options)
     parts = {name: own for name, own in PARTS.items() if not options.no_memory or name not in ("memory", "chunks")}
     reports, failed = {}, []
     with tempfile.TemporaryDirectory() as folder:
         cache = {
             "TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "compiled"),
             "TRITON_CACHE_DIR": str(Path(folder) / "triton"),
-            harness.COMPILE_CACHE: "empty at the start; a later part finds what an earlier one compiled",
+            reports.COMPILE_CACHE: "empty at the start; a later part finds what an earlier one compiled",
         }
         for number, (name, own) in enumerate(parts.items(), start=1):
             print(f"[{number}/{len(parts)}] {name}", file=sys.stderr, flush=True)
@@ -87,11 +87,11 @@ def main() -> int:
         [] if kind == "cuda" or torch.cuda.is_available() else [f"GPU, {name}" for name in planned("cuda", options)]
     )
     found = merge(reports, failed, absent)
-    found["header"]["command"] = harness.command()
+    found["header"]["command"] = reports.command()
     written = RESULTS / ("gpu" if kind == "cuda" else "cpu")
-    harness.write_json(written.with_suffix(".json"), found)
-    write_text(written.with_suffix(".md"), harness.text(found))
-    print(harness.text(found))
+    reports.write_json(written.with_suffix(".json"), found)
+    write_text(written.with_suffix(".md"), reports.text(found))
+    print(reports.text(found))
     print(f"written: {written}.json, {written}.md")
     return 1 if failed else 0
 

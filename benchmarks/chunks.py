@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness, memory, problem
-from benchmarks.harness import Row
+from benchmarks import memory, problem, reports, settings, timing
+from benchmarks.reports import Row
 from hmn.chunks import classes_per_chunk
 from hmn.compute import Compute
 from hmn.config import HmnConfig
@@ -90,21 +90,21 @@ def child(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":  # launched instead of replayed; the first step chooses algorithms
         run.replay = None
         run.run_step()
-        harness.wait(device)
+        timing.wait(device)
     start = time.perf_counter()
     run.run_step()
-    harness.wait(device)
+    timing.wait(device)
     seconds = time.perf_counter() - start
     peak, reserved = memory.used(device)
     return {"chunk": chunk, "idle": idle, "peak": peak, "reserved": reserved, "seconds": seconds}
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> tuple[dict, list[Row]]:
-    head = harness.header(options, device, "uniform noise; no real images")
+    head = reports.header(options, device, "uniform noise; no real images")
     rows = []
-    for case, limit in harness.progress(jobs(options.limit), PART, "case"):
+    for case, limit in timing.progress(jobs(options.limit), PART, "case"):
         command = [sys.executable, "-m", "benchmarks.chunks", "--child", "--case", *map(str, case)]
-        command += harness.shape_arguments(options) + (["--limit", str(limit)] if limit else ["--limit", "inf"])
+        command += settings.shape_arguments(options) + (["--limit", str(limit)] if limit else ["--limit", "inf"])
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             *_, last = done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}"]
@@ -121,19 +121,19 @@ def measure(options: argparse.Namespace, device: torch.device) -> tuple[dict, li
 
 
 def main() -> None:
-    parser = harness.parser(__doc__, rounds=1)
+    parser = settings.parser(__doc__, rounds=1)
     parser.set_defaults(width=32, real=16)
     parser.add_argument("--limit", type=float, default=LIMIT, help="memory limit of the limited rows, in GiB")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--case", type=int, nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    device = harness.prepare(options)
+    device = settings.prepare(options)
     if options.child:
         options.limit = None if options.limit == float("inf") else options.limit
         print(json.dumps(child(options, device)))
         return
     head, rows = measure(options, device)
-    harness.report(options, head, rows)
+    reports.report(options, head, rows)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import forms, harness, memory, outer_step, problem, reference
+from benchmarks import forms, memory, outer_step, problem, reference, reports, settings, timing
 from benchmarks.forms import REFERENCE, Form
-from benchmarks.harness import Row
+from benchmarks.reports import Row
 from hmn.config import BankConfig
 
 PART = "condensation"
@@ -42,11 +42,11 @@ def names(form: Form) -> list[str]:
 
 def child(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Seconds of one formulation's run in this process."""
-    (form,) = (form for form in planned(harness.kind_of(options), options) if form.name == options.forms[0])
+    (form,) = (form for form in planned(settings.kind_of(options), options) if form.name == options.forms[0])
     at = problem.make(options, device)
-    precision = harness.reference_precision(device) if form == REFERENCE else form.precision
-    harness.use_precision(precision, device)
-    harness.wait(device)
+    precision = timing.reference_precision(device) if form == REFERENCE else form.precision
+    timing.use_precision(precision, device)
+    timing.wait(device)
     start = time.perf_counter()
     container = at.container(options.images_per_class)
     bank = BANK if form.stored else BankConfig()
@@ -55,12 +55,12 @@ def child(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         run = reference.Condensation(container, at.data, config, at.build, seed=0)
     else:
         run = outer_step.condensation(form, at, config, container, chunk=options.chunk)
-    harness.wait(device)
+    timing.wait(device)
     marks = [time.perf_counter()]
     for step in range(options.steps):
         run.run_step()
         if step == 0 or step + 1 == options.steps:
-            harness.wait(device)
+            timing.wait(device)
             marks.append(time.perf_counter())
     return {
         "preparation_seconds": marks[0] - start,  # nearly all of it the bank, if there is one
@@ -72,10 +72,10 @@ def child(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 
 def run(form: Form, options: argparse.Namespace, cache: Path) -> dict[str, Any]:
-    given = ("--child", "--forms", form.name, "--steps", str(options.steps), *harness.shape_arguments(options))
+    given = ("--child", "--forms", form.name, "--steps", str(options.steps), *settings.shape_arguments(options))
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(cache), "TRITON_CACHE_DIR": str(cache / "triton")}
     started = time.perf_counter()
-    found = harness.in_a_process(f"{PART}, {form.name}", "benchmarks.condensation", *given, **caches)
+    found = settings.in_a_process(f"{PART}, {form.name}", "benchmarks.condensation", *given, **caches)
     return found | {"process_seconds": time.perf_counter() - started}
 
 
@@ -109,14 +109,14 @@ def break_even(found: dict[str, Any], plain: dict[str, Any]) -> float | None:
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> tuple[dict, list[Row]]:
-    head = harness.header(options, device, problem.describe(options))
+    head = reports.header(options, device, problem.describe(options))
     head["compile_cache"] = "one for each formulation, empty at its cold run"
     head["steps"] = options.steps
     head["bank"] = f"{BANK.networks} network, {BANK.snapshots} snapshots, in preparation_seconds"
-    chosen = harness.chosen(planned(harness.kind_of(options), options), options)
+    chosen = settings.chosen(planned(settings.kind_of(options), options), options)
     measured: list[Row] = []
     plain = None
-    with harness.progress(None, PART, "run", total=sum(len(names(form)) for form in chosen)) as bar:
+    with timing.progress(None, PART, "run", total=sum(len(names(form)) for form in chosen)) as bar:
         for form in chosen:
             found = []
             with tempfile.TemporaryDirectory() as cache:
@@ -130,11 +130,11 @@ def measure(options: argparse.Namespace, device: torch.device) -> tuple[dict, li
 
 
 def main() -> None:
-    parser = harness.parser(__doc__, rounds=1)
+    parser = settings.parser(__doc__, rounds=1)
     parser.add_argument("--steps", type=int, help="outer steps of every run; default: 4 on a CPU, 200 on a GPU")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    device = harness.prepare(options)
+    device = settings.prepare(options)
     options.steps = options.steps or (4 if device.type == "cpu" else 200)
     if options.steps < 2:
         parser.error(f"--steps {options.steps}: must be at least 2, as the first one compiles")
@@ -142,7 +142,7 @@ def main() -> None:
         print(json.dumps(child(options, device)))
         return
     head, measured = measure(options, device)
-    harness.report(options, head, measured)
+    reports.report(options, head, measured)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks import forms, harness, memory, problem, reference
+from benchmarks import forms, memory, problem, reference, reports, settings, timing
 from benchmarks.forms import REFERENCE, Form
-from benchmarks.harness import Row, Variant
 from benchmarks.problem import Problem, work
+from benchmarks.reports import Row
+from benchmarks.timing import Variant
 from hmn.data.sampling import random_subset
 from hmn.network_update import training_step
 from hmn.seeding import generator
@@ -93,7 +94,7 @@ def our_networks(
 
 
 def variants(chosen: Sequence[Form], at: Problem, options: argparse.Namespace) -> list[Variant]:
-    data, count = at.data, networks_of(harness.kind_of(options), options)
+    data, count = at.data, networks_of(settings.kind_of(options), options)
     per_class = IMAGES // at.classes
     kept = random_subset(data.train.labels, per_class, data.class_names, generator(0, "set", device=at.device))
     images, labels = data.train.images[kept].float() / 255, data.train.labels[kept]  # as decoded images are
@@ -102,7 +103,7 @@ def variants(chosen: Sequence[Form], at: Problem, options: argparse.Namespace) -
     def variant(form: Form) -> Variant:
         if form == REFERENCE:
             _, epoch = plain_networks(at, images, labels, RECIPE, count)
-            return Variant(form.name, epoch, flops, harness.reference_precision(at.device))
+            return Variant(form.name, epoch, flops, timing.reference_precision(at.device))
         _, epoch = our_networks(at, images, labels, RECIPE, count, form)
         return Variant(form.name, epoch, flops, form.precision)
 
@@ -133,12 +134,12 @@ def check(kind: str) -> dict[str, float]:
                 plain_epoch()
                 epoch()
             found[f"{together} at a time"] = max(
-                harness.difference(torch.stack(values), own.view(together, *values[0].shape))
+                timing.difference(torch.stack(values), own.view(together, *values[0].shape))
                 for values, own in weights(networks, training)
             )
     finally:
         torch.set_default_dtype(usual)
-    return harness.require_exact(found)
+    return timing.require_exact(found)
 
 
 def weights(networks: Sequence[nn.Module], training: Training) -> list[tuple[tuple[Tensor, ...], Tensor]]:
@@ -149,27 +150,27 @@ def weights(networks: Sequence[nn.Module], training: Training) -> list[tuple[tup
 
 def measure(options: argparse.Namespace, device: torch.device) -> tuple[dict, list[Row]]:
     at = problem.make(options, device)
-    head = harness.header(options, device, problem.describe(options))
-    head["float64_differences"] = check(harness.kind_of(options))
-    head["ceilings"] = harness.ceilings(device)
-    head["evaluated_networks"] = networks_of(harness.kind_of(options), options)
-    chosen = harness.chosen(planned(harness.kind_of(options), options), options)
+    head = reports.header(options, device, problem.describe(options))
+    head["float64_differences"] = check(settings.kind_of(options))
+    head["ceilings"] = timing.ceilings(device)
+    head["evaluated_networks"] = networks_of(settings.kind_of(options), options)
+    chosen = settings.chosen(planned(settings.kind_of(options), options), options)
     work_forms = variants(chosen, at, options)
-    times = harness.interleave(
+    times = timing.interleave(
         work_forms, device, rounds=options.rounds, least_seconds=options.least_seconds, title=PART
     )
-    found = harness.rows(PART, work_forms, times, harness.greatest(head["ceilings"]))
+    found = reports.rows(PART, work_forms, times, timing.greatest(head["ceilings"]))
     for row in found:
         row.extra = {f"extrapolated_seconds_of_{EPOCHS}_epochs": row.median_ms / 1000 * EPOCHS}
-    harness.finished(options, head, found)
+    reports.finished(options, head, found)
     memory.fill(found, options)
     return head, found
 
 
 def main() -> None:
-    options = harness.parser(__doc__, rounds=5).parse_args()
-    head, found = measure(options, harness.prepare(options))
-    harness.report(options, head, found)
+    options = settings.parser(__doc__, rounds=5).parse_args()
+    head, found = measure(options, settings.prepare(options))
+    reports.report(options, head, found)
 
 
 if __name__ == "__main__":

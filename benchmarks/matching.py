@@ -16,17 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import forms, harness, memory, problem, reference
+from benchmarks import forms, memory, problem, reference, reports, settings, timing
 from benchmarks.forms import REFERENCE, Form
-from benchmarks.harness import Row, Times, Variant
 from benchmarks.problem import Problem, work
+from benchmarks.reports import Row
+from benchmarks.timing import Times, Variant
 from hmn.capture import Replay
 from hmn.compute import Compute
 from hmn.objectives.gradient import matching_step, real_gradients, stored_step
 
 PART = "matching"
 # For the distance at full width, where rounding flips the sign of a few of millions of activations.
-TOLERANCE = {"fp32": 0.01, "tf32": 0.03, harness.DEFAULT: 0.03, "bf16": 0.1}
+TOLERANCE = {"fp32": 0.01, "tf32": 0.03, timing.DEFAULT: 0.03, "bf16": 0.1}
 
 
 def planned(kind: str, options: argparse.Namespace) -> list[Form]:
@@ -43,7 +44,7 @@ def variants(chosen: Sequence[Form], at: Problem, options: argparse.Namespace) -
         network = at.network(channels_last=form != REFERENCE)
         flops = needed.matching_step(real=0 if form.stored else options.real, synthetic=options.synthetic) * at.classes
         if form == REFERENCE:
-            precision = harness.reference_precision(at.device)
+            precision = timing.reference_precision(at.device)
             return Variant(form.name, lambda: reference.matching_step(network, real, synthetic), flops, precision)
         compute = form.compute(at.device)
         parameters = {name: value.detach() for name, value in network.named_parameters()}
@@ -88,8 +89,8 @@ def check(at: Problem) -> dict[str, float]:
             together = matching_step(network, "mse", compute)(parameters, real, synthetic, labels)
             results[f"{matching} classes together"] = together
         for name, result in results.items():
-            found[name] = max(harness.difference(a, b) for a, b in zip(expected, result, strict=True))
-    return harness.require_exact(found)
+            found[name] = max(timing.difference(a, b) for a, b in zip(expected, result, strict=True))
+    return timing.require_exact(found)
 
 
 def compare(chosen: Sequence[Variant], times: dict[str, Times]) -> dict[str, dict[str, float]]:
@@ -121,26 +122,26 @@ def deviating(found: Sequence[Row]) -> None:
 
 def measure(options: argparse.Namespace, device: torch.device) -> tuple[dict, list[Row]]:
     at = problem.make(options, device)
-    head = harness.header(options, device, problem.describe(options))
+    head = reports.header(options, device, problem.describe(options))
     head["float64_differences"] = check(at)
-    head["ceilings"] = harness.ceilings(device)
-    chosen = harness.chosen(planned(harness.kind_of(options), options), options)
+    head["ceilings"] = timing.ceilings(device)
+    chosen = settings.chosen(planned(settings.kind_of(options), options), options)
     work_forms = variants(chosen, at, options)
-    times = harness.interleave(
+    times = timing.interleave(
         work_forms, device, rounds=options.rounds, least_seconds=options.least_seconds, title=PART
     )
-    found = harness.rows(PART, work_forms, times, harness.greatest(head["ceilings"]))
+    found = reports.rows(PART, work_forms, times, timing.greatest(head["ceilings"]))
     for row, extra in zip(found, compare(work_forms, times).values(), strict=True):
         row.extra = extra
-    harness.finished(options, head, found)
+    reports.finished(options, head, found)
     memory.fill(found, options)
     return head, found
 
 
 def main() -> None:
-    options = harness.parser(__doc__, rounds=5).parse_args()
-    head, found = measure(options, harness.prepare(options))
-    harness.report(options, head, found)
+    options = settings.parser(__doc__, rounds=5).parse_args()
+    head, found = measure(options, settings.prepare(options))
+    reports.report(options, head, found)
     deviating(found)
 
 

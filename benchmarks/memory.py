@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness, problem
-from benchmarks.harness import Row
+from benchmarks import problem, reports, settings, timing
+from benchmarks.reports import Row
 from hmn.compute import Compute
 
 MODULES = {name: f"benchmarks.{name}" for name in ("matching", "outer_step", "evaluation")}
@@ -32,26 +32,26 @@ def fill(rows: Sequence[Row], options: argparse.Namespace) -> None:
     """Add to ``rows`` the peak memory of their forms."""
     if options.no_memory:
         return
-    for row in harness.progress(rows, f"{rows[0].part} memory", "form"):
-        found = peak(row.part, row.name, harness.shape_arguments(options))
+    for row in timing.progress(rows, f"{rows[0].part} memory", "form"):
+        found = peak(row.part, row.name, settings.shape_arguments(options))
         row.peak_bytes, row.reserved_bytes, row.idle_bytes = (found[key] for key in ("peak", "reserved", "idle"))
 
 
 def peak(part: str, form: str, arguments: Sequence[str]) -> dict[str, Any]:
     """The bytes that a process needs to compute ``form`` twice."""
     given = ("--child", part, "--forms", form, *arguments)
-    return harness.in_a_process(f"{part}, {form}", "benchmarks.memory", *given)
+    return settings.in_a_process(f"{part}, {form}", "benchmarks.memory", *given)
 
 
 def child(options: argparse.Namespace, device: torch.device) -> dict[str, int | None]:
     part = importlib.import_module(MODULES[options.child])
-    (form,) = (form for form in part.planned(harness.kind_of(options), options) if form.name == options.forms[0])
+    (form,) = (form for form in part.planned(settings.kind_of(options), options) if form.name == options.forms[0])
     (variant,) = part.variants([form], problem.make(options, device), options)
     compute = Compute(device)
     compute.begin_peak()  # what making a bank took does not count for the form
     idle = compute.current_bytes()
     for _ in range(2):
-        harness.timed(variant, device)
+        timing.timed(variant, device)
     _, reserved = used(device)
     return {"idle": idle, "peak": compute.recent_peak_bytes(), "reserved": reserved}
 
@@ -64,18 +64,18 @@ def used(device: torch.device) -> tuple[int, int | None]:
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> tuple[dict, list[Row]]:
-    head = harness.header(options, device, problem.describe(options))
+    head = reports.header(options, device, problem.describe(options))
     jobs: list[tuple[Row, str, list[str]]] = []
     for part in options.parts:
-        arguments = harness.shape_arguments(options)
+        arguments = settings.shape_arguments(options)
         if part == "hmn":
             jobs += hmn_jobs(options)
             continue
-        for form in harness.chosen(
-            importlib.import_module(MODULES[part]).planned(harness.kind_of(options), options), options
+        for form in settings.chosen(
+            importlib.import_module(MODULES[part]).planned(settings.kind_of(options), options), options
         ):
             jobs.append((Row(part=f"memory: {part}", name=form.name, note=form.note), part, arguments))
-    for row, part, arguments in harness.progress(jobs, "memory", "form"):
+    for row, part, arguments in timing.progress(jobs, "memory", "form"):
         form = row.extra.pop("form", row.name)
         found = peak(part, form, arguments)
         row.peak_bytes, row.reserved_bytes, row.idle_bytes = (found[key] for key in ("peak", "reserved", "idle"))
@@ -90,28 +90,28 @@ def planned(kind: str, options: argparse.Namespace) -> list[str]:
 
 def hmn_jobs(options: argparse.Namespace) -> list[tuple[Row, str, list[str]]]:
     jobs = []
-    for name in planned(harness.kind_of(options), options):
+    for name in planned(settings.kind_of(options), options):
         size, form = name.removeprefix("HMN ").split(" IPC, ")
         changes = {"images_per_class": int(size), "synthetic": max(HMN_SYNTHETIC, options.synthetic)}
         if form.endswith(CHUNKED):
             changes["chunk"] = 1
-        arguments = harness.shape_arguments(argparse.Namespace(**{**vars(options), **changes}))
+        arguments = settings.shape_arguments(argparse.Namespace(**{**vars(options), **changes}))
         row = Row(part="memory: hmn", name=name, extra={"form": form.removesuffix(CHUNKED)})
         jobs.append((row, "outer_step", arguments))
     return jobs
 
 
 def main() -> None:
-    parser = harness.parser(__doc__, rounds=1)
+    parser = settings.parser(__doc__, rounds=1)
     parser.add_argument("--parts", nargs="+", choices=(*MODULES, "hmn"), default=[*MODULES, "hmn"])
     parser.add_argument("--child", choices=MODULES, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    device = harness.prepare(options)
+    device = settings.prepare(options)
     if options.child:
         print(json.dumps(child(options, device)))
         return
     head, rows = measure(options, device)
-    harness.report(options, head, rows)
+    reports.report(options, head, rows)
 
 
 if __name__ == "__main__":

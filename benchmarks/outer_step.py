@@ -21,10 +21,11 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import forms, harness, memory, problem, reference
+from benchmarks import forms, memory, problem, reference, reports, settings, timing
 from benchmarks.forms import REFERENCE, Form
-from benchmarks.harness import Row, Times, Variant
 from benchmarks.problem import Problem, work
+from benchmarks.reports import Row
+from benchmarks.timing import Times, Variant
 from hmn import bank
 from hmn.build.matching import kept_on
 from hmn.capture import Replay
@@ -106,7 +107,7 @@ def variants(chosen: Sequence[Form], at: Problem, options: argparse.Namespace) -
             flops += batches * config.network_batch * needed.training
         if form == REFERENCE:
             run = reference.Condensation(container, at.data, config, at.build, seed=0)
-            precision = harness.reference_precision(at.device)
+            precision = timing.reference_precision(at.device)
             return Variant(form.name, run.run_step, flops, precision)
         # A bank that only serves timing is made by the plain loop, with as few steps as possible.
         quick = dataclasses.replace(config, inner_steps=config.bank.snapshots) if form.stored else config
@@ -179,43 +180,43 @@ def check(at: Problem, options: argparse.Namespace) -> dict[str, float]:
         tiers = theirs.container.tiers().items()
         expected = {name: torch.stack([p.grad.norm() for p in values]).norm() for name, values in tiers}
         pairs = {"distance": (distance, layers.sum())} | {name: (expected[name], norms[name]) for name in norms}
-        found = {name: harness.difference(a, b) for name, (a, b) in pairs.items()}
+        found = {name: timing.difference(a, b) for name, (a, b) in pairs.items()}
     finally:
         torch.set_default_dtype(usual)
-    return harness.require_exact(found)
+    return timing.require_exact(found)
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> tuple[dict, list[Row]]:
     at = problem.make(options, device)
-    head = harness.header(options, device, problem.describe(options))
+    head = reports.header(options, device, problem.describe(options))
     head["float64_differences"] = check(at, options)
-    head["ceilings"] = harness.ceilings(device)
+    head["ceilings"] = timing.ceilings(device)
     container = at.container(options.images_per_class)
     head["synthetic_images_per_class"] = {
         "decodable": container.images_per_class,
         "per_step": min(options.synthetic, container.images_per_class),
     }
-    chosen = harness.chosen(planned(harness.kind_of(options), options), options)
+    chosen = settings.chosen(planned(settings.kind_of(options), options), options)
     whole = variants(chosen, at, options)
     last = next((form for form in reversed(chosen) if not form.stored), REFERENCE)
     parts = decoding_variants(last, at, options) if last != REFERENCE else []
-    times = harness.interleave(
+    times = timing.interleave(
         [*whole, *parts], device, rounds=options.rounds, least_seconds=options.least_seconds, title=PART
     )
-    found = harness.rows(PART, whole, times, harness.greatest(head["ceilings"]))
-    harness.finished(options, head, found)
+    found = reports.rows(PART, whole, times, timing.greatest(head["ceilings"]))
+    reports.finished(options, head, found)
     memory.fill(found, options)
     if parts:  # they are less work than the reference's whole step, so there are no ratios to it
-        beside = harness.rows(PART, parts, times, harness.greatest(head["ceilings"]), baseline="none")
+        beside = reports.rows(PART, parts, times, timing.greatest(head["ceilings"]), baseline="none")
         beside[-1].extra = decoding_share(times, last)
         found += beside
     return head, found
 
 
 def main() -> None:
-    options = harness.parser(__doc__, rounds=5).parse_args()
-    head, found = measure(options, harness.prepare(options))
-    harness.report(options, head, found)
+    options = settings.parser(__doc__, rounds=5).parse_args()
+    head, found = measure(options, settings.prepare(options))
+    reports.report(options, head, found)
 
 
 if __name__ == "__main__":

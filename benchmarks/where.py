@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import forms, harness, problem
+from benchmarks import forms, problem, settings, timing
 from hmn.objectives.gradient import matching_step
 
 
 def main() -> None:
-    parser = harness.parser(__doc__, rounds=3)
+    parser = settings.parser(__doc__, rounds=3)
     parser.add_argument("--form", default="compiled fp32", help="a row of benchmarks.matching")
     options = parser.parse_args()
-    device = harness.prepare(options)
+    device = settings.prepare(options)
     at = problem.make(options, device)
-    known = [form for form in forms.matching(harness.kind_of(options), at.classes) if not form.stored]
+    known = [form for form in forms.matching(settings.kind_of(options), at.classes) if not form.stored]
     named = {form.name: form for form in known if form != forms.REFERENCE}
     if options.form not in named:
         parser.error(f"--form: must be one of {', '.join(named)}")
@@ -29,13 +29,13 @@ def main() -> None:
     arguments = parameters, real, synthetic, torch.zeros(1, dtype=torch.int64, device=device)
     for _ in range(2):
         step(*arguments)
-    harness.wait(device)
+    timing.wait(device)
     with profile(
         activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     ) as found:
         for _ in range(options.rounds):
             step(*arguments)
-        harness.wait(device)
+        timing.wait(device)
     order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
     print(found.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=50))
 

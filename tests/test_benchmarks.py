@@ -13,8 +13,20 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as everything
-from benchmarks import condensation, evaluation, forms, harness, matching, outer_step, problem, reference
-from benchmarks.harness import Row, Times, Variant
+from benchmarks import (
+    condensation,
+    evaluation,
+    forms,
+    matching,
+    outer_step,
+    problem,
+    reference,
+    reports,
+    settings,
+    timing,
+)
+from benchmarks.reports import Row
+from benchmarks.timing import Times, Variant
 from hmn import capture
 from hmn.compute import Compute
 from hmn.data import augment
@@ -30,7 +42,7 @@ def stream(seed: int = 0) -> torch.Generator:
 
 
 def options(*arguments: str) -> argparse.Namespace:
-    return harness.parser("A benchmark.", rounds=5).parse_args(arguments)
+    return settings.parser("A benchmark.", rounds=5).parse_args(arguments)
 
 
 # The reference
@@ -129,15 +141,15 @@ def test_a_training_image_takes_what_autograd_spends_on_it():
 
 def test_ratios_are_taken_within_rounds():
     # In the second round, the machine was three times slower for both.
-    assert harness.ratios([4, 12, 4], [2, 6, 1]) == (2, 2, 4)
+    assert reports.ratios([4, 12, 4], [2, 6, 1]) == (2, 2, 4)
     with pytest.raises(ValueError):
-        harness.ratios([4, 12], [2])
+        reports.ratios([4, 12], [2])
 
 
 def test_a_round_is_filled_with_calls():
-    assert harness.calls_per_round(6.0, 0.5) == 1
-    assert harness.calls_per_round(0.2, 0.5) == 3
-    assert harness.calls_per_round(0.0, 0.5, most=500) == 500
+    assert timing.calls_per_round(6.0, 0.5) == 1
+    assert timing.calls_per_round(0.2, 0.5) == 3
+    assert timing.calls_per_round(0.0, 0.5, most=500) == 500
 
 
 def two_forms() -> list[Row]:
@@ -149,7 +161,7 @@ def two_forms() -> list[Row]:
         "reference": Times(first=5.0, rounds=[4.0, 12.0, 4.0], calls=1),
         "ours bf16": Times(first=30.0, rounds=[2.0, 6.0, 1.0], calls=4),
     }
-    return harness.rows("matching", variants, times, {"fp32": 4e9, "bf16": 8e9})
+    return reports.rows("matching", variants, times, {"fp32": 4e9, "bf16": 8e9})
 
 
 def test_rows_hold_ratios_times_and_shares_of_the_ceiling():
@@ -165,7 +177,7 @@ def test_rows_hold_ratios_times_and_shares_of_the_ceiling():
 
 def test_without_the_reference_a_row_has_times_but_no_speed_up():
     variant = Variant("decoding", lambda: None, flops=1.0)
-    (row,) = harness.rows("outer_step", [variant], {"decoding": Times(1.0, [1.0], 1)}, {}, baseline="none")
+    (row,) = reports.rows("outer_step", [variant], {"decoding": Times(1.0, [1.0], 1)}, {}, baseline="none")
     assert (row.speedup_median, row.speedup_min, row.speedup_max) == (None, None, None)
     assert (row.median_ms, row.ceiling_share) == (1000, None)
 
@@ -177,9 +189,9 @@ def test_variants_take_turns_and_each_round_starts_with_another(monkeypatch: pyt
         turns.append((variant.name, calls))
         return 0.2, variant.call()
 
-    monkeypatch.setattr(harness, "timed", timed)
+    monkeypatch.setattr(timing, "timed", timed)
     variants = [Variant(name, lambda name=name: name.upper(), 1.0) for name in "abc"]
-    times = harness.interleave(variants, CPU, rounds=2, least_seconds=0.5, title="test")
+    times = timing.interleave(variants, CPU, rounds=2, least_seconds=0.5, title="test")
     assert [name for name, _ in turns] == list("abc" + "abc" + "abc" + "bca")
     assert [calls for _, calls in turns] == [1] * 6 + [3] * 6
     assert times["b"] == Times(first=0.2, rounds=[0.2, 0.2], calls=3, result="B")
@@ -189,7 +201,7 @@ def test_a_report_keeps_and_shows_every_row(tmp_path, capsys):
     given = options("--json", str(tmp_path / "rows.json"))
     rows = two_forms()
     rows[1].peak_bytes = 3 * 2**20
-    harness.report(given, {"machine": "a machine", "shapes": {"width": 8}}, rows, ["GPU, matching: reference"])
+    reports.report(given, {"machine": "a machine", "shapes": {"width": 8}}, rows, ["GPU, matching: reference"])
     shown = capsys.readouterr().out
     for piece in (
         "2.00 (2.00, 4.00)",
@@ -233,22 +245,22 @@ def test_rows_that_wait_for_a_gpu_are_named():
 
 def test_a_child_process_computes_the_same_shapes():
     given = options("--width", "8", "--images-per-class", "10", "--chunk", "1", "--networks", "4", "--system-allocator")
-    again = options(*harness.shape_arguments(given))
-    kept = (*harness.SHAPES, "chunk", "networks", "threads", "system_allocator", "data", "forms_of")
+    again = options(*settings.shape_arguments(given))
+    kept = (*settings.SHAPES, "chunk", "networks", "threads", "system_allocator", "data", "forms_of")
     assert [getattr(given, name) for name in kept] == [getattr(again, name) for name in kept]
 
 
 def test_forms_are_chosen_by_name_and_the_reference_stays():
     planned = forms.matching("cpu", 10)
-    chosen = harness.chosen(planned, options("--forms", "compiled bf16"))
+    chosen = settings.chosen(planned, options("--forms", "compiled bf16"))
     assert [form.name for form in chosen] == ["reference", "compiled bf16"]
     with pytest.raises(SystemExit, match="compiled fp16"):
-        harness.chosen(planned, options("--forms", "compiled fp16"))
+        settings.chosen(planned, options("--forms", "compiled fp16"))
 
 
 def test_without_the_reference_only_what_is_named_is_left():
     given = options("--forms", "loop fp32", "--without-reference")
-    assert [form.name for form in harness.chosen(forms.matching("cpu", 10), given)] == ["loop fp32"]
+    assert [form.name for form in settings.chosen(forms.matching("cpu", 10), given)] == ["loop fp32"]
     variant = Variant("loop fp32", lambda: None, 1.0)
     assert matching.compare([variant], {"loop fp32": Times(0.0, [1.0], 1)}) == {"loop fp32": {}}
 
@@ -257,25 +269,25 @@ def test_what_was_timed_is_written_before_memory_is_measured(tmp_path, monkeypat
     given = options("--json", str(tmp_path / "rows.json"))
     monkeypatch.setattr(capture, "launched_anew", {"no such kernel"})
     for device in ("cpu", "cuda"):
-        harness.finished(given, {"device": device}, [Row(part="p", name="a", median_ms=2.0)])
+        reports.finished(given, {"device": device}, [Row(part="p", name="a", median_ms=2.0)])
         found = json.loads((tmp_path / "rows.json").read_text())
         assert [(row["name"], row["median_ms"], row["peak_bytes"]) for row in found["rows"]] == [("a", 2.0, None)]
         assert found["not_measured"] == ["peak memory: was being measured"]
         assert found["header"].get("launched_anew") == (None if device == "cpu" else "no such kernel")
-    harness.finished(options("--json", str(tmp_path / "rows.json"), "--no-record"), {"device": "cuda"}, [])
+    reports.finished(options("--json", str(tmp_path / "rows.json"), "--no-record"), {"device": "cuda"}, [])
     assert json.loads((tmp_path / "rows.json").read_text())["header"]["launched_anew"] == "everything: --no-record"
 
 
 def test_recording_can_be_left_out_and_is_then_left_out_of_the_processes_that_measure_memory_too(monkeypatch):
     monkeypatch.setattr(capture, "_enabled", True)  # so that monkeypatch restores it and the next one afterwards
     monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", torch._dynamo.config.cache_size_limit)
-    monkeypatch.setattr(harness, "set_deterministic", lambda _: None)
-    monkeypatch.setattr(harness, "keep_heap_pages", lambda: True)
-    harness.prepare(options("--device", "cpu"))
+    monkeypatch.setattr(settings, "set_deterministic", lambda _: None)
+    monkeypatch.setattr(settings, "keep_heap_pages", lambda: True)
+    settings.prepare(options("--device", "cpu"))
     assert capture._enabled
     given = options("--device", "cpu", "--no-record")
-    harness.prepare(given)
-    assert not capture._enabled and "--no-record" in harness.shape_arguments(given)
+    settings.prepare(given)
+    assert not capture._enabled and "--no-record" in settings.shape_arguments(given)
 
 
 def test_a_form_that_computes_something_else_ends_the_benchmark_once_all_is_written():
@@ -291,12 +303,14 @@ def test_a_form_that_computes_something_else_ends_the_benchmark_once_all_is_writ
 
 @pytest.mark.parametrize("has", [False, True])
 def test_bf16_is_left_out_where_it_does_not_pay_unless_it_is_named(monkeypatch, capsys, has):
-    monkeypatch.setattr(harness, "bf16_pays", lambda device: has)
+    monkeypatch.setattr(settings, "bf16_pays", lambda device: has)
     planned = forms.outer_step("cpu", 10)
-    names = [form.name for form in harness.chosen(planned, options())]
+    names = [form.name for form in settings.chosen(planned, options())]
     assert names == ([form.name for form in planned] if has else ["reference", "compiled fp32"])
     assert ("--forms" in capsys.readouterr().err) == (not has)
-    assert [form.name for form in harness.chosen(planned, options("--forms", "compiled bf16"))][1:] == ["compiled bf16"]
+    assert [form.name for form in settings.chosen(planned, options("--forms", "compiled bf16"))][1:] == [
+        "compiled bf16"
+    ]
 
 
 def test_compiling_pays_once_its_seconds_are_saved():
