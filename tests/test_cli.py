@@ -97,8 +97,8 @@ def test_a_run_keeps_its_files_in_a_folder_of_its_id_and_nothing_else(finished):
 
 
 @pytest.mark.parametrize("arguments", [("run.py", *TINY, "mode=plan"), ("sweep.py", "status", *TINY)])
-def test_a_reader_that_has_seen_enough_ends_a_plan_without_a_word(arguments):
-    command = [sys.executable, *arguments]
+def test_a_reader_that_has_seen_enough_ends_a_plan_without_a_word(tmp_path, arguments):
+    command = [sys.executable, *arguments, f"paths.runs_dir={tmp_path}"]
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write) as nobody:

@@ -464,8 +464,9 @@ def test_a_run_that_is_given_a_gpu_is_told_to_use_it(monkeypatch, asked, gpus, g
     assert ("compute.device=cuda" in task.arguments) is given
 
 
-def test_a_gpu_is_only_asked_for_where_the_runs_are_to_be(monkeypatch):
+def test_a_gpu_is_only_asked_for_where_the_runs_are_to_be(tmp_path, monkeypatch):
     """A cluster's login node has no GPU."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(local.torch.cuda, "is_available", lambda: False)
     asked = ["compute.device=cuda", "seed=0,1"]
     sweep = of_arguments([*asked, "launcher=submitit", "launcher.gpus=1"], "")
