@@ -154,7 +154,7 @@ def make_decoder(shape: HmnShape) -> nn.Sequential:
             layers.append(nn.GroupNorm(1, outputs))  # one group: per image, never over the batch
         layers.append(nn.LeakyReLU(LEAK))
         if shape.decoder == "upsample":
-            # The next convolution upsamples; this placeholder keeps the layer numbers that kept sets have.
+            # The next convolution upsamples. A layer of its own once did; kept sets name their tensors by its position.
             layers.append(nn.Identity())
             convolution = UpsamplingConv2d
         inputs = outputs
