@@ -17,6 +17,7 @@ class Form:
     precision: str = "fp32"
     matching: str = "loop"
     compiled: bool = False
+    winograd: bool = False
     classes_per_call: int = 1
     stored: bool = False  # real gradients come from a bank of network snapshots
     networks: int = 1  # trained together, in evaluation
@@ -28,6 +29,7 @@ class Form:
             matching=self.matching,
             compiled=self.compiled,
             classes_per_call=self.classes_per_call,
+            winograd=self.winograd,
         )
 
     @property
@@ -37,6 +39,8 @@ class Form:
 
 # The class loop in benchmarks/reference.py. On a GPU its convolutions run in tf32, PyTorch's default.
 REFERENCE = Form(name="reference")
+# What Winograd's convolutions, which every other compiled form of fp32 has on a CPU, are compared with.
+DIRECT = Form(name="compiled fp32 direct", matching="compiled", compiled=True)
 ONE_CLASS = " one class per call"
 STORED = "stored real gradients: another objective, to be read beside the accuracy it costs"
 
@@ -58,10 +62,13 @@ def matching(kind: str, classes: int) -> list[Form]:
                     precision=precision,
                     matching=name,
                     compiled=True,
+                    winograd=kind == "cpu" and precision == "fp32",
                     classes_per_call=together,
                     stored=stored,
                 )
             )
+    if kind == "cpu":
+        forms.append(DIRECT)
     if kind == "cuda":  # to see what batching classes is worth: it makes their convolutions grouped ones
         alone = {"precision": "bf16", "compiled": True}
         forms += [Form(name=f"{name} bf16{ONE_CLASS}", matching=name, **alone) for name in ("compiled", "r_operator")]
@@ -71,7 +78,7 @@ def matching(kind: str, classes: int) -> list[Form]:
 def outer_step(kind: str, classes: int) -> list[Form]:
     """Forms of a whole outer step: fewer, since the matching step already tells them apart."""
     if kind == "cpu":
-        kept = ("reference", "compiled fp32", "compiled bf16", "r_operator bf16")
+        kept = ("reference", "compiled fp32", DIRECT.name, "compiled fp32 stored", "compiled bf16", "r_operator bf16")
     else:
         kept = ("reference", "compiled tf32", "compiled bf16", "r_operator tf32", "r_operator bf16")
         kept += (f"compiled bf16{ONE_CLASS}",)
@@ -82,7 +89,8 @@ def outer_step(kind: str, classes: int) -> list[Form]:
 def evaluation(kind: str, networks: int) -> list[Form]:
     """Forms of training ``networks`` fresh networks: one after another on a CPU, together on a GPU."""
     if kind == "cpu":
-        return [REFERENCE, *(Form(name=f"compiled {p}", precision=p, compiled=True) for p in ("fp32", "bf16"))]
+        known = {form.name: form for form in matching(kind, 1)}
+        return [known[name] for name in ("reference", "compiled fp32", DIRECT.name, "compiled bf16")]
     forms = [REFERENCE]
     for precision in ("tf32", "bf16"):
         for together in sorted({1, networks}):

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hmn import capture, distributed
+from hmn import capture, distributed, winograd
 from hmn.config import ComputeConfig, require
 
 # Classes per call and chunk that fill a GPU. 200 classes of 128 images of side 64 take 50 GiB per feature map.
@@ -37,6 +37,7 @@ class Compute:
     compiled: bool = False  # all steps, both of matching and of training
     classes_per_call: int = 1  # of the matching step
     networks_together: int | None = None  # null: all on a GPU; one on a CPU, where several are no faster
+    winograd: bool = False  # of compiled steps on a CPU: 3 x 3 convolutions by hmn.winograd
 
     def together(self, networks: int) -> int:
         """How many of ``networks`` networks to train at once; all are trained on the same images."""
@@ -49,7 +50,8 @@ class Compute:
         """``function``, compiled for its fixed input shapes if this run compiles."""
         if not self.compiled:
             return function
-        return _timed_once(torch.compile(function, fullgraph=True, dynamic=False))
+        chosen = {"backend": winograd.backend} if self.winograd else {}
+        return _timed_once(torch.compile(function, fullgraph=True, dynamic=False, **chosen))
 
     def wait(self) -> None:
         """Wait until the device has finished all work queued on it."""
@@ -208,6 +210,11 @@ def choose(config: ComputeConfig, expected_flops: float, classes: int) -> Comput
         told += ", which auto chooses here: set compute.matching=compiled"
     require("compute.classes_per_call", width == 1 or matching != "loop", width, told)
     require("compute.classes_per_call", width <= classes, width, f"at most {classes}")
+    faster = matching != "loop" and precision == "fp32" and not on_gpu
+    kind = config.convolutions
+    require(
+        "compute.convolutions", kind != "winograd" or faster, kind, "auto or direct, but for compiled fp32 on a CPU"
+    )
     return Compute(
         device,
         precision,
@@ -215,6 +222,7 @@ def choose(config: ComputeConfig, expected_flops: float, classes: int) -> Comput
         compiled=matching != "loop",
         classes_per_call=width,
         networks_together=config.networks_together,
+        winograd=faster and kind != "direct",
     )
 
 

@@ -59,6 +59,7 @@ def _work(plan: Plan, folder: Path, stop: Stop) -> dict[str, Any]:
     compute.forget_compiled()  # of an earlier run of the same multirun
     print(f"{plan.run_id} on {results.device_name(chosen.device)}, {chosen.precision}, ", end="")
     print("compiled" if chosen.compiled else "not compiled", end="")
+    print(" with Winograd's convolutions" if chosen.winograd else "", end="")
     print(f", {distributed.world()} processes" if distributed.world() > 1 else "")
     if chosen.precision != config.compute.precision:
         print(f"compute.precision={config.compute.precision}: no faster than fp32 on this machine, so fp32 is used")
@@ -99,6 +100,7 @@ def _work(plan: Plan, folder: Path, stop: Stop) -> dict[str, Any]:
             "device": results.device_name(chosen.device),
             "precision": chosen.precision,
             "compiled": chosen.compiled,
+            "winograd": chosen.winograd,
             "compile_seconds": list(compute.compile_seconds),
             "processes": distributed.world(),
             "wall_seconds": checkpoints.seconds,

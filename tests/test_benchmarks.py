@@ -306,7 +306,11 @@ def test_bf16_is_left_out_where_it_does_not_pay_unless_it_is_named(monkeypatch, 
     monkeypatch.setattr(settings, "bf16_pays", lambda device: has)
     planned = forms.outer_step("cpu", 10)
     names = [form.name for form in settings.chosen(planned, options())]
-    assert names == ([form.name for form in planned] if has else ["reference", "compiled fp32"])
+    assert names == (
+        [form.name for form in planned]
+        if has
+        else ["reference", "compiled fp32", "compiled fp32 stored", "compiled fp32 direct"]
+    )
     assert ("--forms" in capsys.readouterr().err) == (not has)
     assert [form.name for form in settings.chosen(planned, options("--forms", "compiled bf16"))][1:] == [
         "compiled bf16"

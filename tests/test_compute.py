@@ -6,13 +6,14 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from hmn import compute
+from hmn import compute, winograd
 from hmn.compute import Compute, choose, device_of
 from hmn.config import ComputeConfig
 from hmn.errors import ConfigError
@@ -23,6 +24,7 @@ peaks_begin_anew = pytest.mark.skipif(
     not (os.access(CLEAR, os.W_OK) and "VmHWM" in STATUS.read_text()), reason="the system's peaks cannot begin anew"
 )
 CPU = torch.device("cpu")
+WINOGRAD_REFUSED = "compute.convolutions=winograd: must be auto or direct, but for compiled fp32 on a CPU"
 
 
 @pytest.fixture
@@ -147,7 +149,9 @@ def test_only_a_compiling_run_wraps_functions(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: asked.append(options) or function)
     assert Compute(CPU).maybe_compile(len) is len
     Compute(CPU, compiled=True).maybe_compile(len)
-    assert asked == [{"fullgraph": True, "dynamic": False}]
+    Compute(CPU, compiled=True, winograd=True).maybe_compile(len)
+    usual = {"fullgraph": True, "dynamic": False}
+    assert asked == [usual, usual | {"backend": winograd.backend}]
 
 
 def test_the_first_call_of_a_compiled_function_is_timed_and_the_others_are_not(monkeypatch: pytest.MonkeyPatch):
@@ -228,6 +232,7 @@ def test_several_classes_per_call_of_a_loop_that_nobody_named_are_refused_with_w
         ),
         ({"matching": "compiled", "classes_per_call": 11}, "compute.classes_per_call=11: must be at most 10"),
         ({"precision": "tf32"}, "compute.precision=tf32: must be fp32 or bf16 on a CPU"),
+        ({"matching": "loop", "convolutions": "winograd"}, WINOGRAD_REFUSED),
     ],
 )
 def test_what_does_not_go_together_is_refused(compilers, settings, message):
@@ -241,6 +246,33 @@ def test_fp32_is_not_tf32_whatever_cudnn_would_do(gpus, precision):
     gpus(1)
     choose(ComputeConfig(device="cuda", precision=precision), 0, 10)
     assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == (precision == "tf32")
+
+
+@pytest.mark.parametrize(
+    ("device", "matching", "precision", "fits"),
+    [
+        ("cpu", "compiled", "fp32", True),
+        ("cpu", "r_operator", "fp32", True),
+        ("cpu", "compiled", "bf16", False),
+        ("cpu", "loop", "fp32", False),
+        ("cuda", "compiled", "fp32", False),
+    ],
+)
+def test_winograd_s_convolutions_are_for_compiled_fp32_on_a_cpu(
+    gpus, compilers, monkeypatch, device, matching, precision, fits
+):
+    gpus(1)
+    compilers("g++", "gcc")
+    monkeypatch.setattr(compute, "bf16_pays", lambda device: True)
+    settings = ComputeConfig(device=device, matching=matching, precision=precision)
+    assert choose(settings, 0, 10).winograd == fits
+    assert not choose(replace(settings, convolutions="direct"), 0, 10).winograd
+    asked = replace(settings, convolutions="winograd")
+    if fits:
+        assert choose(asked, 0, 10).winograd
+    else:
+        with pytest.raises(ConfigError, match=f"^{re.escape(WINOGRAD_REFUSED)}$"):
+            choose(asked, 0, 10)
 
 
 # Precision, threads, memory

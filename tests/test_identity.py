@@ -147,6 +147,7 @@ CIRCUMSTANCE: dict[str, dict[str, Any]] = {
         "device": "cpu",
         "deterministic": False,
         "matching": "loop",
+        "convolutions": "direct",
         "classes_per_call": 7,
         "memory_limit": 7.0,
         "threads": 7,

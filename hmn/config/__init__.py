@@ -234,6 +234,8 @@ class ComputeConfig:
     # loop: autograd twice; compiled: nested derivatives; r_operator: written out, ConvNet only; auto: chosen by cost.
     # With all but loop, matching and the training of networks are compiled.
     matching: str = unscientific("auto")
+    # Of compiled steps on a CPU in fp32: winograd is faster and rounds more; auto: winograd there, direct elsewhere
+    convolutions: str = unscientific("auto")
     classes_per_call: int | None = unscientific(None)  # null: 1 on a CPU or for the loop, else at most 20
     # GiB per process; classes are condensed in chunks that fit. null: 20 classes at once on a GPU, one by one on a CPU
     memory_limit: float | None = unscientific(None)
@@ -250,6 +252,7 @@ class ComputeConfig:
     def __post_init__(self) -> None:
         one_of("compute.precision", self.precision, ("fp32", "tf32", "bf16"))
         one_of("compute.matching", self.matching, ("auto", "loop", "compiled", "r_operator"))
+        one_of("compute.convolutions", self.convolutions, ("auto", "direct", "winograd"))
         width, limit = self.classes_per_call, self.memory_limit
         require("compute.classes_per_call", width is None or width >= 1, width, "null or at least 1")
         require("compute.memory_limit", limit is None or limit > 0, limit, "null or positive")

@@ -48,6 +48,7 @@ def result(run_id: str, accuracies: Sequence[float], **changes: Any) -> dict[str
         "device": "cpu, 1 threads",
         "precision": "fp32",
         "compiled": False,
+        "winograd": False,
         "wall_seconds": {"condense": 60.0, "evaluate": 30.0},
         "peak_bytes": 2**30,
         "config": {"mode": "run", "seed": 0, "memory": {"images_per_class": 10}, "container": {"name": "hmn"}},
