@@ -62,7 +62,14 @@ def backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable:
     }
     # The cache of differentiated graphs does not tell them apart by what replaces their operators.
     with torch._functorch.config.patch(enable_autograd_cache=False):
-        return compile_fx(graph, inputs, decompositions=select_decomp_table() | replaced)
+        return compile_fx(graph, inputs, decompositions=_Named(select_decomp_table() | replaced))
+
+
+class _Named(dict):
+    """A table that the cache of compiled graphs knows by its name; by its contents it knows none and caches nothing."""
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (__name__,)
 
 
 def fits(
@@ -118,30 +125,19 @@ def convolution_backward(
 
 def convolve(images: Tensor, weight: Tensor) -> Tensor:
     """``F.conv2d(images, weight, padding=1)`` of images (n, c, H, W) and weight (k, c, 3, 3); 4 divides H and W."""
-    k, c = weight.shape[:2]
-    moved = _weights_matrix(weight) @ weight.permute(2, 3, 1, 0).reshape(9, c * k)
     tiles = input_tiles(images)
-    products = tiles.flatten(1, 3) @ moved.view(36, c, k)
-    return outputs(products.view(*tiles.shape[:4], k))
+    products = tiles.flatten(1, 3) @ weight_tiles(weight)
+    return outputs(products.view(*tiles.shape[:4], weight.shape[0]))
 
 
 def weight_gradient(images: Tensor, gradient: Tensor) -> Tensor:
     """The derivative (k, c, 3, 3) of :func:`convolve`'s weight, for images (n, c, H, W), gradient (n, k, H, W)."""
-    c, k = images.shape[1], gradient.shape[1]
-    products = input_tiles(images).flatten(1, 3).mT @ gradient_tiles(gradient).flatten(1, 3)
-    moved = _weights_matrix(images).T @ products.reshape(36, c * k)
-    return moved.view(3, 3, c, k).permute(3, 2, 0, 1)
+    return weight_of(input_tiles(images).flatten(1, 3).mT @ gradient_tiles(gradient).flatten(1, 3))
 
 
 def adjoint(weight: Tensor) -> Tensor:
     """The weight of the transposed convolution, (c, k, 3, 3) for (k, c, 3, 3)."""
     return weight.transpose(0, 1).flip(2, 3)
-
-
-def _weights_matrix(like: Tensor) -> Tensor:
-    """G for both axes at once, (36, 9)."""
-    matrix = torch.tensor(WEIGHTS, dtype=like.dtype)
-    return torch.kron(matrix, matrix)
 
 
 # The rest are operators of their own, which a graph calls as they are. As parts of the graph the compiler would fuse
@@ -194,6 +190,26 @@ def outputs(tiles: Tensor) -> Tensor:
     values = _compiled(OUTPUTS)(tiles.view(36, -1)).view(4, 4, *tiles.shape[1:])
     maps = values.permute(2, 3, 0, 4, 1, 5).flatten(3, 4).flatten(1, 2)
     return maps.permute(0, 3, 1, 2)
+
+
+@_operator("weight_tiles", lambda weight: weight.new_empty(36, *weight.shape[1::-1]))
+def weight_tiles(weight: Tensor) -> Tensor:
+    """G g G' of all g of ``weight`` (k, c, 3, 3): (36, c, k)."""
+    k, c = weight.shape[:2]
+    return (_weights_matrix(weight.dtype) @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(36, c, k)
+
+
+@_operator("weight_of", lambda products: products.new_empty(3, 3, *products.shape[1:]).permute(3, 2, 0, 1))
+def weight_of(products: Tensor) -> Tensor:
+    """G' m G of all m of ``products`` (36, c, k): (k, c, 3, 3); the adjoint of :func:`weight_tiles`."""
+    c, k = products.shape[1:]
+    return (_weights_matrix(products.dtype).T @ products.reshape(36, -1)).view(3, 3, c, k).permute(3, 2, 0, 1)
+
+
+def _weights_matrix(dtype: torch.dtype) -> Tensor:
+    """G for both axes at once, (36, 9)."""
+    matrix = torch.tensor(WEIGHTS, dtype=dtype)
+    return torch.kron(matrix, matrix)
 
 
 @functools.cache
