@@ -66,7 +66,7 @@ def backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable:
 
 
 class _Named(dict):
-    """A table that the cache of compiled graphs knows by its name; by its contents it knows none and caches nothing."""
+    """A table that stands in the key of a compiled graph by this module's name: by its contents no graph is cached."""
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
         return str, (__name__,)
