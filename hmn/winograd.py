@@ -189,7 +189,7 @@ def outputs(tiles: Tensor) -> Tensor:
     """A' m A of all tiles m of ``tiles`` (36, n, H / 4, W / 4, k): maps (n, k, H, W), channels last."""
     values = _compiled(OUTPUTS)(tiles.view(36, -1)).view(4, 4, *tiles.shape[1:])
     maps = values.permute(2, 3, 0, 4, 1, 5).flatten(3, 4).flatten(1, 2)
-    return maps.permute(0, 3, 1, 2)
+    return maps.contiguous().permute(0, 3, 1, 2)  # a map of one tile has not been copied
 
 
 @_operator("weight_tiles", lambda weight: weight.new_empty(36, *weight.shape[1::-1]))
