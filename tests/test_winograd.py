@@ -132,7 +132,7 @@ def test_a_graph_is_told_the_shape_and_layout_of_an_operator_s_result(calls, ope
     torch.library.opcheck(getattr(torch.ops.hmn_winograd, operator).default, (values,))
 
 
-def test_in_fp32_its_error_is_ten_times_the_direct_one_s_and_no_more(calls):
+def test_in_fp32_its_error_is_less_than_twenty_times_the_direct_one_s(calls):
     images, weight = noise(4, 128, 16, 16), noise(128, 128, 3, 3)
     exact = F.conv2d(images, weight, padding=1)
     direct = (F.conv2d(images.float(), weight.float(), padding=1) - exact).std()
