@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,8 +47,11 @@ OUTPUTS: Matrix = (  # A'
 )
 OUTPUTS_TRANSPOSED: Matrix = tuple(zip(*OUTPUTS, strict=True))
 
-# With fewer channels the additions cost more than the products that they save.
-LEAST_CHANNELS = 32
+# With fewer channels the additions cost more than the products save. AVX-512 makes direct convolutions twice as fast.
+LEAST_CHANNELS = 128 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 64
+
+# Tiles that are transformed and multiplied together. All at once they would take 4.5 times the memory of their maps.
+TILES = 512
 
 
 def backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable:
@@ -55,7 +59,15 @@ def backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable:
     # Importing them takes seconds, which runs that do not compile should not pay for.
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.ir import ExternKernel
+    from torch._inductor.lowering import make_fallback
 
+    def layout(count: int, node: fx.Node, *arguments: Any) -> tuple[Sequence[Any], dict[str, Any]]:
+        return [*map(ExternKernel.require_channels_last, arguments[:count]), *arguments[count:]], {}
+
+    # As with PyTorch's convolutions, what makes their maps makes them channels last.
+    for operator, count in ((convolve, 1), (weight_gradient, 2), (bias_gradient, 1)):
+        make_fallback(operator, functools.partial(layout, count), warn=False)
     replaced = {
         torch.ops.aten.convolution.default: convolution,
         torch.ops.aten.convolution_backward.default: convolution_backward,
@@ -66,10 +78,10 @@ def backend(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable:
 
 
 class _Named(dict):
-    """A table that stands in the key of a compiled graph by this module's name: by its contents no graph is cached."""
+    """A table that stands in the key of a cached graph by this file's content: with its own none would be cached."""
 
-    def __reduce__(self) -> tuple[type[str], tuple[str]]:
-        return str, (__name__,)
+    def __reduce__(self) -> tuple[type[bytes], tuple[bytes]]:
+        return bytes, (Path(__file__).read_bytes(),)
 
 
 def fits(
@@ -96,8 +108,7 @@ def convolution(
     """Replace ``aten.convolution``."""
     if any(output_padding) or not fits(images, weight, stride, padding, dilation, groups):
         return NotImplemented
-    maps = convolve(images, adjoint(weight) if transposed else weight)
-    return maps if bias is None else maps + bias[:, None, None]
+    return convolve(images, weight, bias, transposed)
 
 
 def convolution_backward(
@@ -117,38 +128,25 @@ def convolution_backward(
     if transposed or not fits(images, weight, stride, padding, dilation, groups):
         return NotImplemented
     return (
-        convolve(gradient, adjoint(weight)) if wanted[0] else None,
+        convolve(gradient, weight, None, True) if wanted[0] else None,
         weight_gradient(images, gradient) if wanted[1] else None,
-        gradient.sum((0, 2, 3)) if wanted[2] else None,
+        bias_gradient(gradient) if wanted[2] else None,
     )
 
 
-def convolve(images: Tensor, weight: Tensor) -> Tensor:
-    """``F.conv2d(images, weight, padding=1)`` of images (n, c, H, W) and weight (k, c, 3, 3); 4 divides H and W."""
-    tiles = input_tiles(images)
-    products = tiles.flatten(1, 3) @ weight_tiles(weight)
-    return outputs(products.view(*tiles.shape[:4], weight.shape[0]))
+# These are operators, which a graph calls as they are. As parts of the graph the compiler would fuse padding and
+# additions into code that takes minutes to compile, and some graphs make it fail. The bias and its derivative are parts
+# of operators as they are of PyTorch's: in the graph they change what is fused around them, to twice the time.
+
+_LIBRARY = torch.library.Library("hmn_winograd", "DEF")
 
 
-def weight_gradient(images: Tensor, gradient: Tensor) -> Tensor:
-    """The derivative (k, c, 3, 3) of :func:`convolve`'s weight, for images (n, c, H, W), gradient (n, k, H, W)."""
-    return weight_of(input_tiles(images).flatten(1, 3).mT @ gradient_tiles(gradient).flatten(1, 3))
+def _operator(empty: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Make a function an operator; ``empty`` makes a tensor of its result's shape and layout."""
 
-
-def adjoint(weight: Tensor) -> Tensor:
-    """The weight of the transposed convolution, (c, k, 3, 3) for (k, c, 3, 3)."""
-    return weight.transpose(0, 1).flip(2, 3)
-
-
-# The rest are operators of their own, which a graph calls as they are. As parts of the graph the compiler would fuse
-# padding and additions into code that takes minutes to compile, and some graphs make it fail.
-
-
-def _operator(name: str, empty: Callable[[Tensor], Tensor]) -> Callable[[Callable], Callable[[Tensor], Tensor]]:
-    """Make a function of one tensor an operator; ``empty`` makes a tensor of its result's shape and layout."""
-
-    def register(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        _LIBRARY.define(f"{name}(Tensor values) -> Tensor")
+    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        name = function.__name__
+        _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
         _LIBRARY.impl(name, function, "CPU")
         torch.library.register_fake(f"hmn_winograd::{name}", empty, lib=_LIBRARY)
         return getattr(torch.ops.hmn_winograd, name).default
@@ -156,54 +154,59 @@ def _operator(name: str, empty: Callable[[Tensor], Tensor]) -> Callable[[Callabl
     return register
 
 
-_LIBRARY = torch.library.Library("hmn_winograd", "DEF")
+def _empty_maps(images: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    n, _, height, width = images.shape
+    return images.new_empty(n, height, width, weight.shape[1 if transposed else 0]).permute(0, 3, 1, 2)
 
 
-def _empty_tiles(maps: Tensor) -> Tensor:
-    n, channels, height, width = maps.shape
-    return maps.new_empty(36, n, height // 4, width // 4, channels)
+@_operator(_empty_maps)
+def convolve(images: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """``F.conv2d(images, weight, bias, padding=1)``, or if ``transposed`` ``F.conv_transpose2d`` of the same.
 
-
-def _empty_maps(tiles: Tensor) -> Tensor:
-    _, n, rows, columns, channels = tiles.shape
-    return tiles.new_empty(n, 4 * rows, 4 * columns, channels).permute(0, 3, 1, 2)
-
-
-@_operator("input_tiles", _empty_tiles)
-def input_tiles(images: Tensor) -> Tensor:
-    """B' d B of all tiles d of ``images`` (n, c, H, W): (36, n, H / 4, W / 4, c)."""
-    padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
-    tiles = padded.unfold(1, 6, 4).unfold(2, 6, 4).permute(4, 5, 0, 1, 2, 3)
-    return _compiled(INPUTS)(tiles.reshape(36, -1)).view(36, *tiles.shape[2:])
-
-
-@_operator("gradient_tiles", _empty_tiles)
-def gradient_tiles(gradient: Tensor) -> Tensor:
-    """A y A' of all tiles y of ``gradient`` (n, k, H, W): (36, n, H / 4, W / 4, k); the adjoint of :func:`outputs`."""
-    tiles = gradient.unflatten(3, (-1, 4)).unflatten(2, (-1, 4)).permute(3, 5, 0, 2, 4, 1)
-    return _compiled(OUTPUTS_TRANSPOSED)(tiles.reshape(16, -1)).view(36, *tiles.shape[2:])
-
-
-@_operator("outputs", _empty_maps)
-def outputs(tiles: Tensor) -> Tensor:
-    """A' m A of all tiles m of ``tiles`` (36, n, H / 4, W / 4, k): maps (n, k, H, W), channels last."""
-    values = _compiled(OUTPUTS)(tiles.view(36, -1)).view(4, 4, *tiles.shape[1:])
-    maps = values.permute(2, 3, 0, 4, 1, 5).flatten(3, 4).flatten(1, 2)
-    return maps.contiguous().permute(0, 3, 1, 2)  # a map of one tile has not been copied
-
-
-@_operator("weight_tiles", lambda weight: weight.new_empty(36, *weight.shape[1::-1]))
-def weight_tiles(weight: Tensor) -> Tensor:
-    """G g G' of all g of ``weight`` (k, c, 3, 3): (36, c, k)."""
+    images is (n, c, H, W), where 4 divides H and W, and weight (k, c, 3, 3), or (c, k, 3, 3) if ``transposed``. The
+    maps (n, k, H, W) are channels last.
+    """
+    maps = _empty_maps(images, weight, bias, transposed)
+    if transposed:
+        weight = weight.transpose(0, 1).flip(2, 3)
     k, c = weight.shape[:2]
-    return (_weights_matrix(weight.dtype) @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(36, c, k)
+    factors = (_weights_matrix(weight.dtype) @ weight.permute(2, 3, 0, 1).reshape(9, -1)).view(36 * k, c, 1, 1)
+    for part, into in zip(_parts(images), _parts(maps), strict=True):
+        tiles = _input_tiles(part)
+        # Each of the 36 products is a group of a 1 x 1 convolution, which oneDNN computes. Matrix products go to MKL,
+        # which takes twice as long on AMD's processors with AVX-512.
+        products = F.conv2d(tiles.view(1, 1, -1, 36 * c).permute(0, 3, 1, 2), factors, groups=36)
+        outputs = _compiled(_of_products)(products.permute(0, 2, 3, 1).view(*tiles.shape[:3], 6, 6, k))
+        torch.add(outputs, 0 if bias is None else bias, out=_tiled(into))
+    return maps
 
 
-@_operator("weight_of", lambda products: products.new_empty(3, 3, *products.shape[1:]).permute(3, 2, 0, 1))
-def weight_of(products: Tensor) -> Tensor:
-    """G' m G of all m of ``products`` (36, c, k): (k, c, 3, 3); the adjoint of :func:`weight_tiles`."""
-    c, k = products.shape[1:]
-    return (_weights_matrix(products.dtype).T @ products.reshape(36, -1)).view(3, 3, c, k).permute(3, 2, 0, 1)
+@_operator(lambda images, gradient: images.new_empty(3, 3, gradient.shape[1], images.shape[1]).permute(2, 3, 0, 1))
+def weight_gradient(images: Tensor, gradient: Tensor) -> Tensor:
+    """The derivative (k, c, 3, 3) of a convolution's weight, for images (n, c, H, W) and gradient (n, k, H, W)."""
+    c, k = images.shape[1], gradient.shape[1]
+    products = images.new_zeros(36, k, c)
+    for part, of_outputs in zip(_parts(images), _parts(gradient), strict=True):
+        tiles = _input_tiles(part).flatten(0, 2)
+        gradients = _compiled(_of_gradients)(_tiled(of_outputs)).flatten(0, 2)
+        products.baddbmm_(gradients.permute(1, 2, 0), tiles.transpose(0, 1))
+    return (_weights_matrix(images.dtype).T @ products.view(36, -1)).view(3, 3, k, c).permute(2, 3, 0, 1)
+
+
+@_operator(lambda gradient: gradient.new_empty(gradient.shape[1]))
+def bias_gradient(gradient: Tensor) -> Tensor:
+    """The derivative (k) of a convolution's bias, for gradient (n, k, H, W)."""
+    return gradient.sum((0, 2, 3))
+
+
+def _parts(maps: Tensor) -> tuple[Tensor, ...]:
+    """``maps`` (n, c, H, W) in parts of up to :data:`TILES` tiles, or single images that have more."""
+    return maps.split(max(1, TILES * 16 // maps[0, 0].numel()))
+
+
+def _tiled(maps: Tensor) -> Tensor:
+    """The tiles of ``maps`` (n, c, H, W): (n, H / 4, W / 4, 4, 4, c)."""
+    return maps.permute(0, 2, 3, 1).unflatten(2, (-1, 4)).unflatten(1, (-1, 4)).transpose(2, 3)
 
 
 def _weights_matrix(dtype: torch.dtype) -> Tensor:
@@ -212,22 +215,50 @@ def _weights_matrix(dtype: torch.dtype) -> Tensor:
     return torch.kron(matrix, matrix)
 
 
+def _input_tiles(images: Tensor) -> Tensor:
+    """B' d B of all tiles d of ``images`` (n, c, H, W): (n, H / 4, W / 4, 36, c)."""
+    padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+    return _compiled(_of_inputs)(padded.unfold(1, 6, 4).unfold(2, 6, 4).permute(0, 1, 2, 4, 5, 3))
+
+
+# Tiles are (n, H / 4, W / 4, rows, columns, channels), with rows and columns in one dimension for new ones.
+
+
+def _of_inputs(tiles: Tensor) -> Tensor:
+    """B' d B of all tiles d: (n, H / 4, W / 4, 36, c) for (n, H / 4, W / 4, 6, 6, c)."""
+    return torch.stack(_along_both_axes(INPUTS, tiles), dim=3)
+
+
+def _of_gradients(tiles: Tensor) -> Tensor:
+    """A y A' of all tiles y: (n, H / 4, W / 4, 36, k) for (n, H / 4, W / 4, 4, 4, k); the adjoint of that below."""
+    return torch.stack(_along_both_axes(OUTPUTS_TRANSPOSED, tiles), dim=3)
+
+
+def _of_products(tiles: Tensor) -> Tensor:
+    """A' m A of all tiles m: (n, H / 4, W / 4, 4, 4, k) for (n, H / 4, W / 4, 6, 6, k), 16 tensors in memory."""
+    values = torch.stack(_along_both_axes(OUTPUTS, tiles))
+    return values.unflatten(0, (4, 4)).permute(2, 3, 4, 0, 1, 5)
+
+
 @functools.cache
-def _compiled(matrix: Matrix) -> Callable[[Tensor], Tensor]:
-    """:func:`_along_both_axes` of ``matrix``, compiled once for any number of tiles.
+def _compiled(transform: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``transform``, compiled for any sizes. As a product with a matrix of 36 rows it takes longer."""
+    from torch._dynamo import config
+    from torch.fx.experimental import _config as sizes
 
-    As one product with a matrix of 36 rows it would take twice as long.
-    """
-    return torch.compile(lambda numbers: _along_both_axes(matrix, numbers), fullgraph=True, dynamic=True)
+    compiled = torch.compile(transform, fullgraph=True, dynamic=True)
+    # It is compiled anew for every dimension that is 1, for which 8 times, the usual limit, may be too few. Sizes that
+    # are equal at first are not taken to be the same.
+    return config.patch(recompile_limit=64)(sizes.patch(use_duck_shape=False)(compiled))
 
 
-def _along_both_axes(matrix: Matrix, numbers: Tensor) -> Tensor:
-    """``matrix @ m @ matrix.T`` for the matrix m of every tile, without the products with 0: (m m, tiles) to alike."""
+def _along_both_axes(matrix: Matrix, tiles: Tensor) -> list[Tensor]:
+    """The elements of ``matrix @ m @ matrix.T`` of all m in ``tiles`` (n, rows, columns, m, m, channels)."""
 
     def along_one(line: Sequence[Tensor]) -> list[Tensor]:
-        return [sum(factor * value for factor, value in zip(row, line, strict=True) if factor) for row in matrix]
+        return [
+            sum(factor * value for factor, value in zip(row, line, strict=True) if factor) for row in matrix
+        ]  # no products with 0
 
-    size = len(matrix[0])
-    rows = [row.unbind() for row in numbers.unflatten(0, (size, size)).unbind()]
-    columns = [along_one(column) for column in zip(*rows, strict=True)]
-    return torch.stack([value for row in zip(*columns, strict=True) for value in along_one(row)])
+    columns = [along_one(column) for column in zip(*(row.unbind(3) for row in tiles.unbind(3)), strict=True)]
+    return [value for row in zip(*columns, strict=True) for value in along_one(row)]
