@@ -100,9 +100,9 @@ def small_transform(tiles: Tensor) -> Tensor:
 
 @pytest.mark.slow
 @compiled
-def test_a_compiled_transform_takes_tiles_of_any_number_and_layout(monkeypatch):
-    """It would need more than one version for these, and PyTorch gives up on more than the limit says."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_a_compiled_transform_takes_tiles_of_any_number_and_layout():
+    """It needs more than one version for these, and PyTorch gives up on more than the limit says."""
     tiles = noise(3, 2, 4, 2, 2, 8)
     for part in (tiles, tiles[:2, ..., :3], tiles[:1], tiles[:, :1], tiles.mT.contiguous().mT):
         expected = small_transform(part)
