@@ -248,8 +248,8 @@ def _compiled(transform: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
 
     compiled = torch.compile(transform, fullgraph=True, dynamic=True)
     # It is compiled anew for every dimension that is 1, for which 8 times, the usual limit, may be too few. Sizes that
-    # are equal at first are not taken to be the same.
-    return config.patch(recompile_limit=64)(sizes.patch(use_duck_shape=False)(compiled))
+    # are equal at first are not taken to be the same. (Before PyTorch 2.7 recompile_limit has only this name.)
+    return config.patch(cache_size_limit=64)(sizes.patch(use_duck_shape=False)(compiled))
 
 
 def _along_both_axes(matrix: Matrix, tiles: Tensor) -> list[Tensor]:

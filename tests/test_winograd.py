@@ -100,7 +100,7 @@ def small_transform(tiles: Tensor) -> Tensor:
 
 @pytest.mark.slow
 @compiled
-@torch._dynamo.config.patch(recompile_limit=1)
+@torch._dynamo.config.patch(cache_size_limit=1)
 def test_a_compiled_transform_takes_tiles_of_any_number_and_layout():
     """It needs more than one version for these, and PyTorch gives up on more than the limit says."""
     tiles = noise(3, 2, 4, 2, 2, 8)
