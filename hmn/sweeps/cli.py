@@ -152,7 +152,7 @@ def _rate(sweep: Sweep, runs: Mapping[str, Planned], done: Mapping[str, dict[str
     seconds = sum(value for wall in walls for stage, value in wall.items() if stage != "bank")
     flops = work(runs[run_id] for run_id in done)
     if seconds and flops:
-        return flops / seconds, f"measured on the {len(done)} finished runs"
+        return flops / seconds, f"measured on finished runs ({len(done)})"
     cuda = sweep.gives_gpus and torch.cuda.is_available()
     with _threads_of(sweep.launcher):
         return flops_per_second(torch.device("cuda" if cuda else "cpu")), "measured on one convolution"

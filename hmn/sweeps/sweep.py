@@ -287,7 +287,7 @@ def _set_aside_others(sweep: Sweep, planned: Sequence[Planned]) -> bool:
         return True
     codes = ", ".join(sorted({code for code, _ in others.values()}))
     raise ConfigError(
-        f"{len(others)} finished runs are from other code versions ({codes}, now {results.code_version()}): "
+        f"finished runs are from other code versions ({len(others)} from {codes}, now {results.code_version()}): "
         "sweep.other_code=keep keeps them beside new ones, sweep.other_code=repeat measures them again"
     )
 

@@ -193,7 +193,7 @@ def test_results_of_other_sources_are_refused(mixed, here):
     ended = here(mixed)
     assert (ended.code, ended.out) == (2, "")
     assert ended.err == (
-        f"1 finished runs are from other code versions (0123456789ab, now {results.code_version()}): "
+        f"finished runs are from other code versions (1 from 0123456789ab, now {results.code_version()}): "
         "sweep.other_code=keep keeps them beside new ones, sweep.other_code=repeat measures them again\n"
     )
     assert mixed.ledger() == before

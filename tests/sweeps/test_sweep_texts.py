@@ -63,7 +63,7 @@ def test_the_plan_expects_hours_by_the_runs_that_are_done(sweep, here):
     (one, *_) = planning.plan_cells(described(*sweep.settings).cells)
     ended = here(sweep, command="plan")
     rate = f"{one.flops / 2 / 1e9:,.1f} GFLOP/s"
-    said = f"left: about <0.01 hours of one slot, at {rate}, measured on the 1 finished runs"
+    said = f"left: about <0.01 hours of one slot, at {rate}, measured on finished runs (1)"
     assert ended.lines[-2:] == ["3 runs: 1 done, 2 failed", said]
 
 
@@ -81,7 +81,7 @@ def test_hours_are_of_runs_that_condense_once_and_make_no_bank(tmp_path):
     planned = [run_of(tmp_path / name, **shared) for name in "abc"]
     results.write(planned[0].folder, RESULT | {"wall_seconds": {"bank": 9e4, "condense": 3000.0, "evaluate": 500.0}})
     results.write(planned[1].folder, RESULT)
-    said = "left: about 0.185 hours of one slot, at 3.0 GFLOP/s, measured on the 2 finished runs"
+    said = "left: about 0.185 hours of one slot, at 3.0 GFLOP/s, measured on finished runs (2)"
     assert cli.plan_text(described(*SETTINGS, THREE), planned).splitlines()[-1] == said
 
 
