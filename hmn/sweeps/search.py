@@ -349,8 +349,9 @@ def _refuse_mixtures(given: Search, study: optuna.Study) -> None:
     codes = [results.code_of(found.result) for one in begun if (found := state.read(_folder(given, one))).result]
     others = [code for code in codes if code != results.code_version()]
     if others and choice == "refuse":
+        named = ", ".join(sorted(set(others)))
         raise ConfigError(
-            f"study={given.name}: {len(others)} trials are from other code versions ({', '.join(sorted(set(others)))}, "
+            f"study={given.name}: trials are from other code versions ({len(others)} from {named}, "
             f"now {results.code_version()}): sweep.other_code=keep continues with them, another name starts a new study"
         )
 

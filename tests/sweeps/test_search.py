@@ -392,7 +392,9 @@ def test_the_order_of_settings_and_where_runs_are_made_are_no_part_of_a_study(ru
 def test_trials_of_other_sources_are_kept_only_if_asked_for(runs):
     runs.code = "0123456789ab"
     assert search(["study=a", "trials=1", "sweep.other_code=keep", *FIXED, *SPACE]) == 0
-    with pytest.raises(ConfigError, match=r"study=a: 1 trials are from other code versions \(0123456789ab, now \w+\)"):
+    with pytest.raises(
+        ConfigError, match=r"study=a: trials are from other code versions \(1 from 0123456789ab, now \w+\)"
+    ):
         search(["study=a", "trials=2", *FIXED, *SPACE])
     assert search(["study=a", "trials=2", "sweep.other_code=keep", *FIXED, *SPACE]) == 0
 
@@ -400,7 +402,7 @@ def test_trials_of_other_sources_are_kept_only_if_asked_for(runs):
 def test_a_trial_that_two_versions_of_the_sources_made_is_of_other_sources(runs):
     runs.earlier = ["0123456789ab"]
     assert search(["study=a", "trials=1", *FIXED, *SPACE]) == 0
-    with pytest.raises(ConfigError, match=r"1 trials are from other code versions \(0123456789ab\+\w+, now \w+\)"):
+    with pytest.raises(ConfigError, match=r"trials are from other code versions \(1 from 0123456789ab\+\w+, now \w+\)"):
         search(["study=a", "trials=2", *FIXED, *SPACE])
 
 

@@ -203,7 +203,7 @@ def test_a_result_that_other_sources_began_is_one_of_theirs(mixed, here):
     result = results.read(mixed.folders["1"])
     codes = ["0123456789ab", results.code_version()]
     results.write(mixed.folders["1"], result | {"code": codes[-1], "codes": codes})
-    assert f"(0123456789ab+{codes[-1]}, now {codes[-1]})" in here(mixed).err
+    assert f"(1 from 0123456789ab+{codes[-1]}, now {codes[-1]})" in here(mixed).err
 
 
 def test_results_of_other_sources_are_kept_if_told_to(mixed, here):
