@@ -278,9 +278,9 @@ def test_what_was_timed_is_written_before_memory_is_measured(tmp_path, monkeypat
     assert json.loads((tmp_path / "rows.json").read_text())["header"]["launched_anew"] == "everything: --no-record"
 
 
+@torch._dynamo.config.patch(cache_size_limit=8)  # monkeypatch would delete what it restores
 def test_recording_can_be_left_out_and_is_then_left_out_of_the_processes_that_measure_memory_too(monkeypatch):
-    monkeypatch.setattr(capture, "_enabled", True)  # so that monkeypatch restores it and the next one afterwards
-    monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", torch._dynamo.config.cache_size_limit)
+    monkeypatch.setattr(capture, "_enabled", True)  # so that monkeypatch restores it afterwards
     monkeypatch.setattr(settings, "set_deterministic", lambda _: None)
     monkeypatch.setattr(settings, "keep_heap_pages", lambda: True)
     settings.prepare(options("--device", "cpu"))
