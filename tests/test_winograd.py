@@ -219,7 +219,14 @@ def test_a_compiled_second_derivative_uses_it_and_is_the_direct_one(calls):
 
 @pytest.mark.slow
 @compiled
-def test_a_compiled_training_step_uses_it_forward_and_backward(calls):
+def test_a_compiled_training_step_uses_it_forward_and_backward(calls, monkeypatch):
+    layouts, parts = [], winograd._parts
+
+    def noted(maps: Tensor) -> tuple[Tensor, ...]:
+        layouts.append(maps.is_contiguous(memory_format=torch.channels_last))
+        return parts(maps)
+
+    monkeypatch.setattr(winograd, "_parts", noted)
     own = initialise(ConvNet(3, 2, 16, width=32, depth=2), torch.Generator().manual_seed(1))
     parameters = {name: value.detach() for name, value in own.named_parameters()}
     labels = torch.tensor([0, 1, 1])
@@ -230,3 +237,4 @@ def test_a_compiled_training_step_uses_it_forward_and_backward(calls):
         torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-5)
     assert set(calls) == {winograd._of_inputs, winograd._of_products, winograd._of_gradients}
     assert calls.count(winograd._of_products) == 2  # the second convolution's outputs, and the derivative of its inputs
+    assert layouts == [True] * 6  # the maps that go into and come out of these two, and both of the weight's derivative
