@@ -163,6 +163,14 @@ def test_in_fp32_its_error_is_less_than_twenty_times_the_direct_one_s(calls):
 # Where it is used
 
 
+def test_compiled_code_of_another_version_of_the_file_is_not_taken(monkeypatch, tmp_path):
+    key = winograd._Named().__reduce__()
+    assert winograd._Named(other=1).__reduce__() == key
+    monkeypatch.setattr(winograd, "__file__", str(tmp_path / "winograd.py"))
+    (tmp_path / "winograd.py").write_text("# another version")
+    assert winograd._Named().__reduce__() != key
+
+
 @pytest.mark.parametrize(
     ("changed", "fits"),
     [
