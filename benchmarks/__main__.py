@@ -66,7 +66,7 @@ def main() -> int:
         )
     kind = settings.kind_of(options)
     parts = {name: own for name, own in PARTS.items() if not options.no_memory or name not in ("memory", "chunks")}
-    reports, failed = {}, []
+    measured, failed = {}, []
     with tempfile.TemporaryDirectory() as folder:
         cache = {
             "TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "compiled"),
@@ -80,13 +80,13 @@ def main() -> int:
             if subprocess.run(command, stdout=subprocess.DEVNULL, check=False, env=os.environ | cache).returncode:
                 failed.append(name)
             else:
-                reports[name] = json.loads(kept.read_text(encoding="utf-8"))
-    if not reports:
+                measured[name] = json.loads(kept.read_text(encoding="utf-8"))
+    if not measured:
         raise SystemExit("every part has failed: see their messages; earlier results are kept")
     absent = (
         [] if kind == "cuda" or torch.cuda.is_available() else [f"GPU, {name}" for name in planned("cuda", options)]
     )
-    found = merge(reports, failed, absent)
+    found = merge(measured, failed, absent)
     found["header"]["command"] = reports.command()
     written = RESULTS / ("gpu" if kind == "cuda" else "cpu")
     reports.write_json(written.with_suffix(".json"), found)

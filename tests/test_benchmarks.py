@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import subprocess
 from collections.abc import Callable
 
 import pytest
@@ -234,6 +235,29 @@ def test_all_parts_make_one_report():
     assert "memory commit" not in found["header"]
     assert found["rows"] == [{"name": 1}, {"name": 2}]
     assert found["not_measured"] == ["evaluation: failed, see its message", "GPU, matching: reference"]
+
+
+def test_all_benchmarks_run_one_after_another_and_what_failed_is_named(tmp_path, monkeypatch, capsys):
+    caches = set()
+
+    def run(command, *, env, **_):  # a part's process: `matching` fails, the others have a row
+        name, given = command[2].removeprefix("benchmarks."), options(*command[command.index("--rounds") :])
+        assert given.rounds == 2
+        if name == "matching":
+            return subprocess.CompletedProcess(command, 1)
+        caches.add(env["TORCHINDUCTOR_CACHE_DIR"])
+        reports.write_json(given.json, {"header": {"commit": "abc"}, "rows": [vars(Row(part=name, name="ours"))]})
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(everything.subprocess, "run", run)
+    monkeypatch.setattr(everything, "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["benchmarks", "--rounds", "2", "--device", "cpu"])
+    assert everything.main() == 1
+    kept = json.loads((tmp_path / "cpu.json").read_text())
+    assert [row["part"] for row in kept["rows"]] == [name for name in everything.PARTS if name != "matching"]
+    assert "matching: failed, see its message" in kept["not_measured"]
+    assert (tmp_path / "cpu.md").read_text().strip() in capsys.readouterr().out
+    assert len(caches) == 1
 
 
 def test_rows_that_wait_for_a_gpu_are_named():
