@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from functools import partial
 from typing import Any
@@ -103,14 +101,12 @@ def measure(options: argparse.Namespace, device: torch.device) -> tuple[dict, li
     head = reports.header(options, device, "uniform noise; no real images")
     rows = []
     for case, limit in timing.progress(jobs(options.limit), PART, "case"):
-        command = [sys.executable, "-m", "benchmarks.chunks", "--child", "--case", *map(str, case)]
-        command += settings.shape_arguments(options) + (["--limit", str(limit)] if limit else ["--limit", "inf"])
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            *_, last = done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}"]
-            rows.append(Row(part=PART, name=name(case, limit), note=f"failed: {last}"))
+        given = ("--child", "--case", *map(str, case), "--limit", str(limit or "inf"))
+        try:
+            found = settings.in_a_process(PART, "benchmarks.chunks", *given, *settings.shape_arguments(options))
+        except SystemExit as failed:  # such as for want of memory, which is a result
+            rows.append(Row(part=PART, name=name(case, limit), note=f"failed: {str(failed).splitlines()[-1]}"))
             continue
-        found = json.loads(done.stdout.splitlines()[-1])
         row = Row(part=PART, name=name(case, limit), extra={"classes_per_chunk": found["chunk"]})
         row.note = f"{found['chunk']} classes a chunk"
         row.peak_bytes, row.idle_bytes, row.reserved_bytes = found["peak"], found["idle"], found["reserved"]

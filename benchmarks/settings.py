@@ -72,7 +72,8 @@ def in_a_process(title: str, module: str, *arguments: str, **environment: str) -
     command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
     if done.returncode:
-        raise SystemExit(f"{title}: its process failed\n{done.stderr[-2000:]}")
+        told = done.stderr.strip()[-2000:] or f"ended with exit code {done.returncode}"  # -9: killed by signal 9
+        raise SystemExit(f"{title}: its process failed\n{told}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
