@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hmn.compute import Compute
+from hmn.compute import Compute, winograd_pays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +39,14 @@ class Form:
 
 # The class loop in benchmarks/reference.py. On a GPU its convolutions run in tf32, PyTorch's default.
 REFERENCE = Form(name="reference")
-# What Winograd's convolutions, which every other compiled form of fp32 has on a CPU, are compared with.
-DIRECT = Form(name="compiled fp32 direct", matching="compiled", compiled=True)
 ONE_CLASS = " one class per call"
 STORED = "stored real gradients: another objective, to be read beside the accuracy it costs"
+
+
+def other_convolutions() -> Form:
+    """Compiled fp32 with the convolutions that ``compute.convolutions=auto`` does not take on this CPU."""
+    name = "direct" if winograd_pays() else "winograd"
+    return Form(name=f"compiled fp32 {name}", matching="compiled", compiled=True, winograd=name == "winograd")
 
 
 def matching(kind: str, classes: int) -> list[Form]:
@@ -62,13 +66,13 @@ def matching(kind: str, classes: int) -> list[Form]:
                     precision=precision,
                     matching=name,
                     compiled=True,
-                    winograd=kind == "cpu" and precision == "fp32",
+                    winograd=kind == "cpu" and precision == "fp32" and winograd_pays(),
                     classes_per_call=together,
                     stored=stored,
                 )
             )
     if kind == "cpu":
-        forms.append(DIRECT)
+        forms.append(other_convolutions())
     if kind == "cuda":  # to see what batching classes is worth: it makes their convolutions grouped ones
         alone = {"precision": "bf16", "compiled": True}
         forms += [Form(name=f"{name} bf16{ONE_CLASS}", matching=name, **alone) for name in ("compiled", "r_operator")]
@@ -78,7 +82,8 @@ def matching(kind: str, classes: int) -> list[Form]:
 def outer_step(kind: str, classes: int) -> list[Form]:
     """Forms of a whole outer step: fewer, since the matching step already tells them apart."""
     if kind == "cpu":
-        kept = ("reference", "compiled fp32", DIRECT.name, "compiled fp32 stored", "compiled bf16", "r_operator bf16")
+        kept = ("reference", "compiled fp32", "compiled fp32 stored", "compiled bf16", "r_operator bf16")
+        kept += (other_convolutions().name,)
     else:
         kept = ("reference", "compiled tf32", "compiled bf16", "r_operator tf32", "r_operator bf16")
         kept += (f"compiled bf16{ONE_CLASS}",)
@@ -89,8 +94,8 @@ def outer_step(kind: str, classes: int) -> list[Form]:
 def evaluation(kind: str, networks: int) -> list[Form]:
     """Forms of training ``networks`` fresh networks: one after another on a CPU, together on a GPU."""
     if kind == "cpu":
-        known = {form.name: form for form in matching(kind, 1)}
-        return [known[name] for name in ("reference", "compiled fp32", DIRECT.name, "compiled bf16")]
+        kept = ("reference", "compiled fp32", "compiled bf16", other_convolutions().name)
+        return [form for form in matching(kind, 1) if form.name in kept]
     forms = [REFERENCE]
     for precision in ("tf32", "bf16"):
         for together in sorted({1, networks}):

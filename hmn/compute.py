@@ -170,6 +170,15 @@ def bf16_pays(device: torch.device) -> bool:
     return torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and not _is_intel())
 
 
+def winograd_pays() -> bool:
+    """Whether :mod:`hmn.winograd` is faster on this CPU than direct convolutions.
+
+    It is not on Intel's with AVX-512: there a step takes as long with either, and compiling half a minute longer
+    (benchmarks/README.md).
+    """
+    return not (_is_intel() and torch.backends.cpu.get_cpu_capability() == "AVX512")
+
+
 def _is_intel() -> bool:
     known = platform.processor()
     with contextlib.suppress(OSError):  # not Linux
@@ -210,11 +219,9 @@ def choose(config: ComputeConfig, expected_flops: float, classes: int) -> Comput
         told += ", which auto chooses here: set compute.matching=compiled"
     require("compute.classes_per_call", width == 1 or matching != "loop", width, told)
     require("compute.classes_per_call", width <= classes, width, f"at most {classes}")
-    faster = matching != "loop" and precision == "fp32" and not on_gpu
+    fits = matching != "loop" and precision == "fp32" and not on_gpu
     kind = config.convolutions
-    require(
-        "compute.convolutions", kind != "winograd" or faster, kind, "auto or direct, but for compiled fp32 on a CPU"
-    )
+    require("compute.convolutions", kind != "winograd" or fits, kind, "auto or direct, but for compiled fp32 on a CPU")
     return Compute(
         device,
         precision,
@@ -222,7 +229,7 @@ def choose(config: ComputeConfig, expected_flops: float, classes: int) -> Comput
         compiled=matching != "loop",
         classes_per_call=width,
         networks_together=config.networks_together,
-        winograd=faster and kind != "direct",
+        winograd=fits and (kind == "winograd" or kind == "auto" and winograd_pays()),
     )
 
 

@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import os
+import tempfile
 from typing import Any
 
 import pytest
@@ -109,7 +110,8 @@ def test_a_profile_lists_convolutions(kind):
     assert "convolution" in told
 
 
-def test_what_sweeping_costs_is_measured(tmp_path):
+def test_what_sweeping_costs_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # slots of its own
     home = os.getcwd()
     told = run("sweeps", "--rounds", "1", "--runs", "3", "--json", str(tmp_path / "rows.json"))
     found = json.loads((tmp_path / "rows.json").read_text())["rows"]

@@ -333,12 +333,23 @@ def test_bf16_is_left_out_where_it_does_not_pay_unless_it_is_named(monkeypatch, 
     assert names == (
         [form.name for form in planned]
         if has
-        else ["reference", "compiled fp32", "compiled fp32 stored", "compiled fp32 direct"]
+        else ["reference", "compiled fp32", "compiled fp32 stored", forms.other_convolutions().name]
     )
     assert ("--forms" in capsys.readouterr().err) == (not has)
     assert [form.name for form in settings.chosen(planned, options("--forms", "compiled bf16"))][1:] == [
         "compiled bf16"
     ]
+
+
+@pytest.mark.parametrize("pays", [False, True])
+def test_fp32_is_measured_as_runs_compute_it_and_with_the_other_convolutions(monkeypatch, pays):
+    monkeypatch.setattr(forms, "winograd_pays", lambda: pays)
+    other = "compiled fp32 direct" if pays else "compiled fp32 winograd"
+    for planned in (forms.matching("cpu", 10), forms.outer_step("cpu", 10), forms.evaluation("cpu", 1)):
+        compiled = {form.name: form.winograd for form in planned if form.compiled and form.precision == "fp32"}
+        assert compiled.pop(other) == (not pays)
+        assert set(compiled.values()) == {pays}
+    assert not any(form.winograd for form in forms.matching("cuda", 10))
 
 
 def test_compiling_pays_once_its_seconds_are_saved():

@@ -265,10 +265,13 @@ def test_winograd_s_convolutions_are_for_compiled_fp32_on_a_cpu(
     compilers("g++", "gcc")
     monkeypatch.setattr(compute, "bf16_pays", lambda device: True)
     settings = ComputeConfig(device=device, matching=matching, precision=precision)
-    assert choose(settings, 0, 10).winograd == fits
+    for pays in (False, True):
+        monkeypatch.setattr(compute, "winograd_pays", lambda pays=pays: pays)
+        assert choose(settings, 0, 10).winograd == (fits and pays)
     assert not choose(replace(settings, convolutions="direct"), 0, 10).winograd
     asked = replace(settings, convolutions="winograd")
     if fits:
+        monkeypatch.setattr(compute, "winograd_pays", lambda: False)  # asked for is asked for
         assert choose(asked, 0, 10).winograd
     else:
         with pytest.raises(ConfigError, match=f"^{re.escape(WINOGRAD_REFUSED)}$"):
@@ -309,6 +312,22 @@ def test_bf16_is_fp32_on_an_x86_processor_that_is_no_faster_with_it(
     monkeypatch.setattr(compute.platform, "processor", lambda: "")
     monkeypatch.setattr(compute.Path, "read_text", lambda self, encoding: cpuinfo)
     assert choose(ComputeConfig(device="cpu", precision="bf16"), 0, 10).precision == precision
+
+
+@pytest.mark.parametrize(
+    ("capability", "cpuinfo", "pays"),
+    [
+        ("AVX512", "vendor_id : GenuineIntel", False),
+        ("AVX512", "vendor_id : AuthenticAMD", True),
+        ("AVX2", "vendor_id : GenuineIntel", True),
+        ("DEFAULT", "CPU implementer : 0x41", True),
+    ],
+)
+def test_winograd_s_convolutions_are_not_taken_where_direct_ones_are_as_fast(monkeypatch, capability, cpuinfo, pays):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(compute.platform, "processor", lambda: "")
+    monkeypatch.setattr(compute.Path, "read_text", lambda self, encoding: cpuinfo)
+    assert compute.winograd_pays() == pays
 
 
 @pytest.mark.parametrize(

@@ -234,7 +234,7 @@ class ComputeConfig:
     # loop: autograd twice; compiled: nested derivatives; r_operator: written out, ConvNet only; auto: chosen by cost.
     # With all but loop, matching and the training of networks are compiled.
     matching: str = unscientific("auto")
-    # Of compiled steps on a CPU in fp32: winograd is faster and rounds more; auto: winograd there, direct elsewhere
+    # winograd, which rounds more, is for compiled steps on a CPU in fp32; auto takes it there where it is faster
     convolutions: str = unscientific("auto")
     classes_per_call: int | None = unscientific(None)  # null: 1 on a CPU or for the loop, else at most 20
     # GiB per process; classes are condensed in chunks that fit. null: 20 classes at once on a GPU, one by one on a CPU
