@@ -18,7 +18,7 @@ from hmn.networks import ARCHITECTURES, builder, full_name, has_batch_norm, init
 from hmn.networks.classic import MLP
 from hmn.networks.convnet import ConvNet, default_depth
 from hmn.networks.densenet import DenseNet
-from hmn.networks.layers import FanOutConv2d
+from hmn.networks.layers import AveragePool2d, FanOutConv2d
 from hmn.networks.resnet import Block, ResNet
 from hmn.networks.together import Together
 from hmn.networks.vgg import VGG
@@ -176,6 +176,26 @@ def test_a_block_is_convolution_instance_norm_relu_average_pooling(channels, siz
         found = network(images)
         assert found.shape == (4, 5)
         torch.testing.assert_close(found, plain_forward(network, images, depth), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("height", "width"), [(2, 2), (8, 6), (4, 12), (5, 4), (4, 7)])
+def test_pooling_compiled_for_a_cpu_is_pytorchs_with_its_derivatives_and_layout(monkeypatch, height, width):
+    images = torch.randn(3, 5, height, width, generator=generator(), dtype=torch.float64)
+    images = images.to(memory_format=torch.channels_last)
+
+    def measured(pool):
+        x = images.clone(memory_format=torch.preserve_format).requires_grad_()
+        pooled = pool(x)
+        (first,) = torch.autograd.grad(pooled.pow(3).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.pow(2).sum(), x)
+        return pooled, first, second
+
+    expected = measured(lambda x: F.avg_pool2d(x, 2))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    found = measured(AveragePool2d())
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("name", ["convnet", "vgg11", "alexnet", "lenet"])

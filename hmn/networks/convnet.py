@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor, nn
 
-from hmn.networks.layers import norm_layer, padded
+from hmn.networks.layers import AveragePool2d, norm_layer, padded
 
 
 class ConvNet(nn.Module):
@@ -28,7 +28,7 @@ class ConvNet(nn.Module):
                 nn.Conv2d(channels if first else width, width, 3, padding=3 if first and size == 28 else 1),
                 norm_layer(norm, width),
                 nn.ReLU(),
-                nn.AvgPool2d(2),
+                AveragePool2d(),
             ]
         side = padded(size) >> depth
         if side < 1:

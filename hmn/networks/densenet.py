@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hmn.networks.layers import norm_layer
+from hmn.networks.layers import AveragePool2d, norm_layer
 
 
 class DenseLayer(nn.Module):
@@ -56,7 +56,7 @@ class DenseNet(nn.Module):
                 width += growth
             layers += [norm_layer(norm, width), nn.ReLU()]
             if stage < len(blocks) - 1:
-                layers += [nn.Conv2d(width, width // 2, 1, bias=False), nn.AvgPool2d(2)]
+                layers += [nn.Conv2d(width, width // 2, 1, bias=False), AveragePool2d()]
                 width //= 2
         self.body = nn.Sequential(*layers)
         self.classifier = nn.Linear(width, classes)

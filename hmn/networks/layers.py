@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hmn.compute import wide
@@ -27,6 +29,21 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(wide(images)).to(images.dtype)
+
+
+class AveragePool2d(nn.Module):
+    """The average of 2 x 2 pixels.
+
+    Compiled for a CPU, the derivative of PyTorch's own takes up to three times as long: for each pixel it works out
+    which windows, of those that might overlap, the pixel is in.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        height, width = images.shape[2:]
+        if images.is_cuda or height % 2 or width % 2 or not torch.compiler.is_compiling():
+            return F.avg_pool2d(images, 2)
+        pixels = images.permute(0, 2, 3, 1)  # the layout that compiled convolutions have on a CPU, which the mean keeps
+        return pixels.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).mean((2, 4)).permute(0, 3, 1, 2)
 
 
 def norm_layer(norm: str, channels: int) -> nn.Module:

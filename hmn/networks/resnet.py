@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from hmn.networks.layers import FanOutConv2d, norm_layer
+from hmn.networks.layers import AveragePool2d, FanOutConv2d, norm_layer
 
 
 class Block(nn.Module):
@@ -24,7 +24,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         stride = 2 if halve and not average else 1
-        pooling = [nn.AvgPool2d(2)] if halve and average else []
+        pooling = [AveragePool2d()] if halve and average else []
         self.body = nn.Sequential(
             conv(channels, width, 3, stride=stride, padding=1, bias=False),
             norm_layer(norm, width),
@@ -98,7 +98,8 @@ def _stem(channels: int, width: int, size: int, *, norm: str, average: bool, con
         first = conv(channels, width, 7, stride=1 if average else 2, padding=3, bias=False)
     layers = [first, norm_layer(norm, width), nn.ReLU()]
     if size > 64:
-        layers.append(nn.AvgPool2d(2 if size <= 128 else 4) if average else nn.MaxPool2d(3, stride=2, padding=1))
+        pooling = AveragePool2d() if size <= 128 else nn.AvgPool2d(4)
+        layers.append(pooling if average else nn.MaxPool2d(3, stride=2, padding=1))
     return nn.Sequential(*layers)
 
 
