@@ -34,7 +34,7 @@ test: setup ## run the test suite on the CPU
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Nothing else should run at the same time. Options are passed on, as in make bench BENCH="--rounds 3 --data DIR".
-bench: setup ## time all formulations against the plain loop: 25 minutes on two cores
+bench: setup ## time all formulations against the plain loop: three quarters of an hour on two cores
 	.venv/bin/python -m benchmarks $(BENCH)
 
 lint: setup ## check style and formatting

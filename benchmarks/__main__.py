@@ -49,6 +49,8 @@ def merge(parts: dict[str, dict[str, Any]], failed: Sequence[str], absent: Seque
     found: dict[str, Any] = {"schema_version": reports.SCHEMA_VERSION, "header": head, "rows": []}
     for name, report in parts.items():
         for key, value in report["header"].items():
+            if key == "command":  # how it was started here, not how to measure it again
+                continue
             own = key in ("date", "load_average", "ceilings", "float64_differences")
             if own or head.setdefault(key, value) != value:
                 head[f"{name} {key}"] = value

@@ -31,9 +31,12 @@ BANK = BankConfig(networks=1, snapshots=5)
 
 
 def planned(kind: str, options: argparse.Namespace) -> list[Form]:
-    """The forms of the outer step; on a CPU, where a run takes a minute, one of each precision."""
-    left_out = ("compiled bf16",) if kind == "cpu" else ()
-    return [form for form in forms.outer_step(kind, options.classes) if form.name not in left_out]
+    """The forms of the outer step; on a CPU, where a run takes a minute, those that ``auto`` chooses from."""
+    planned = forms.outer_step(kind, options.classes)
+    if kind == "cuda":
+        return planned
+    other = forms.other_convolutions().name
+    return [form for form in planned if form.matching != "r_operator" and form.name != other]
 
 
 def names(form: Form) -> list[str]:

@@ -198,8 +198,9 @@ def measure(options: argparse.Namespace, device: torch.device) -> tuple[dict, li
     }
     chosen = settings.chosen(planned(settings.kind_of(options), options), options)
     whole = variants(chosen, at, options)
-    last = next((form for form in reversed(chosen) if not form.stored), REFERENCE)
-    parts = decoding_variants(last, at, options) if last != REFERENCE else []
+    ours = [form for form in chosen if not form.stored and form != REFERENCE]
+    fastest = max(ours, key=lambda form: form.precision == "bf16", default=None)
+    parts = decoding_variants(fastest, at, options) if fastest else []
     times = timing.interleave(
         [*whole, *parts], device, rounds=options.rounds, least_seconds=options.least_seconds, title=PART
     )
@@ -208,7 +209,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> tuple[dict, li
     memory.fill(found, options)
     if parts:  # they are less work than the reference's whole step, so there are no ratios to it
         beside = reports.rows(PART, parts, times, timing.greatest(head["ceilings"]), baseline="none")
-        beside[-1].extra = decoding_share(times, last)
+        beside[-1].extra = decoding_share(times, fastest)
         found += beside
     return head, found
 
