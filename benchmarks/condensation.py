@@ -32,11 +32,11 @@ BANK = BankConfig(networks=1, snapshots=5)
 
 def planned(kind: str, options: argparse.Namespace) -> list[Form]:
     """The forms of the outer step; on a CPU, where a run takes a minute, those that ``auto`` chooses from."""
-    planned = forms.outer_step(kind, options.classes)
+    every = forms.outer_step(kind, options.classes)
     if kind == "cuda":
-        return planned
+        return every
     other = forms.other_convolutions().name
-    return [form for form in planned if form.matching != "r_operator" and form.name != other]
+    return [form for form in every if form.matching != "r_operator" and form.name != other]
 
 
 def names(form: Form) -> list[str]:

@@ -198,6 +198,13 @@ def test_pooling_compiled_for_a_cpu_is_pytorchs_with_its_derivatives_and_layout(
     assert found[0].is_contiguous(memory_format=torch.channels_last)
 
 
+def test_pooling_is_compiled_without_pytorchs_operator():
+    codes = []
+    compiled = torch.compile(AveragePool2d(), backend=lambda graph, _: codes.append(graph.code) or graph.forward)
+    assert compiled(torch.arange(16.0).view(1, 1, 4, 4)).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+    assert len(codes) == 1 and "avg_pool2d" not in codes[0]
+
+
 @pytest.mark.parametrize("name", ["convnet", "vgg11", "alexnet", "lenet"])
 def test_28_pixels_are_padded_to_32_by_the_first_convolution(name):
     images = torch.randn(2, 1, 28, 28, generator=generator())
