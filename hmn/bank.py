@@ -58,7 +58,10 @@ def build(
     paths = files(folder, config.bank)
     with exclusive(folder, wait=stop):
         missing = [number for number, path in enumerate(paths) if not path.exists()]
-        for number in tqdm(missing, desc="snapshot bank", unit="network", disable=not missing):
+        done = len(paths) - len(missing)
+        for number in tqdm(
+            missing, desc="snapshot bank", unit="network", total=len(paths), initial=done, disable=not missing
+        ):
             tensors = _record(live(number), gradients, config, classes, chunk, stop)
             write_tensors(paths[number], tensors, {"data": fingerprint})
     check_images(paths, fingerprint)

@@ -88,7 +88,7 @@ def _without_plan(settings: Sequence[str]) -> tuple[list[str], bool]:
 
 
 def _launch(sweep: Sweep) -> int:
-    found = launch(sweep)
+    found = launch(sweep, announce=True)
     print(summary(found))
     if found["failed"]:
         print(f"to see what failed: {status_command(sweep)}", file=sys.stderr)

@@ -136,8 +136,10 @@ def _common(own: Sequence[str], asked: Sequence[str]) -> dict[str, Any]:
     return sections(composed([*own, *alike]), (*OWN, *SHARED))
 
 
-def launch(sweep: Sweep) -> Counter[str]:
+def launch(sweep: Sweep, *, announce: bool = False) -> Counter[str]:
     """Make the runs that are left; returns the number of runs by status.
+
+    With ``announce``, a line says how many they are and which command shows their progress.
 
     Raises ``ConfigError`` before anything runs if a cell cannot be composed, or if finished runs are from other code
     versions; ``Busy`` if another process works on this sweep; and ``Interrupted`` on a stop signal such as Ctrl-C, once
@@ -147,7 +149,7 @@ def launch(sweep: Sweep) -> Counter[str]:
         with _stoppable():
             planned = sweep.plan()  # a sweep that cannot be composed leaves no folder
             with exclusive(sweep.folder, what="this sweep"):
-                return _launch(sweep, planned)
+                return _launch(sweep, planned, announce)
     except Busy as error:
         raise Busy(f"{error}; its progress: {status_command(sweep)}") from None
     except Interrupted as error:
@@ -159,11 +161,14 @@ def status_command(sweep: Sweep) -> str:
     return shlex.join(["python", "sweep.py", "status", *(one for one in settings if one != "-m")])
 
 
-def _launch(sweep: Sweep, planned: Sequence[Planned]) -> Counter[str]:
+def _launch(sweep: Sweep, planned: Sequence[Planned], announce: bool) -> Counter[str]:
     if _set_aside_others(sweep, planned):
         planned = sweep.plan()  # cells that read their sets wait now
     for text in varied_not_read(planned):
         print(f"varies but is not read: {text}")
+    so_far = counts(planned)
+    if announce and (count := so_far.total() - so_far["done"]):
+        print(f"runs left: {count} of {so_far.total()}; their progress: {status_command(sweep)}", flush=True)
     tried: set[str] = set()
     while True:
         write_text(sweep.folder / FILE, json.dumps(description(sweep, planned), indent=2) + "\n")

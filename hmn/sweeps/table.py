@@ -185,7 +185,8 @@ def _cells(file: Mapping[str, Any], overrides: Sequence[str], only: Mapping[str,
     for axis, text in only.items():
         found = {own[axis] for own, _ in made if axis in own}
         chosen[axis] = _split(text, found)
-        there = ", ".join(sorted(found)) if found else f"an axis of the table: {', '.join(sorted(known))}"
+        comma = "; " if any("," in label for label in found) else ", "
+        there = comma.join(sorted(found)) if found else f"an axis of the table: {', '.join(sorted(known))}"
         require(f"{ONLY}{axis}", found >= set(chosen[axis]), text, f"of {there}")
     dropped = list(file.get("skip", ()))
     if smoke:

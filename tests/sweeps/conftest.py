@@ -35,7 +35,8 @@ class Ended:
 
     @property
     def lines(self) -> list[str]:
-        return self.out.splitlines()
+        """What it printed, without the line that says how much was left."""
+        return [line for line in self.out.splitlines() if not line.startswith("runs left: ")]
 
 
 @functools.cache

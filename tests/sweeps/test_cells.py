@@ -292,6 +292,11 @@ ERRORS = {
         "artifacts=SVHN/1/IDC/0: must be a cell of this table",
     ),
     "a part that is none": (FILE, ("only.method=IDC",), "only.method=IDC: must be of HMN, Random"),
+    "a part that is none of labels with commas": (
+        FILE.replace("Random:", '"A, B":'),
+        ("only.method=IDC",),
+        "only.method=IDC: must be of A, B; HMN",
+    ),
     "a part without labels": (FILE, ("only.method",), "only.method: must be only.AXIS=LABEL,LABEL"),
     "a part of no axis": (FILE, ("only.network=VGG",), "only.network=VGG: must be of an axis of the table: "),
     "empty": ("", (), "has no "),

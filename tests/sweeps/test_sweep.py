@@ -45,9 +45,10 @@ def begins(sweep: Launched) -> dict[str, int]:
 def test_a_sweep_makes_each_run_and_a_second_launch_none(sweep, here):
     ended = here(sweep)
     assert (ended.code, ended.err) == (0, "")
-    assert sorted(ended.lines) == sorted(
-        [*(f"done     seed={seed}: {100 * sweep.table()[seed][0]:.2f} %" for seed in "012"), "3 runs: 3 done"]
-    )
+    told = f"runs left: 3 of 3; their progress: {shlex.join(['python', 'sweep.py', 'status', *sweep.settings])}"
+    assert ended.out.splitlines()[0] == told  # before the first run has ended
+    done = [f"done     seed={seed}: {100 * sweep.table()[seed][0]:.2f} %" for seed in "012"]
+    assert sorted(ended.lines) == sorted([*done, "3 runs: 3 done"])
     assert sweep.steps() == dict.fromkeys("012", ALL)
     before = sweep.ledger()
     again = here(sweep)
