@@ -104,13 +104,19 @@ class Making:
 
     def _run(self, work: condense.Condensation, container: Container) -> None:
         logging = self.plan.config.tracking
+        shown: set[int] = set()  # steps; one may be due for several reasons
+
+        def show(step: int) -> None:
+            if step not in shown:
+                shown.add(step)
+                self._log_grid(container, step)
 
         def on_report(report: condense.Report) -> None:
             self.tracker.log(_metrics(report), step_key="condense/step", step=report.step)
             before = report.step - logging.log_every_steps
             if before // logging.images_every_steps != report.step // logging.images_every_steps:
                 work.gather()
-                self._log_grid(container, report.step)
+                show(report.step)
 
         def on_curve(step: int) -> float:
             kept = copy.deepcopy(container)
@@ -118,11 +124,11 @@ class Making:
             value = self.judged(Split(*decode_all(kept)), f"curve_{step}")
             metrics = {"curve/held_out_accuracy": value, "curve/condense_seconds": work.seconds}
             self.tracker.log(metrics, step_key="curve/step", step=step)
-            self._log_grid(container, step)
+            show(step)
             return value
 
         if work.step == 0:
-            self._log_grid(container, 0)
+            show(0)
         with self.shop.checkpoints.timed("condense"):
             condense.condense(
                 work,
@@ -132,7 +138,7 @@ class Making:
                 curve_points=self.plan.config.evaluation.curve_points,
                 on_curve=on_curve,
             )
-        self._log_grid(container, work.step)
+        show(work.step)
 
     def _log_grid(self, container: Container, step: int) -> None:
         if not distributed.first():

@@ -499,7 +499,7 @@ def test_what_a_run_sends_to_wandb_is_really_in_it(tmp_path, wandb_home):
     (aum,) = rows("prune/aum")
     assert (aum["_type"], sum(aum["values"])) == ("histogram", 3 * result["over_budget_images_per_class"])
     grids = [entry for entry in logged["history"] if "condense/images" in entry]
-    assert [entry["condense/step"] for entry in grids] == [0, 0, 3, 6, 6, 6]
+    assert [entry["condense/step"] for entry in grids] == [0, 3, 6]  # once, whatever they are due for
     files = [logged["files_dir"] / image["path"] for image in rows("condense/images")]
     assert all(Image.open(file).mode == "RGB" for file in files)
 
