@@ -13,7 +13,7 @@ import torch
 
 from hmn import distributed
 from hmn.config import require
-from hmn.errors import ArtifactError, DataError, Interrupted
+from hmn.errors import ArtifactError, DataError, HmnError, Interrupted
 from hmn.files import atomic_write
 from hmn.stop import Stop
 
@@ -108,6 +108,19 @@ class Checkpoints:
                 raise
             raise ArtifactError(
                 f"{path}: not a checkpoint of this program ({type(error).__name__}): remove it"
+            ) from error
+
+    @contextlib.contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Raise ``ArtifactError`` if the block cannot restore a state that another version of the code has saved."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:  # another key, kind, length or shape
+            if len(self.codes) < 2 or isinstance(error, HmnError | torch.OutOfMemoryError):
+                raise
+            raise ArtifactError(
+                f"{self.whole}: its checkpoint is of another code version ({self.codes[-2]}), which this one cannot "
+                f"continue ({type(error).__name__}): move it away to start over, or continue with that version"
             ) from error
 
     def save(self, slot: str, state: dict[str, Any], *, own: bool = False) -> None:

@@ -73,7 +73,8 @@ def build(
         while missing:
             slot = f"experts-{missing[0]:04d}"
             begun = checkpoints.load(slot)
-            numbers = begun["numbers"] if begun else missing[:together]
+            with checkpoints.restoring():
+                numbers = begun["numbers"] if begun else missing[:together]
             made = _record(train(numbers), numbers, begun, checkpoints, slot)
             # The expert that names the slot is written last.
             for number, snapshots in reversed([*zip(numbers, made, strict=True)]):
@@ -103,8 +104,9 @@ def _record(
     if begun is None:
         snapshot()
     else:
-        training.load_state_dict(begun["training"])
-        kept = begun["kept"]
+        with checkpoints.restoring():
+            training.load_state_dict(begun["training"])
+            kept = begun["kept"]
     title = f"experts {numbers[0] + 1}-{numbers[-1] + 1}" if len(numbers) > 1 else f"expert {numbers[0] + 1}"
     epochs = training.recipe.epochs
     with tqdm(total=epochs, initial=training.epoch, desc=title, unit="epoch", leave=False) as bar:

@@ -40,8 +40,9 @@ class Making:
         checkpoints = self.shop.checkpoints
         if (taken := checkpoints.load(TAKEN)) is not None:
             container.finish()
-            container.load_state_dict(taken["container"])
-            return taken["made"]
+            with checkpoints.restoring():
+                container.load_state_dict(taken["container"])
+                return taken["made"]
         if not self.plan.config.compute.share_condensed:
             return self._condense(container)
         done = self._steps_kept() == self.plan.matching_steps
@@ -96,7 +97,8 @@ class Making:
         distributed.copy_first_(container.state_dict().values())
         work = build.condensation(self.shop, container)
         if state is not None:
-            work.load_state_dict(state)
+            with self.shop.checkpoints.restoring():
+                work.load_state_dict(state)
             print(f"continuing at step {work.step} of {work.total_steps}")
         self.tracker.rewind("condense/step", work.step)
         self.tracker.rewind("curve/step", max(work.curve, default=-1))

@@ -157,15 +157,17 @@ def train_networks(
         together = distributed.agree(state["together"] if state else 0)[0] or together
     first, stop, resumed = distributed.rank() * together, 0, None
     if state is not None:
-        first, stop, resumed = state["index"], state["stop"], state["training"]
-        for name, value in state["memo"].items():
-            memo[name].copy_(value)
+        with checkpoints.restoring():
+            first, stop, resumed = state["index"], state["stop"], state["training"]
+            for name, value in memo.items():
+                value.copy_(state["memo"][name])
     while first < count:
         # Networks that were begun together are finished together, whatever ``together`` is by now.
         networks = range(first, min(first + together, count) if resumed is None else stop)
         training = make(networks)
         if resumed is not None:
-            training.load_state_dict(resumed)
+            with checkpoints.restoring():
+                training.load_state_dict(resumed)
             resumed = None
 
         def state_now(networks: range = networks, training: Training = training) -> dict[str, Any]:

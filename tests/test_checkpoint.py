@@ -181,6 +181,32 @@ def test_what_other_sources_began_goes_on_and_they_are_remembered(tmp_path: Path
     assert Checkpoints(tmp_path / "checkpoints", 0, origin=ORIGIN).codes == ["c1", "c2", "c1"]
 
 
+FAILURES = [KeyError("memo"), IndexError(), TypeError(), ValueError("shape"), RuntimeError("size mismatch for w")]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
+def test_a_state_of_other_sources_that_cannot_be_restored_is_refused_in_one_line(tmp_path: Path, failure: Exception):
+    continued(tmp_path, code="c2").save("stage", {"step": 2})
+    for code, before in (("c2", "c1"), ("c3", "c2")):
+        checkpoints = Checkpoints(tmp_path / "checkpoints", 0, origin=ORIGIN | {"code": code})
+        with pytest.raises(ArtifactError) as raised, checkpoints.restoring():
+            raise failure
+        told = f"another code version ({before}), which this one cannot continue ({type(failure).__name__})"
+        rule = "move it away to start over, or continue with that version"
+        assert str(raised.value) == f"{tmp_path}: its checkpoint is of {told}: {rule}"
+
+
+def test_an_error_of_its_own_sources_or_of_the_machine_is_not_blamed_on_other_sources(tmp_path: Path):
+    own = continued(tmp_path)
+    with pytest.raises(KeyError), own.restoring():
+        raise KeyError("memo")
+    other = continued(tmp_path, code="c2")
+    for failure in (torch.OutOfMemoryError(), DataError("other images"), OSError(errno.ENOSPC, "full")):
+        with pytest.raises(type(failure)) as raised, other.restoring():
+            raise failure
+        assert raised.value is failure
+
+
 def test_seconds_add_up_over_sittings_and_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     clock = Clock(monkeypatch)
     first = Checkpoints(tmp_path, 60)

@@ -164,6 +164,17 @@ def test_what_ends_while_it_writes_its_experts_goes_on_from_their_state(stopped,
     assert trained == [1]
 
 
+@pytest.mark.parametrize("lacks", ["numbers", "training", "kept"])
+def test_experts_that_other_sources_began_otherwise_are_refused(stopped, lacks: str):
+    opened = Checkpoints(stopped / "unfinished", 1e9)
+    state = opened.load("experts-0000")
+    del state[lacks]
+    opened.save("experts-0000", state)
+    opened.codes = ["c1", "c2"]
+    with pytest.raises(ArtifactError, match=r"of another code version \(c1\), which this one cannot continue"):
+        experts.build(stopped, train, 2, fingerprint="", together=2, stop=Stop(), open_checkpoints=lambda: opened)
+
+
 def test_finished_experts_need_no_checkpoints(tmp_path: Path):
     """Checkpoints that another device has begun are not opened."""
     make(tmp_path, count=1)

@@ -9,12 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from hmn import build, making
+from hmn import build, condense, making
 from hmn.artifacts import decode_all
 from hmn.condense import Condensation, Report
+from hmn.containers import fit
+from hmn.errors import ArtifactError
 from hmn.tracking import METRICS_FILE, read_metrics
 from tests.command import TINY, planned, session_of
 
+ORIGIN = {"data": "d", "device": "cpu", "code": "c1"}
 AVERAGED = ("objective.average=0.5", "pruning=none")
 
 
@@ -77,3 +80,15 @@ def test_steps_are_recorded_as_often_as_asked_for(tmp_path):
     session_of(plan, tmp_path)._making().make(plan.container(plan.storage.over_budget_instances))
     recorded = [row["condense/step"] for row in read_metrics(tmp_path / METRICS_FILE) if "condense/loss" in row]
     assert recorded == [4, 6]
+
+
+@pytest.mark.parametrize("slot", [fit.SLOT, condense.SLOT, making.TAKEN])
+def test_a_stage_that_other_sources_began_otherwise_is_refused(tmp_path, slot: str):
+    plan = planned(*TINY, "pruning=none", "container.init=fit_real", "container.fit_steps=2")
+    session = session_of(plan, tmp_path)
+    session.checkpoints.origin, session.checkpoints.codes = ORIGIN, ["c1"]
+    session.checkpoints.save(slot, {"step": 1, "of": "other sources"})
+    other = session_of(plan, tmp_path)
+    other.checkpoints.origin, other.checkpoints.codes = ORIGIN, ["c1", "c2"]
+    with pytest.raises(ArtifactError, match=r"of another code version \(c1\), which this one cannot continue"):
+        other._making().make(plan.container(plan.storage.over_budget_instances))

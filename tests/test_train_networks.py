@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hmn import training as trainer
 from hmn.checkpoint import Checkpoints
 from hmn.data.preprocess import Normalise
-from hmn.errors import Diverged, Interrupted
+from hmn.errors import ArtifactError, Diverged, Interrupted
 from hmn.networks import initialise
 from hmn.networks.together import Together
 from hmn.stop import Stop
@@ -165,6 +165,21 @@ def test_a_finished_stage_is_read_back_without_training(tmp_path: Path):
 
 
 # Judging
+
+
+@pytest.mark.parametrize("lacks", ["memo", "training"])
+def test_a_state_that_other_sources_wrote_otherwise_is_refused(tmp_path: Path, lacks: str):
+    origin = {"data": "d", "device": "cpu", "code": "c1"}
+
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 0, origin=origin)
+    checkpoints.stop.signum = 15
+    with pytest.raises(Interrupted):
+        train_three(checkpoints)
+    state = checkpoints.load("networks")
+    del state[lacks]["sum" if lacks == "memo" else "update"]
+    checkpoints.save("networks", state)
+    with pytest.raises(ArtifactError, match=r"of another code version \(c1\), which this one cannot continue"):
+        train_three(Checkpoints(tmp_path / "checkpoints", 0, origin=origin | {"code": "c2"}))
 
 
 class ByHand(nn.Module):

@@ -51,11 +51,12 @@ def fit_real(
     done, error = 0, torch.tensor(float("nan"))
     first, began = everything, error
     if (state := checkpoints.load(SLOT)) is not None:
-        done, error, first, began = (state[key] for key in ("done", "error", "first", "began"))
-        container.load_state_dict(state["container"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        generator.set_state(state["generator"])
+        with checkpoints.restoring():
+            done, error, first, began = (state[key] for key in ("done", "error", "first", "began"))
+            container.load_state_dict(state["container"])
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
+            generator.set_state(state["generator"])
 
     def state_now() -> dict[str, Any]:
         return {
