@@ -502,6 +502,27 @@ def test_slurm_does_so_many_jobs_at_once_and_none_after_the_end(on_slurm: Submit
     assert {outcome.status for outcome in outcomes.values()} == {"done"}
 
 
+def test_more_runs_than_one_array_may_hold_are_several_arrays(
+    on_slurm: SubmititConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hmn.sweeps.launchers.submitit.ARRAY_JOBS", 2)
+    arrays: list[set[str]] = []
+
+    def release() -> None:
+        arrays.append({job.partition("_")[0] for job in slurm_jobs()})
+        (tmp_path / f"go{len(arrays)}").touch()
+
+    with contextlib.ExitStack() as actors:
+        for number, begun in ((1, 2), (2, 3)):
+            seen = lambda number=number, begun=begun: len(events(tmp_path, "start")) == begun  # noqa: E731
+            actors.enter_context(meanwhile(seen, release))
+        outcomes = do(
+            [stub(tmp_path, name, "wait", go) for name, go in zip("abc", ("go1", "go1", "go2"), strict=True)], on_slurm
+        )
+    assert {outcome.status for outcome in outcomes.values()} == {"done"}
+    assert [len(one) for one in arrays] == [1, 1] and arrays[0] != arrays[1]
+
+
 def test_slurm_job_that_is_cancelled_by_hand_is_a_failed_run(on_slurm: SubmititConfig, tmp_path: Path) -> None:
     with meanwhile(lambda: events(tmp_path, "start"), lambda: command_output("scancel", *slurm_jobs())):
         outcomes = do([stub(tmp_path, "a", "wait", "go")], on_slurm)

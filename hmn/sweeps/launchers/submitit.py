@@ -36,6 +36,7 @@ except ImportError:
 
 POLL_SECONDS = 0.5  # between looks at the files that jobs write
 QUEUE_SECONDS = 15.0  # between queries to SLURM, which all its users share
+ARRAY_JOBS = 1000  # of one job array; SLURM's own limit on their indices, MaxArraySize, is 1001 by default
 TIME_LIMITS = 100  # that one run may reach before it counts as failed
 CLOSED = "closed"  # the file that tells jobs to stop
 
@@ -112,14 +113,18 @@ def _outcome(job: submitit.Job, task: Task) -> Outcome | None:
 
 
 class _Jobs:
-    """The jobs of one launch. SLURM gets all and runs ``at_once`` of them; the local executor would run all."""
+    """The jobs of one launch, of which ``at_once`` run.
+
+    SLURM gets them in arrays, one after another, as it counts the running jobs of each array separately. The local
+    executor would run all jobs that it has.
+    """
 
     def __init__(self, folder: Path, settings: SubmititConfig, tasks: Sequence[Task]) -> None:
         self._closed = folder / CLOSED
         self._environment = _environment(settings)
         self._executor = _executor(folder, settings)
         self._slurm = settings.cluster == "slurm"
-        self._at_once = len(tasks) if self._slurm else settings.at_once
+        self._at_once = settings.at_once
         self._waiting = deque(tasks)
         self._running: dict[submitit.Job, Task] = {}
         self._unknown: set[submitit.Job] = set()  # jobs that SLURM did not list when last asked
@@ -145,7 +150,10 @@ class _Jobs:
             time.sleep(POLL_SECONDS)
 
     def _submit(self) -> None:
-        count = min(self._at_once - len(self._running), len(self._waiting))
+        room = self._at_once - len(self._running)
+        if self._slurm:
+            room = 0 if self._running else ARRAY_JOBS
+        count = min(room, len(self._waiting))
         if count <= 0:
             return
         tasks = [self._waiting.popleft() for _ in range(count)]
