@@ -265,7 +265,8 @@ def test_two_sweeps_that_share_a_run_make_it_once(tmp_path, known, undisturbed):
     outcomes = [one.finish() for one in both]
     assert [(outcome.code, complaints(outcome)) for outcome in outcomes] == [(0, ""), (0, "")]
     for outcome in outcomes:
-        *ends, sums = outcome.out.splitlines()
+        told, *ends, sums = outcome.out.splitlines()
+        assert told.startswith("runs left: 2 of 2; ")
         assert (sums, [line.split()[0] for line in ends]) == ("2 runs: 2 done", ["done", "done"])
     assert first.events("1").count("begin") == 1
     assert first.steps() == {seed: list(range(STEPS)) for seed in "012"}
