@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import signal
 from functools import partial
 from pathlib import Path
@@ -231,7 +232,7 @@ def test_a_run_on_a_bank_resumes_bit_for_bit(tmp_path: Path):
     assert_same(rest.state_dict(), whole.state_dict())
 
 
-def test_finished_networks_stay_and_a_stopped_bank_goes_on(tmp_path: Path):
+def test_finished_networks_stay_and_a_stopped_bank_goes_on(tmp_path: Path, capsys):
     stop = Stop()
     stop.signum = signal.SIGTERM
     with pytest.raises(Interrupted, match="stopped by SIGTERM; the snapshot bank keeps its finished networks"):
@@ -240,7 +241,10 @@ def test_finished_networks_stay_and_a_stopped_bank_goes_on(tmp_path: Path):
     first, second = make_bank(tmp_path)
     kept, expected = first.stat().st_mtime_ns, contents(second)
     second.unlink()
+    capsys.readouterr()
     assert make_bank(tmp_path) == [first, second]
+    bar = re.findall(r"(\d+/\d+) \[", capsys.readouterr().err)
+    assert (bar[0], bar[-1]) == ("1/2", "2/2")
     assert first.stat().st_mtime_ns == kept
     assert_same(contents(second), expected)
 
