@@ -164,13 +164,9 @@ def test_a_finished_stage_is_read_back_without_training(tmp_path: Path):
     assert_equal_states(found, expected)
 
 
-# Judging
-
-
 @pytest.mark.parametrize("lacks", ["memo", "training"])
 def test_a_state_that_other_sources_wrote_otherwise_is_refused(tmp_path: Path, lacks: str):
     origin = {"data": "d", "device": "cpu", "code": "c1"}
-
     checkpoints = Checkpoints(tmp_path / "checkpoints", 0, origin=origin)
     checkpoints.stop.signum = 15
     with pytest.raises(Interrupted):
@@ -180,6 +176,9 @@ def test_a_state_that_other_sources_wrote_otherwise_is_refused(tmp_path: Path, l
     checkpoints.save("networks", state)
     with pytest.raises(ArtifactError, match=r"of another code version \(c1\), which this one cannot continue"):
         train_three(Checkpoints(tmp_path / "checkpoints", 0, origin=origin | {"code": "c2"}))
+
+
+# Judging
 
 
 class ByHand(nn.Module):
