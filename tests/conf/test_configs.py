@@ -74,7 +74,8 @@ GROUPS = {
     "memory": ["ipc1", "ipc10", "ipc50"],
     "container": sorted([*KINDS, *(f"hmn_{name}" for name in PRESETS)]),
     "objective": sorted(
-        ["bptt", "dc", "distribution_matching", "dream", "dsa", "gradient_matching", "idc", "idm"]
+        ["bptt", "dc", "distribution_matching", "dream", "dsa", "gradient_matching", "gradient_matching_bank"]
+        + ["idc", "idm"]
         + [f"mtt_{row}" for row in MTT_OPTIONS]
         + ["trajectory_matching"]
     ),
@@ -203,6 +204,27 @@ def test_an_objective_of_a_paper_has_the_settings_of_its_code(name):
 def test_dc_has_the_loops_of_its_paper(images, steps, epochs):
     found = configured("objective=dc").objective.with_loops(images)
     assert (found.inner_steps, found.network_epochs) == (steps, epochs)
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "differing"),
+    [
+        # Its published runs were fitted with one rate for all parameters
+        ("tuned_ipc1", "q75_gradients", {"fit_learning_rate": (0.2, 0.02), "fit_weights_lr": (0.005, None)}),
+        ("tuned_ipc10", "q75_main_ipc10", {}),
+    ],
+)
+def test_tuned_settings_are_those_of_the_published_runs_of_hmn(name, table, differing):
+    tuned = configured(f"experiment={name}")
+    rows = OmegaConf.to_container(OmegaConf.load(CONF.parent / "experiments" / "tables" / f"{table}.yaml"))
+    steps = rows["axes"].get("steps", {}).get("2000", [])
+    published = configured(*rows["base"], *steps, *rows["axes"]["method"]["HMN"])
+    for section in ("memory", "objective", "network"):
+        assert getattr(tuned, section) == getattr(published, section)
+    assert tuned.pruning.over_budget == published.pruning.over_budget
+    ours, theirs = dataclasses.asdict(tuned.container), dataclasses.asdict(published.container)
+    assert {key: (ours[key], theirs[key]) for key in ours if ours[key] != theirs[key]} == differing
+    assert tuned.compute.precision == published.compute.precision
 
 
 @pytest.mark.parametrize("path", VARIANTS, ids=str)
