@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -52,10 +53,25 @@ def _register_resolvers() -> None:
     OmegaConf.register_new_resolver("run_dir", lambda _root_: str(planned(_root_)[1]), replace=True)
 
 
+def _accept_lazy_help() -> None:
+    """Python 3.14's argparse reads a help text when its option is added; one of Hydra's (1.3.8) is no text until then."""
+    check = getattr(argparse.ArgumentParser, "_check_help", None)
+    if check is None:  # an older Python
+        return
+
+    def check_text(parser: argparse.ArgumentParser, action: argparse.Action) -> None:
+        if action.help is not None:
+            action.help = str(action.help)
+        check(parser, action)
+
+    argparse.ArgumentParser._check_help = check_text
+
+
 def main() -> None:
     end_with_parent()
     config.register()
     _register_resolvers()
+    _accept_lazy_help()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises errors instead of printing them and exiting with 1
     in_one_line(_started)
     distributed.leave()

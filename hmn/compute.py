@@ -11,6 +11,7 @@ import re
 import resource
 import shutil
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class Compute:
     classes_per_call: int = 1  # of the matching step
     networks_together: int | None = None  # null: all on a GPU; one on a CPU, where several are no faster
     winograd: bool = False  # of compiled steps on a CPU: 3 x 3 convolutions by hmn.winograd
+    lacking: str | None = None  # what auto would have needed to compile; null: nothing, or it would not have
 
     def together(self, networks: int) -> int:
         """How many of ``networks`` networks to train at once; all are trained on the same images."""
@@ -203,19 +205,19 @@ def choose(config: ComputeConfig, expected_flops: float, classes: int) -> Comput
     # cuDNN's own default is tf32: without this, fp32 would not be fp32.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
     precision = "fp32" if config.precision == "bf16" and not bf16_pays(device) else config.precision
-    language, can_compile = _compiler(on_gpu)
+    lacking = _lacking(on_gpu)
     if config.matching in ("compiled", "r_operator"):
-        require("compute.matching", can_compile, config.matching, f"loop or auto: no {language} compiler was found")
+        require("compute.matching", lacking is None, config.matching, f"loop or auto: {lacking}")
     # Compiling takes about two minutes; eager code does some 2e11 operations a second on two cores, 1e13 on a GPU.
-    eager_seconds = expected_flops / (1e13 if on_gpu else 2e11)
+    pays = expected_flops / (1e13 if on_gpu else 2e11) > 600
     matching = config.matching
     if matching == "auto":
-        matching = "compiled" if can_compile and eager_seconds > 600 else "loop"
+        matching = "compiled" if pays and lacking is None else "loop"
     # A GPU is limited by kernel launches, so it takes many classes at once; a CPU by memory accesses, so it takes one.
     own = math.ceil(classes / distributed.world())
     width = config.classes_per_call or (evenly(own, GPU_CLASSES) if on_gpu and matching != "loop" else 1)
     told = "1 for compute.matching=loop"
-    if config.matching == "auto" and can_compile:
+    if config.matching == "auto" and lacking is None:
         told += ", which auto chooses here: set compute.matching=compiled"
     require("compute.classes_per_call", width == 1 or matching != "loop", width, told)
     require("compute.classes_per_call", width <= classes, width, f"at most {classes}")
@@ -230,6 +232,7 @@ def choose(config: ComputeConfig, expected_flops: float, classes: int) -> Comput
         classes_per_call=width,
         networks_together=config.networks_together,
         winograd=fits and (kind == "winograd" or kind == "auto" and winograd_pays()),
+        lacking=lacking if pays and config.matching == "auto" else None,
     )
 
 
@@ -238,13 +241,21 @@ def evenly(count: int, most: int) -> int:
     return math.ceil(count / math.ceil(count / most))
 
 
-def _compiler(on_gpu: bool) -> tuple[str, bool]:
-    """The language that torch.compile needs a compiler for (Triton's launchers are C), and whether one is found."""
-    if on_gpu:
-        language, names = "C", [os.environ.get("CC"), "gcc", "clang", "cc"]
+def _lacking(on_gpu: bool) -> str | None:
+    """What ``torch.compile`` needs and this machine lacks; ``None`` if it lacks nothing."""
+    if on_gpu:  # Triton's launchers are C
+        language, names, paths = "C", [os.environ.get("CC"), "gcc", "clang", "cc"], "C_INCLUDE_PATH"
     else:
-        language, names = "C++", [os.environ.get("CXX"), "g++", "clang++", "c++"]
-    return language, any(shutil.which(name) for name in names if name)
+        language, names, paths = "C++", [os.environ.get("CXX"), "g++", "clang++", "c++"], "CPLUS_INCLUDE_PATH"
+    if not any(shutil.which(name) for name in names if name):
+        return f"no {language} compiler was found"
+    folders = [sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix")]
+    folders += [folder for name in ("CPATH", paths) for folder in os.environ.get(name, "").split(os.pathsep)]
+    # Only Linux distributions have packages of Python without its headers.
+    if sys.platform.startswith("linux") and not any(Path(folder, "Python.h").exists() for folder in folders):
+        package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+        return f"Python.h was not found (Debian and Ubuntu have it in the package {package})"
+    return None
 
 
 def keep_heap_pages() -> bool:

@@ -61,6 +61,8 @@ def _work(plan: Plan, folder: Path, stop: Stop) -> dict[str, Any]:
     print("compiled" if chosen.compiled else "not compiled", end="")
     print(" with Winograd's convolutions" if chosen.winograd else "", end="")
     print(f", {distributed.world()} processes" if distributed.world() > 1 else "")
+    if chosen.lacking:
+        print(f"compute.matching=auto: not compiled, though the work is long, because {chosen.lacking}")
     if chosen.precision != config.compute.precision:
         print(f"compute.precision={config.compute.precision}: no faster than fp32 on this machine, so fp32 is used")
     if plan.not_read:

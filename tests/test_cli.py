@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
 import hashlib
 import importlib.metadata
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
@@ -427,6 +429,20 @@ def test_a_sweeper_selects_by_held_out_images_and_never_by_the_test_set(monkeypa
 )
 def test_a_multirun_of_which_hydra_is_asked_more_is_left_to_hydra(arguments, ours):
     assert is_sweep(arguments.split()) is ours
+
+
+def test_hydras_options_stand_a_check_of_every_help_text(monkeypatch):
+    """As Python 3.14's argparse makes it when an option is added."""
+
+    def check(_parser: argparse.ArgumentParser, action: argparse.Action) -> None:
+        assert action.help is None or "%" not in action.help
+
+    monkeypatch.setattr(argparse.ArgumentParser, "_check_help", check, raising=False)
+    cli._accept_lazy_help()
+    parser = get_args_parser()
+    for action in parser._actions:
+        parser._check_help(action)
+    assert "shell completion" in parser.format_help()
 
 
 def test_a_sweep_with_a_bad_cell_starts_none(tmp_path):

@@ -44,7 +44,19 @@ def gpus(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture
-def compilers(monkeypatch: pytest.MonkeyPatch):
+def headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The only file that is found as Python's header."""
+    file = tmp_path / "include" / "Python.h"
+    file.parent.mkdir()
+    file.touch()
+    monkeypatch.setattr(compute.sysconfig, "get_path", lambda *_: str(file.parent))
+    for name in ("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    return file
+
+
+@pytest.fixture
+def compilers(monkeypatch: pytest.MonkeyPatch, headers: Path):
     """Return a function that makes only the named programs findable."""
 
     def see(*names: str) -> None:
@@ -122,7 +134,31 @@ def test_compiling_without_a_compiler_is_refused_and_auto_does_without(gpus, com
     with pytest.raises(ConfigError) as raised:
         choose(ComputeConfig(device=device, matching="compiled"), 0, 10)
     assert str(raised.value) == f"compute.matching=compiled: must be loop or auto: no {language} compiler was found"
-    assert not choose(ComputeConfig(device=device), 1e20, 10).compiled
+    found = choose(ComputeConfig(device=device), 1e20, 10)
+    assert (found.compiled, found.lacking) == (False, f"no {language} compiler was found")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere Python comes with its headers")
+@pytest.mark.parametrize(("device", "variable"), [("cpu", "CPLUS_INCLUDE_PATH"), ("cuda", "C_INCLUDE_PATH")])
+def test_compiling_needs_pythons_headers_where_a_compiler_looks(
+    gpus, compilers, headers, monkeypatch, tmp_path, device, variable
+):
+    gpus(1)
+    compilers("g++", "gcc")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    headers.rename(elsewhere / "Python.h")
+    with pytest.raises(ConfigError, match=r"^compute.matching=compiled: must be loop or auto: Python.h was not found"):
+        choose(ComputeConfig(device=device, matching="compiled"), 0, 10)
+    found = choose(ComputeConfig(device=device), 1e20, 10)
+    assert not found.compiled
+    assert found.lacking.startswith("Python.h was not found")
+    assert choose(ComputeConfig(device=device), 0, 10).lacking is None  # it would not have compiled
+    assert choose(ComputeConfig(device=device, matching="loop"), 1e20, 10).lacking is None
+    for name in ("CPATH", variable):
+        monkeypatch.setenv(name, f"/nowhere:{elsewhere}")
+        assert choose(ComputeConfig(device=device), 1e20, 10).compiled
+        monkeypatch.delenv(name)
 
 
 @pytest.mark.parametrize(
