@@ -75,7 +75,7 @@ def _work(plan: Plan, folder: Path, stop: Stop) -> dict[str, Any]:
             lambda: datasets.load(config.dataset, Path(config.paths.data_dir), generator(0, "split"))
         )
         for note in data.notes:
-            print(note.encode(errors="backslashreplace").decode())  # file names need not be UTF-8
+            print(note)
         if distributed.first():
             write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
         origin = {"data": data.fingerprint, "device": chosen.device.type, "code": provenance["code"]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import io
 import os
 import re
 import signal
@@ -28,6 +29,8 @@ T = TypeVar("T")
 
 def in_one_line(program: Callable[[], T]) -> T:
     """Return ``program()``; an error that a user can fix ends the process, or all those of a run, with one line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # where the output is not UTF-8, as stderr already does
     try:
         with ended_by_the_person():
             return program()

@@ -6,6 +6,7 @@ import argparse
 import base64
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import re
@@ -31,6 +32,7 @@ import hmn
 from hmn import cli, experiment, results
 from hmn.cli import is_sweep
 from hmn.config import Config
+from hmn.explain import in_one_line
 from hmn.results import cpu_name
 from tests.command import ROOT, TINY, Outcome, compose, planned, run, start
 from tests.wandb_reader import read_offline_run, without_login
@@ -96,6 +98,17 @@ def test_a_run_keeps_its_files_in_a_folder_of_its_id_and_nothing_else(finished):
     assert finished.folder == finished.where / "runs" / plan.run_id
     kept = {f"runs/{plan.run_id}/{name}" for name in KEPT | PRUNED}
     assert set(finished.outcome.files) == {"toy.npz", "runs", f"runs/{plan.run_id}"} | kept
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text", "shown"),
+    [("ascii", "93.41 ± 0.85", rb"93.41 \xb1 0.85"), ("utf-8", "\udcff.jpg", rb"\udcff.jpg")],  # a name on the disk
+)
+def test_what_the_output_cannot_encode_is_shown_as_an_escape(monkeypatch, encoding, text, shown):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    in_one_line(lambda: print(text, end=""))
+    assert stream.buffer.getvalue() == shown
 
 
 @pytest.mark.parametrize("arguments", [("run.py", *TINY, "mode=plan"), ("sweep.py", "status", *TINY)])
