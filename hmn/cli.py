@@ -54,7 +54,7 @@ def _register_resolvers() -> None:
 
 
 def _accept_lazy_help() -> None:
-    """Python 3.14's argparse reads a help text when its option is added; one of Hydra's (1.3.8) is not yet text then."""
+    """Python 3.14's argparse reads a help text as its option is added; one of Hydra's (1.3.8) is not yet text then."""
     check = getattr(argparse.ArgumentParser, "_check_help", None)
     if check is None:  # an older Python
         return
