@@ -7,18 +7,19 @@ snapshot many times: a different algorithm, cheaper per step.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from hmn.config import BankConfig, GradientMatchingConfig
+from hmn.config import BankConfig, GradientMatchingConfig, require
 from hmn.data import augment
 from hmn.files import exclusive, write_tensors
-from hmn.objectives.distance import Parameters
+from hmn.objectives.distance import Parameters, convolution_weights
 from hmn.precomputed import check_images, read_part
 from hmn.realside import Choice, LiveSide, RealSide, update_of
 from hmn.seeding import generator
@@ -36,6 +37,23 @@ def snapshot_steps(snapshots: int, inner_steps: int) -> list[int]:
 def files(folder: Path, config: BankConfig) -> list[Path]:
     """Paths of a bank's files, one per network, whether or not they exist."""
     return [folder / f"network-{number:04d}.safetensors" for number in range(config.networks)]
+
+
+def network_bytes(network: nn.Module, config: BankConfig, classes: int) -> int:
+    """Size of the file of one network: parameters and all classes' gradients of each snapshot; draws are tiny."""
+    parameters = dict(network.named_parameters())
+    own, matched = (sum(map(Tensor.numel, part.values())) for part in (parameters, convolution_weights(parameters)))
+    return 4 * config.snapshots * (own + classes * matched)
+
+
+def require_room(folder: Path, network: nn.Module, config: BankConfig, classes: int) -> None:
+    """Raise ``ConfigError`` if the disk of ``folder`` has no room for the files that are missing."""
+    needed = network_bytes(network, config, classes) * sum(not path.exists() for path in files(folder, config))
+    disk = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(disk).free
+    rule = "less, or objective.bank.snapshots less, or paths.cache_dir on another disk: what is missing of the bank "
+    rule += f"takes {needed / 1e9:.1f} GB, and {disk} has {free / 1e9:.1f} GB left"
+    require("objective.bank.networks", needed <= free, config.networks, rule)
 
 
 def build(

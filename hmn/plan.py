@@ -15,6 +15,7 @@ import torch
 
 from hmn import networks
 from hmn.artifacts import check_together, read_card, tensors_file
+from hmn.bank import network_bytes
 from hmn.compute import device_of
 from hmn.config import Config, DatasetConfig, require
 from hmn.config.identity import digest, scientific
@@ -105,6 +106,13 @@ class Plan:
         return int(experts.count * experts.epochs * self.train_images * self.training_flops) if experts else 0
 
     @property
+    def bank_bytes(self) -> int:
+        """Size of the snapshot bank on the disk, which other runs of these data may have made; 0 without one."""
+        bank = getattr(self.config.objective, "bank", None)
+        with torch.device("meta"):
+            return bank.networks * network_bytes(self.build(), bank, self.data.classes) if bank else 0
+
+    @property
     def train_images(self) -> float:
         """Expected number of training images over all classes, without those held out."""
         dataset = self.config.dataset
@@ -171,6 +179,7 @@ class Plan:
                 "matching_step_flops": self.step_flops.matching,
                 "network_update_flops": self.step_flops.update,
                 **({"expert_training_flops": self.expert_flops} if self.expert_flops else {}),
+                **({"bank_bytes": self.bank_bytes} if self.bank_bytes else {}),
             }
         return {
             "run_id": self.run_id,

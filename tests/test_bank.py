@@ -7,18 +7,20 @@ import re
 import signal
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from hmn.bank import BankSide, build, snapshot_steps
+from hmn import bank
+from hmn.bank import BankSide, build, network_bytes, require_room, snapshot_steps
 from hmn.build import condensation
 from hmn.checkpoint import Checkpoints
 from hmn.config import BankConfig, GradientMatchingConfig
 from hmn.config.identity import bank_identity
-from hmn.errors import ArtifactError, Interrupted
+from hmn.errors import ArtifactError, ConfigError, Interrupted
 from hmn.files import held
 from hmn.matching import ClassMatching
 from hmn.network_update import training_step
@@ -89,6 +91,35 @@ def make_run(
 )
 def test_snapshots_are_spread_over_a_network_s_life(snapshots: int, inner: int, steps: list[int]):
     assert snapshot_steps(snapshots, inner) == steps
+
+
+def test_the_size_of_a_file_is_known_before_it_is_made(tmp_path: Path):
+    (path, _) = make_bank(tmp_path)
+    with safe_open(path, "pt") as kept:
+        stored = {name: kept.get_tensor(name).nbytes for name in kept.keys() if "/draw/" not in name}  # noqa: SIM118
+    assert network_bytes(build_network(), SETTINGS.bank, CLASSES) == sum(stored.values())
+
+
+def test_a_bank_that_the_disk_has_no_room_for_is_refused_before_it_is_made(tmp_path: Path, monkeypatch):
+    network, one = build_network(), network_bytes(build_network(), SETTINGS.bank, CLASSES)
+    folder, asked = tmp_path / "banks" / "new", []
+
+    def room(free: int) -> None:
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr(bank.shutil, "disk_usage", lambda place: asked.append(place) or usage)
+
+    room(2 * one)
+    require_room(folder, network, SETTINGS.bank, CLASSES)
+    room(2 * one - 1)
+    with pytest.raises(ConfigError, match="^objective.bank.networks=2: must be less, or .* takes 0.0 GB, and .* left$"):
+        require_room(folder, network, SETTINGS.bank, CLASSES)
+    assert asked == [tmp_path, tmp_path]  # the folder is not there yet
+    make_bank(folder)[1].unlink()
+    room(one)
+    require_room(folder, network, SETTINGS.bank, CLASSES)  # only what is missing counts
+    room(one - 1)
+    with pytest.raises(ConfigError, match="^objective.bank.networks=2: "):
+        require_room(folder, network, SETTINGS.bank, CLASSES)
 
 
 def test_a_snapshot_is_the_live_side_at_that_step(tmp_path: Path):
@@ -322,6 +353,13 @@ def test_a_run_reads_a_bank_by_all_its_settings(tmp_path):
     assert torch.equal(work.side.choosing.get_state(), generator(3, "condense", "bank").get_state())
     assert len(work.side.paths) == 1 and work.side.snapshots == 2
     assert work.run_step()[0].shape == (2,)
+
+
+def test_a_run_without_room_for_its_bank_ends_before_it_makes_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(bank.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(ConfigError, match="^objective.bank.networks=1: "):
+        condensation(workshop(tmp_path, "objective.bank.networks=1", f"paths.cache_dir={tmp_path}"), make_container())
+    assert not list(tmp_path.glob("banks/*/*.safetensors"))
 
 
 def test_every_network_of_a_bank_has_streams_of_its_own_whatever_the_seed_of_the_run(tmp_path: Path):

@@ -100,6 +100,14 @@ def test_with_a_bank_a_step_is_the_synthetic_side_alone():
     assert banked.step_flops.update == 0
 
 
+def test_a_plan_tells_the_size_of_the_bank():
+    banked = planned("mode=plan", "dataset=cifar10", "objective.bank.networks=10", "objective.bank.snapshots=20")
+    weights = 3 * 128 * 9 + 2 * 128 * 128 * 9  # of the convolutions, whose gradients are kept for every class
+    assert banked.summary()["bank_bytes"] == 10 * 20 * 4 * (320_010 + 10 * weights)
+    assert "bank_bytes" not in planned("mode=plan", "dataset=cifar10").summary()
+    assert planned("mode=plan", "objective=distribution_matching").bank_bytes == 0
+
+
 def test_flops_of_dc_add_the_classifier_and_the_synthetic_epochs():
     image = ("mode=plan", "dataset=cifar10", "memory=ipc10", "container=image", "pruning=none")
     plan = planned(*image, "objective=dc")

@@ -20,7 +20,7 @@ from hmn.objectives.gradient import MatchingStep, matching_step, real_gradients,
 from hmn.pool import PoolSide
 from hmn.realside import LiveSide, RealSide, SyntheticSide, UntrainedSide
 
-KEPT_ON_GPU = 8 << 30  # most bytes of a snapshot bank to keep: 200 snapshots of ten classes take 2.6e9
+KEPT_ON_GPU = 8 << 30  # most bytes of a snapshot bank to keep
 
 
 def kept_on(device: torch.device) -> int:
@@ -41,6 +41,7 @@ def gradient_matching(shop: Workshop, container: Container) -> ClassMatching:
         return LiveSide(shop.data, objective, train=shop.train_step, stream=stream, **shop.side_of(seed))
 
     if objective.bank.networks:
+        bank.require_room(folder, network, objective.bank, container.classes)
         with shop.checkpoints.timed("bank"):
             paths = distributed.from_first(
                 lambda: bank.build(
