@@ -230,6 +230,8 @@ def make_plan(config: Config, typed: Sequence[str] = (), *, here: bool = True) -
     if config.dataset.kind == "imagenet10" and config.mode != "plan":  # a plan knows the shape without the images
         require("dataset.root", bool(config.dataset.root), "null", "given for dataset=imagenet10")
     data = datasets.peek(config.dataset, Path(config.paths.data_dir))
+    if config.dataset.channels is None:  # a run is the same, whether the number is given or found
+        config = dataclasses.replace(config, dataset=dataclasses.replace(config.dataset, channels=data.channels))
     for path, card in cards.items():
         for name in ("channels", "image_size"):
             found, kept = getattr(data, name), card["data"][name]

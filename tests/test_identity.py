@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hmn.config import BankConfig, Config, containers, objectives
@@ -340,3 +341,13 @@ def test_the_random_subset_reference_is_shared_by_all_containers_of_a_memory():
 def test_judging_a_kept_set_depends_on_how_it_is_judged_alone(key, value, other):
     config = changed(configured(*BASE), artifact="there", mode="evaluate")
     assert (identity(changed(config, **{key: value})) != identity(config)) is other
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (6, 6, 3)])
+def test_channels_that_are_found_make_the_same_run_as_the_same_channels_given(tmp_path, shape):
+    arrays = {"x_train": np.zeros((6, *shape), np.uint8), "x_test": np.zeros((2, *shape), np.uint8)}
+    np.savez(tmp_path / "mine.npz", **arrays, y_train=np.arange(6) % 2, y_test=np.arange(2))
+    given = ("dataset=arrays", f"dataset.root={tmp_path}/mine.npz", "memory=ipc10", "container=image")
+    found, three = make_plan(configured(*given)), make_plan(configured(*given, "dataset.channels=3"))
+    assert found.config.dataset.channels == found.data.channels == (*shape, 1)[2]
+    assert (found.run_id == three.run_id) is (len(shape) == 3)

@@ -71,7 +71,7 @@ class DatasetConfig:
     # imagenet10 (not needed for its plan), folder: the directory; arrays: the .npz file; null: paths.data_dir/<kind>
     root: str | None = None
     image_size: int | None = None  # side in pixels; null (arrays only): the array's own
-    channels: int = 3
+    channels: int | None = 3  # 1 or 3; null (arrays only): the array's own
     classes: int | None = None  # in the whole dataset; null: counted from the class folders or the label array
     # Class-incremental learning. class_order: all C classes are put in the order of numpy's RandomState(class_order)
     # .permutation(C); null: their own order. class_range: of these, only positions [first, last) are used; null: all.
@@ -89,7 +89,9 @@ class DatasetConfig:
         one_of("dataset.kind", self.kind, DATASETS)
         require("dataset.image_size", self.image_size is None or self.image_size >= 4, self.image_size, "at least 4")
         require("dataset.image_size", self.image_size is not None or self.kind == "arrays", "null", "given")
-        require("dataset.channels", self.channels in (1, 3), self.channels, "1 or 3")
+        known = self.channels in (1, 3) or self.channels is None and self.kind == "arrays"
+        value = "null" if self.channels is None else self.channels
+        require("dataset.channels", known, value, "1, 3 or null" if self.kind == "arrays" else "1 or 3")
         require("dataset.classes", self.classes is None or self.classes >= 2, self.classes, "at least 2")
         order, span = self.class_order, self.class_range
         require("dataset.class_order", order is None or 0 <= order < 2**32, order, "null or a seed in [0, 2^32)")
@@ -97,7 +99,7 @@ class DatasetConfig:
         require("dataset.class_range", fits, span, "null or [first, last) of at least 2 classes, counted from 0")
         for key in ("mean", "std"):
             values = getattr(self, key)
-            fits = values is None or len(values) == self.channels
+            fits = values is None or self.channels is None or len(values) == self.channels
             require(f"dataset.{key}", fits, values, f"null or {self.channels} numbers, one per channel")
         require("dataset.std", self.std is None or min(self.std) > 0, self.std, "positive")
         require("dataset.held_out_fraction", 0 <= self.held_out_fraction < 1, self.held_out_fraction, "in [0, 1)")

@@ -29,12 +29,13 @@ def from_pixels(
     ``parts`` maps ``train``, and ``test`` if there is one, to pixels uint8 (N, H, W, 1 or 3) and labels int64 (N,).
     """
     splits, modes = {}, []
+    channels = config.channels or parts["train"][0].shape[3]
     for name, (pixels, labels) in parts.items():
         side = config.image_size or pixels.shape[1]
-        images, part_modes = stack_array(pixels, side, config.channels, name)
+        images, part_modes = stack_array(pixels, side, channels, name)
         splits[name] = by_class(images, labels)
         modes += part_modes
-    notes = conversions(modes, config.channels)
+    notes = conversions(modes, channels)
     return Source(class_names=class_names, train=splits["train"], test=splits.get("test"), notes=notes)
 
 
@@ -62,18 +63,18 @@ def npz(config: DatasetConfig, path: Path) -> Source:
     return from_pixels(parts, _digits(classes), config)
 
 
-def peek_npz(config: DatasetConfig, path: Path) -> tuple[int, int]:
-    """Return (classes, image side), read from the labels and the header of ``x_train``; no pixel is read."""
+def peek_npz(config: DatasetConfig, path: Path) -> tuple[int, int, int]:
+    """Return (classes, image side, channels), read from the labels and the header of ``x_train``; no pixel is read."""
     with _open(path) as archive:
         classes = config.classes or _count(_labels(archive, path), path)
-    if config.image_size is not None:
-        return classes, config.image_size
+    if config.image_size is not None and config.channels is not None:
+        return classes, config.image_size, config.channels
     with _damage_named(path), zipfile.ZipFile(path) as members, members.open("x_train.npy") as member:
         version = np.lib.format.read_magic(member)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(member)
-    _check_images(f"{path}: x_train", shape, dtype, None)
-    return classes, shape[1]
+    _check_images(f"{path}: x_train", shape, dtype, config.image_size)
+    return classes, config.image_size or shape[1], config.channels or (*shape, 1)[3]
 
 
 def digits(config: DatasetConfig, _root: Path) -> Source:

@@ -64,9 +64,9 @@ def peek(config: DatasetConfig, data_dir: Path) -> Shape:
     """
     _check(config)
     root = _root(config, data_dir)
-    side = config.image_size
+    side, channels = config.image_size, config.channels
     if config.kind == "arrays":
-        classes, side = arrays.peek_npz(config, root)
+        classes, side, channels = arrays.peek_npz(config, root)
     elif config.kind == "folder":
         classes = len(folder.find(root, config.test_fraction).class_names)
     elif config.kind == "tiny_imagenet":
@@ -76,7 +76,7 @@ def peek(config: DatasetConfig, data_dir: Path) -> Shape:
             official.check_imagenet10(root)
         classes = 10 if config.kind == "digits" else official.CLASSES[config.kind]
     _check_count(config, classes)
-    return Shape(classes=len(_chosen(config, classes)), channels=config.channels, image_size=side)
+    return Shape(classes=len(_chosen(config, classes)), channels=channels, image_size=side)
 
 
 def display_name(config: DatasetConfig) -> str:

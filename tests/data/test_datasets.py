@@ -213,6 +213,17 @@ def test_grey_arrays_stay_grey_or_become_rgb(tmp_path):
     assert data.notes == ("converted 9 grey images to RGB",)
 
 
+@pytest.mark.parametrize("shape", [(6, 6), (6, 6, 1), (6, 6, 3)])
+@pytest.mark.parametrize("side", [None, 5])
+def test_arrays_have_their_own_channels_where_none_are_asked_for(tmp_path, shape, side):
+    pixels = np.random.default_rng(2).integers(0, 256, (9, *shape), dtype=np.uint8)
+    config = npz(tmp_path, contents(x_train=pixels[:6], x_test=pixels[6:]), channels=None, image_size=side)
+    channels = (*shape, 1)[2]
+    assert datasets.peek(config, Path("absent")) == Shape(classes=3, channels=channels, image_size=side or 6)
+    data = load(config)
+    assert (data.train.images.shape[1], data.notes) == (channels, ())
+
+
 def test_arrays_are_resized_as_images_are(tmp_path):
     arrays = contents(x_train=np.random.default_rng(1).integers(0, 256, (6, 9, 14, 3), dtype=np.uint8))
     data = load(npz(tmp_path, arrays, image_size=5))
@@ -439,7 +450,7 @@ COMPOSED = {
     "tiny_imagenet": (64, 3, 200, *IMAGENET, True, None),
     "imagenet10": (224, 3, 10, *IMAGENET, True, None),
     "folder": (32, 3, None, None, None, True, None),
-    "arrays": (None, 3, None, None, None, True, None),
+    "arrays": (None, None, None, None, None, True, None),
     "digits": (8, 1, 10, None, None, False, 0.2),
 }
 
