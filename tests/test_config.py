@@ -237,7 +237,7 @@ def test_a_users_data_need_a_root(kind):
 def test_only_arrays_know_their_own_size():
     refused("dataset.image_size=null: must be given", dataset__image_size=None)
     refused("dataset.channels=null: must be 1 or 3", dataset__channels=None)
-    arrays = {"dataset__kind": "arrays", "dataset__root": "x.npz", "dataset__channels": 2}
+    arrays = {"dataset__root": "x.npz", "dataset__kind": "arrays", "dataset__channels": 2}
     refused("dataset.channels=2: must be 1, 3 or null", **arrays)
     assert changed(configured(), dataset__root="x.npz", dataset__kind="arrays", dataset__image_size=None)
 
