@@ -1,6 +1,7 @@
 """HMN shapes by dataset and memory size. The paper's own are not public; these fill its budgets and decode alike.
 
-Data of another size take the nearest row, with its latent side changed to divide the image's side.
+Other data take the nearest row, with its latent side changed to divide the image's side, and made smaller where its
+decoder or its instance memories take too much of the budget.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, replace
 
+from hmn.budget import budget_floats
 from hmn.config import HmnConfig, require
 from hmn.containers.hierarchical import HmnShape
 from hmn.containers.nearest import distance, first_paid
@@ -70,21 +72,46 @@ def latent_side(preset: Preset, image_size: int) -> int:
     return image_size >> doublings
 
 
+# Where the nearest row was made for a larger budget: its decoder is narrowed until the shared part takes no more than
+# this share of the budget, then its instance memories until this many images fit for each one of the budget. The rows'
+# own data have at most 0.2, but for the digits, and 11 images or more. docs/tuning.md has what it is worth.
+SHARED_AT_MOST = 0.4
+IMAGES_AT_LEAST = 8
+
+
 def fill(config: HmnConfig, *, classes: int, channels: int, image_size: int, images_per_class: int) -> HmnConfig:
     """``config`` with every null field taken from its preset; ``preset`` becomes the row's name.
 
-    ``auto`` is the row for the nearest data that the budget pays for. Raises ``ConfigError`` for an unknown preset or a
-    latent side from which doubling cannot reach the image's side.
+    ``auto`` is the row for the nearest data that the budget pays for, if need be made smaller in what ``config`` leaves
+    open. Raises ``ConfigError`` for an unknown preset or a latent side from which doubling cannot reach the image's
+    side.
     """
+    budget = budget_floats(images_per_class, classes, channels, image_size)
 
-    def shape(name: str) -> HmnShape:
-        return HmnShape.of(_filled(config, name, image_size), classes=classes, channels=channels, image_size=image_size)
+    def shape(filled: HmnConfig) -> HmnShape:
+        return HmnShape.of(filled, classes=classes, channels=channels, image_size=image_size)
 
-    name = config.preset
-    if name == "auto":
-        name = first_paid(by_distance(image_size, classes, images_per_class), shape, images_per_class)
-    require("container.preset", name in PRESETS, name, f"auto or one of {', '.join(PRESETS)}")
-    return _filled(config, name, image_size)
+    def wide(filled: HmnConfig) -> bool:
+        return filled.decoder_width >= 8 and shape(filled).shared_floats > SHARED_AT_MOST * budget
+
+    def few(filled: HmnConfig) -> bool:
+        found = shape(filled)
+        enough = IMAGES_AT_LEAST * images_per_class * classes * found.instance_floats
+        return filled.instance_channels > 1 and budget - found.shared_floats < enough
+
+    def fitted(name: str) -> HmnConfig:
+        filled = _filled(config, name, image_size)
+        while config.decoder_width is None and wide(filled):
+            filled = replace(filled, decoder_width=filled.decoder_width // 4 * 2)  # half, and even
+        while config.instance_channels is None and few(filled):
+            filled = replace(filled, instance_channels=filled.instance_channels // 2)
+        return filled
+
+    if config.preset == "auto":
+        ranked = by_distance(image_size, classes, images_per_class)
+        return fitted(first_paid(ranked, lambda name: shape(fitted(name)), images_per_class))
+    require("container.preset", config.preset in PRESETS, config.preset, f"auto or one of {', '.join(PRESETS)}")
+    return _filled(config, config.preset, image_size)
 
 
 def _filled(config: HmnConfig, name: str, image_size: int) -> HmnConfig:

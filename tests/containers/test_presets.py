@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hmn.budget import budget_floats
 from hmn.config import HmnConfig
@@ -231,7 +233,62 @@ def test_auto_takes_the_row_nearest_in_side_then_classes_then_memory(size, class
     for ipc, name in rows.items():
         filled = fill(configured(), classes=classes, channels=3, image_size=size, images_per_class=ipc)
         assert filled.preset == name
-        assert filled.decoder_width == PRESETS[name].decoder_width
+
+
+@pytest.mark.parametrize("name", [name for name, row in PRESETS.items() if row.by_default])
+def test_auto_leaves_a_row_as_it_is_for_the_data_that_it_was_made_for(name):
+    row = PRESETS[name]
+    data = {"classes": row.classes, "image_size": row.image_size, "images_per_class": row.images_per_class}
+    data["channels"] = 1 if row.image_size == 8 else 3
+    assert fill(configured(), **data) == fill(configured(preset=name), **data)
+
+
+@pytest.mark.parametrize(
+    ("classes", "channels", "side", "memory", "width", "instance", "images"),
+    [
+        (10, 1, 28, 1, 8, 1, 10),  # MNIST: p1c as it is would hold one image
+        (10, 1, 28, 10, 32, 1, 119),
+        (10, 3, 28, 1, 16, 4, 9),  # shared memories of 7 x 7 take a fifth
+        (2, 3, 32, 10, 32, 2, 189),
+        (2, 3, 32, 1, 8, 4, 32),
+        (10, 1, 32, 1, 8, 4, 12),
+    ],
+)
+def test_auto_makes_a_row_smaller_for_a_budget_that_is(classes, channels, side, memory, width, instance, images):
+    data = {"classes": classes, "channels": channels, "image_size": side}
+    filled = fill(configured(), images_per_class=memory, **data)
+    found = storage(HmnShape.of(filled, **data), memory, 0.0)
+    assert (filled.decoder_width, filled.instance_channels, found.images_per_class) == (width, instance, images)
+
+
+def test_auto_makes_smaller_only_what_is_left_open():
+    data = {"classes": 10, "channels": 1, "image_size": 28, "images_per_class": 1}
+    for asked in ({"decoder_width": 16}, {"instance_channels": 4}, {"decoder_width": 12, "instance_channels": 3}):
+        filled = fill(configured(**asked), **data)
+        assert {key: getattr(filled, key) for key in asked} == asked
+    named = fill(configured(preset="p1c"), **data)
+    assert (named.decoder_width, named.instance_channels) == (16, 4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    classes=st.integers(2, 200),
+    channels=st.sampled_from([1, 3]),
+    side=st.sampled_from([8, 28, 32, 48, 64, 128, 224]),
+    memory=st.integers(1, 50),
+)
+def test_auto_shares_two_fifths_at_most_and_holds_many_images_where_its_parts_can_be_smaller(
+    classes, channels, side, memory
+):
+    data = {"classes": classes, "channels": channels, "image_size": side}
+    filled = fill(configured(), images_per_class=memory, **data)
+    shape, budget = HmnShape.of(filled, **data), budget_floats(memory, classes, channels, side)
+    assert filled.decoder_width < 8 or shape.shared_floats <= 0.4 * budget
+    images = (budget - shape.shared_floats) // (classes * shape.instance_floats)
+    assert filled.instance_channels == 1 or images >= 8 * memory
+    if filled.decoder_width < PRESETS[filled.preset].decoder_width:  # no more than it has to be
+        wider = replace(filled, decoder_width=2 * filled.decoder_width)
+        assert HmnShape.of(wider, **data).shared_floats > 0.4 * budget
 
 
 def test_a_variant_is_used_by_name_alone_wherever_it_stands_in_the_table(monkeypatch):
