@@ -50,10 +50,11 @@ def require_room(folder: Path, network: nn.Module, config: BankConfig, classes: 
     """Raise ``ConfigError`` if the disk of ``folder`` has no room for the files that are missing."""
     needed = network_bytes(network, config, classes) * sum(not path.exists() for path in files(folder, config))
     disk = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    free = shutil.disk_usage(disk).free
+    usage = shutil.disk_usage(disk)
+    fits = needed <= usage.free or not usage.total  # some network file systems tell nothing
     rule = "less, or objective.bank.snapshots less, or paths.cache_dir on another disk: what is missing of the bank "
-    rule += f"takes {needed / 1e9:.1f} GB, and {disk} has {free / 1e9:.1f} GB left"
-    require("objective.bank.networks", needed <= free, config.networks, rule)
+    rule += f"takes {needed / 1e9:.1f} GB, and {disk} has {usage.free / 1e9:.1f} GB left"
+    require("objective.bank.networks", fits, config.networks, rule)
 
 
 def build(

@@ -104,8 +104,8 @@ def test_a_bank_that_the_disk_has_no_room_for_is_refused_before_it_is_made(tmp_p
     network, one = build_network(), network_bytes(build_network(), SETTINGS.bank, CLASSES)
     folder, asked = tmp_path / "banks" / "new", []
 
-    def room(free: int) -> None:
-        usage = SimpleNamespace(free=free)
+    def room(free: int, total: int = 1 << 40) -> None:
+        usage = SimpleNamespace(free=free, total=total)
         monkeypatch.setattr(bank.shutil, "disk_usage", lambda place: asked.append(place) or usage)
 
     room(2 * one)
@@ -114,6 +114,8 @@ def test_a_bank_that_the_disk_has_no_room_for_is_refused_before_it_is_made(tmp_p
     with pytest.raises(ConfigError, match="^objective.bank.networks=2: must be less, or .* takes 0.0 GB, and .* left$"):
         require_room(folder, network, SETTINGS.bank, CLASSES)
     assert asked == [tmp_path, tmp_path]  # the folder is not there yet
+    room(0, total=0)
+    require_room(folder, network, SETTINGS.bank, CLASSES)  # the file system does not tell
     make_bank(folder)[1].unlink()
     room(one)
     require_room(folder, network, SETTINGS.bank, CLASSES)  # only what is missing counts
@@ -356,7 +358,7 @@ def test_a_run_reads_a_bank_by_all_its_settings(tmp_path):
 
 
 def test_a_run_without_room_for_its_bank_ends_before_it_makes_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(bank.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    monkeypatch.setattr(bank.shutil, "disk_usage", lambda _: SimpleNamespace(free=0, total=1))
     with pytest.raises(ConfigError, match="^objective.bank.networks=1: "):
         condensation(workshop(tmp_path, "objective.bank.networks=1", f"paths.cache_dir={tmp_path}"), make_container())
     assert not list(tmp_path.glob("banks/*/*.safetensors"))
