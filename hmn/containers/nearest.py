@@ -1,4 +1,8 @@
-"""Which row of a container's table of settings a dataset and memory get: the nearest one that the budget pays for."""
+"""Which row of a container's table of settings a dataset and memory get: the nearest one that the budget pays for.
+
+Where that row was made for a larger budget, :func:`made_smaller` leaves room for images. docs/tuning.md has what that
+is worth.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,9 @@ from hmn.budget import budget_floats
 from hmn.containers.base import ContainerShape
 
 T = TypeVar("T")
+
+SHARED_AT_MOST = 0.4  # of the budget
+INSTANCES_AT_LEAST = 8.0  # of each class for each image of the budget
 
 
 class MadeFor(Protocol):
@@ -37,5 +44,46 @@ def first_paid(ranked: Sequence[T], shape_of: Callable[[T], ContainerShape], ima
 
 def fits(shape: ContainerShape, images_per_class: int) -> bool:
     """Whether the budget of ``images_per_class`` pays for one instance of every class."""
-    needed = shape.shared_floats + shape.classes * shape.instance_floats
-    return needed <= budget_floats(images_per_class, shape.classes, shape.channels, shape.image_size)
+    return instances_held(shape, images_per_class) >= 1
+
+
+def made_smaller(
+    settings: T,
+    shape_of: Callable[[T], ContainerShape],
+    images_per_class: int,
+    *,
+    share_less: Callable[[T], T | None],
+    store_less: Callable[[T], T | None],
+    shared_at_most: float = SHARED_AT_MOST,
+    instances_at_least: float = INSTANCES_AT_LEAST,
+) -> T:
+    """``settings`` with a smaller shared part while that takes more than ``shared_at_most`` of the budget, then with
+    smaller instances while fewer than ``instances_at_least`` fit for each of ``images_per_class``.
+
+    ``share_less`` and ``store_less`` return the next smaller settings, or None where there are none.
+    """
+
+    def too_much_shared(settings: T) -> bool:
+        return shared_share(shape_of(settings), images_per_class) > shared_at_most
+
+    def too_few_instances(settings: T) -> bool:
+        return instances_held(shape_of(settings), images_per_class) < instances_at_least * images_per_class
+
+    for crowded, less in ((too_much_shared, share_less), (too_few_instances, store_less)):
+        while crowded(settings) and (smaller := less(settings)) is not None:
+            settings = smaller
+    return settings
+
+
+def shared_share(shape: ContainerShape, images_per_class: int) -> float:
+    """The share of the budget that the shared part takes."""
+    return shape.shared_floats / _budget(shape, images_per_class)
+
+
+def instances_held(shape: ContainerShape, images_per_class: int) -> int:
+    """The instances per class that the budget pays for; negative where it does not pay for the shared part."""
+    return (_budget(shape, images_per_class) - shape.shared_floats) // (shape.classes * shape.instance_floats)
+
+
+def _budget(shape: ContainerShape, images_per_class: int) -> int:
+    return budget_floats(images_per_class, shape.classes, shape.channels, shape.image_size)

@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, replace
 
-from hmn.budget import budget_floats
 from hmn.config import HmnConfig, require
 from hmn.containers.hierarchical import HmnShape
-from hmn.containers.nearest import distance, first_paid
+from hmn.containers.nearest import distance, first_paid, made_smaller
 
 
 @dataclass(frozen=True)
@@ -72,13 +71,6 @@ def latent_side(preset: Preset, image_size: int) -> int:
     return image_size >> doublings
 
 
-# Where the nearest row was made for a larger budget: its decoder is narrowed until the shared part takes no more than
-# this share of the budget, then its instance memories until this many images fit for each one of the budget. The rows'
-# own data have at most 0.2, but for the digits, and 11 images or more. docs/tuning.md has what it is worth.
-SHARED_AT_MOST = 0.4
-IMAGES_AT_LEAST = 8
-
-
 def fill(config: HmnConfig, *, classes: int, channels: int, image_size: int, images_per_class: int) -> HmnConfig:
     """``config`` with every null field taken from its preset; ``preset`` becomes the row's name.
 
@@ -86,26 +78,21 @@ def fill(config: HmnConfig, *, classes: int, channels: int, image_size: int, ima
     open. Raises ``ConfigError`` for an unknown preset or a latent side from which doubling cannot reach the image's
     side.
     """
-    budget = budget_floats(images_per_class, classes, channels, image_size)
 
     def shape(filled: HmnConfig) -> HmnShape:
         return HmnShape.of(filled, classes=classes, channels=channels, image_size=image_size)
 
-    def wide(filled: HmnConfig) -> bool:
-        return filled.decoder_width >= 8 and shape(filled).shared_floats > SHARED_AT_MOST * budget
+    def share_less(filled: HmnConfig) -> HmnConfig | None:
+        width = filled.decoder_width // 4 * 2  # half, and even
+        return replace(filled, decoder_width=width) if width >= 4 and config.decoder_width is None else None
 
-    def few(filled: HmnConfig) -> bool:
-        found = shape(filled)
-        enough = IMAGES_AT_LEAST * images_per_class * classes * found.instance_floats
-        return filled.instance_channels > 1 and budget - found.shared_floats < enough
+    def store_less(filled: HmnConfig) -> HmnConfig | None:
+        channels = filled.instance_channels // 2
+        return replace(filled, instance_channels=channels) if channels and config.instance_channels is None else None
 
     def fitted(name: str) -> HmnConfig:
         filled = _filled(config, name, image_size)
-        while config.decoder_width is None and wide(filled):
-            filled = replace(filled, decoder_width=filled.decoder_width // 4 * 2)  # half, and even
-        while config.instance_channels is None and few(filled):
-            filled = replace(filled, instance_channels=filled.instance_channels // 2)
-        return filled
+        return made_smaller(filled, shape, images_per_class, share_less=share_less, store_less=store_less)
 
     if config.preset == "auto":
         ranked = by_distance(image_size, classes, images_per_class)

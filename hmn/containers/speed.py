@@ -12,10 +12,19 @@ from hmn.config import require
 from hmn.config.containers import SpeedConfig
 from hmn.containers import positions as packed
 from hmn.containers.base import Container, PixelShape, PixelSpace, RealImages, parameter_floats
-from hmn.containers.nearest import distance, first_paid
+from hmn.containers.nearest import (
+    INSTANCES_AT_LEAST,
+    SHARED_AT_MOST,
+    distance,
+    first_paid,
+    instances_held,
+    made_smaller,
+    shared_share,
+)
 
 NORM_EPS = 1e-6
 INIT_STD = 0.2  # of tokens and codes
+SMALLEST = 4  # token_dim and top_k that preset=auto may come down to
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,7 @@ class Preset:
     top_k: int
     patch: int
     l1: float
+    channels: int = 3  # of the data
 
 
 # As published, except for the 8 x 8 digits; imagenet is any of the authors' subsets of ten classes.
@@ -48,9 +58,9 @@ PRESETS = {
     "tiny_ipc10":     Preset(  64,    200,  10, 128, 256, 2, 8, 128, 8, 7e-9),
     "imagenet_ipc1":  Preset( 128,     10,   1, 256, 192, 2, 4, 192, 8, 7e-7),
     "imagenet_ipc10": Preset( 128,     10,  10, 256, 384, 2, 6, 384, 8, 7e-8),
-    "digits_ipc1":    Preset(   8,     10,   1,   8,   4, 1, 2,   4, 2, 3e-6),
-    "digits_ipc10":   Preset(   8,     10,  10,  16,  16, 1, 2,   8, 2, 3e-6),
-    "digits_ipc50":   Preset(   8,     10,  50,  16,  32, 1, 2,  16, 2, 3e-6),
+    "digits_ipc1":    Preset(   8,     10,   1,   8,   4, 1, 2,   4, 2, 3e-6, channels=1),
+    "digits_ipc10":   Preset(   8,     10,  10,  16,  16, 1, 2,   8, 2, 3e-6, channels=1),
+    "digits_ipc50":   Preset(   8,     10,  50,  16,  32, 1, 2,  16, 2, 3e-6, channels=1),
 }
 # fmt: on
 
@@ -224,20 +234,46 @@ class Block(nn.Module):
 def fill(config: SpeedConfig, *, classes: int, channels: int, image_size: int, images_per_class: int) -> SpeedConfig:
     """``config`` with every null field taken from its preset; ``preset`` becomes the row's name.
 
-    ``auto`` is the row for the nearest data that the budget pays for. Raises ``ConfigError`` for an unknown preset and
-    for settings that do not fit each other or the images.
+    ``auto`` is the row for the nearest data that the budget pays for, if need be made smaller in what ``config`` leaves
+    open, down to the share of the budget and the number of images that the row has where it was made for. Raises
+    ``ConfigError`` for an unknown preset and for settings that do not fit each other or the images.
     """
 
-    def shape(name: str) -> SpeedShape:
-        filled = _filled(config, name, image_size)
+    def shape(filled: SpeedConfig) -> SpeedShape:
         return SpeedShape.of(filled, classes=classes, channels=channels, image_size=image_size)
 
-    name = config.preset
-    if name == "auto":
+    def share_less(filled: SpeedConfig) -> SpeedConfig | None:
+        dim = filled.token_dim // 2
+        smaller = config.token_dim is None and dim >= SMALLEST and dim % filled.heads == 0
+        return replace(filled, token_dim=dim) if smaller else None
+
+    def store_less(filled: SpeedConfig) -> SpeedConfig | None:
+        kept = filled.top_k // 2
+        return replace(filled, top_k=kept) if config.top_k is None and kept >= SMALLEST else None
+
+    def fitted(name: str) -> SpeedConfig:
+        row = PRESETS[name]
+        own_data = {"classes": row.classes, "channels": row.channels, "image_size": row.image_size}
+        own = SpeedShape.of(_filled(config, name, row.image_size), **own_data)
+        return made_smaller(
+            _filled(config, name, image_size),
+            shape,
+            images_per_class,
+            share_less=share_less,
+            store_less=store_less,
+            shared_at_most=max(SHARED_AT_MOST, shared_share(own, row.images_per_class)),
+            instances_at_least=min(
+                INSTANCES_AT_LEAST, instances_held(own, row.images_per_class) / row.images_per_class
+            ),
+        )
+
+    if config.preset == "auto":
         ranked = sorted(PRESETS, key=lambda row: distance(PRESETS[row], image_size, classes, images_per_class))
-        name = first_paid(ranked, shape, images_per_class)
-    require("container.preset", name in PRESETS, name, f"auto or one of {', '.join(PRESETS)}")
-    config = _filled(config, name, image_size)
+        name = first_paid(ranked, lambda name: shape(fitted(name)), images_per_class)
+        config = fitted(name)
+    else:
+        require("container.preset", config.preset in PRESETS, config.preset, f"auto or one of {', '.join(PRESETS)}")
+        config = _filled(config, config.preset, image_size)
     divides = image_size % config.patch == 0
     require("container.patch", divides, config.patch, f"a divisor of dataset.image_size={image_size}")
     rule = f"a divisor of container.token_dim={config.token_dim}"

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
@@ -16,7 +16,7 @@ from hmn import artifacts
 from hmn.budget import budget_floats
 from hmn.config.containers import SpeedConfig
 from hmn.containers import KINDS, rebuild, storage
-from hmn.containers.speed import PRESETS, FReeNet, SparseCodes, SpeedShape, fill, patch_side
+from hmn.containers.speed import PRESETS, FReeNet, Preset, SparseCodes, SpeedShape, fill, patch_side
 from hmn.errors import ConfigError
 
 SMALL = SpeedShape(
@@ -353,9 +353,96 @@ def test_auto_takes_the_nearest_row_and_fills_the_budget_with_it(data, rows):
         assert budget - data["classes"] * stored.instance_floats < stored.stored_floats(data["classes"]) <= budget
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_auto_leaves_a_row_as_it_is_for_the_data_that_it_was_made_for(name):
+    row = PRESETS[name]
+    data = own_data(row) | {"images_per_class": row.images_per_class}
+    for asked in ({}, {"depth": 2}, {"heads": 1}):
+        assert fill(configured(**asked), **data) == fill(configured(preset=name, **asked), **data)
+
+
+@pytest.mark.parametrize(
+    ("classes", "channels", "side", "memory", "row", "token_dim", "top_k", "images"),
+    [
+        (10, 1, 28, 1, "cifar10_ipc1", 16, 24, 8),  # MNIST: the row as it is would hold two images
+        (10, 1, 28, 10, "cifar10_ipc10", 48, 12, 124),
+        (10, 1, 28, 50, "cifar10_ipc50", 96, 12, 277),  # as it is, nine
+        (2, 3, 32, 1, "cifar10_ipc1", 16, 48, 14),
+        (2, 3, 32, 50, "cifar10_ipc50", 96, 24, 489),  # the budget does not pay for the row as it is
+        (5, 3, 32, 1, "cifar10_ipc1", 32, 48, 13),
+        (10, 3, 64, 1, "tiny_ipc1", 64, 48, 13),
+    ],
+)
+def test_auto_makes_a_row_smaller_for_a_budget_that_is(classes, channels, side, memory, row, token_dim, top_k, images):
+    data = {"classes": classes, "channels": channels, "image_size": side}
+    filled = fill(configured(), **data, images_per_class=memory)
+    assert (filled.preset, filled.token_dim, filled.top_k) == (row, token_dim, top_k)
+    assert storage(planned(data, memory), memory, 0.0).images_per_class == images
+
+
+def test_auto_makes_smaller_only_what_is_left_open():
+    data = {"classes": 10, "channels": 1, "image_size": 28, "images_per_class": 1}
+    for asked in ({"token_dim": 32}, {"top_k": 48}, {"token_dim": 24, "top_k": 40}):
+        filled = fill(configured(**asked), **data)
+        assert {key: getattr(filled, key) for key in asked} == asked
+    named = fill(configured(preset="cifar10_ipc1"), **data)
+    assert (named.token_dim, named.top_k) == (32, 48)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    classes=st.integers(2, 200),
+    channels=st.sampled_from([1, 3]),
+    side=st.sampled_from([8, 28, 32, 48, 64, 128, 224]),
+    memory=st.integers(1, 50),
+    heads=st.sampled_from([None, 1, 16]),
+)
+@example(classes=2, channels=3, side=32, memory=5, heads=16)  # half of 48 is no multiple of 16
+def test_auto_shares_no_more_and_holds_as_many_images_as_where_the_row_was_made_for(
+    classes, channels, side, memory, heads
+):
+    data = {"classes": classes, "channels": channels, "image_size": side}
+    try:
+        filled = fill(configured(heads=heads), images_per_class=memory, **data)
+    except ConfigError as refused:
+        assert "heads=16" in str(refused)
+        assert side == 8  # that the row of one image per class, with tokens of 4, cannot have
+        return
+    row, shape = PRESETS[filled.preset], SpeedShape.of(filled, **data)
+    made_for = own_data(row)
+    share, images = room(shape, memory)
+    as_it_is = fill(configured(preset=filled.preset, heads=heads), **made_for, images_per_class=row.images_per_class)
+    own = SpeedShape.of(as_it_is, **made_for)
+    own_share, own_images = room(own, row.images_per_class)
+    dims = [row.token_dim // 2**halvings for halvings in range(8)]
+    allowed = [dim for dim in dims if dim >= 4 and dim % filled.heads == 0]
+    assert filled.token_dim in allowed
+    assert share <= max(0.4, own_share) or filled.token_dim == allowed[-1]
+    assert images / memory >= min(8, own_images / row.images_per_class) or filled.top_k < 8
+    if filled.token_dim < row.token_dim:  # no more than it has to be
+        wider = replace(shape, token_dim=2 * shape.token_dim)
+        assert room(wider, memory)[0] > max(0.4, own_share)
+    if filled.top_k < row.top_k:
+        longer = replace(shape, top_k=2 * shape.top_k)
+        assert room(longer, memory)[1] / memory < min(8, own_images / row.images_per_class)
+
+
+def own_data(row: Preset) -> dict[str, int]:
+    return {"classes": row.classes, "channels": row.channels, "image_size": row.image_size}
+
+
+def room(shape: SpeedShape, memory: int) -> tuple[float, int]:
+    """The share of the budget that the shared part takes, and the images per class that the rest pays for."""
+    budget = budget_floats(memory, shape.classes, shape.channels, shape.image_size)
+    left = budget - shape.shared_floats
+    return shape.shared_floats / budget, left // (shape.classes * shape.instance_floats)
+
+
 def test_auto_passes_over_rows_that_the_budget_does_not_pay_for():
     few = dict(classes=2, channels=3, image_size=32)
-    assert fill(configured(), **few, images_per_class=50).preset == "cifar10_ipc10"
+    assert fill(configured(), **few, images_per_class=50).preset == "cifar10_ipc50"
+    wide = fill(configured(token_dim=192), **few, images_per_class=50)  # which cannot be made smaller
+    assert (wide.preset, wide.depth) == ("cifar10_ipc10", 1)
     with pytest.raises(ConfigError, match="over the budget of 307,200"):
         storage(planned(few, 50, preset="cifar10_ipc50"), 50, 0.0)
 
