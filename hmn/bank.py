@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from hmn import capture
 from hmn.config import BankConfig, GradientMatchingConfig, require
 from hmn.data import augment
 from hmn.files import exclusive, write_tensors
@@ -93,7 +94,7 @@ def _record(
     every_class = torch.arange(classes)
     due = snapshot_steps(config.bank.snapshots, config.inner_steps)
     tensors: dict[str, Tensor] = {}
-    update = update_of(side, record=side.labels.is_cuda)
+    update = update_of(side, record=capture.recordable(side.labels.device))
     side.begin(0)
     for step in range(due[-1] + 1):
         stop.check("the snapshot bank keeps its finished networks; the same command resumes from there")

@@ -28,6 +28,11 @@ def enable(record: bool) -> None:
     _enabled = record
 
 
+def recordable(device: torch.device) -> bool:
+    """Whether steps on ``device`` can be recorded. What changes between replays must then be in tensors."""
+    return device.type == "cuda"
+
+
 class _Recorded(NamedTuple):
     graph: torch.cuda.CUDAGraph
     inputs: Tensors

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hmn import distributed
+from hmn import capture, distributed
 from hmn.artifacts import decode_all
-from hmn.capture import Replay, optimizer_tensors
 from hmn.compute import Compute
 from hmn.condense import SLOT, Condensation
 from hmn.config.objectives import ClassMatchingConfig
@@ -72,11 +71,11 @@ class ClassMatching(Condensation):
             "classes": generator(seed, SLOT, "classes"),  # on the host: it decides which calls are made
         }
         # A recording cannot hold what the host does within a step, such as choosing rows or summing over processes.
-        recordable = compute.device.type == "cuda" and distributed.world() == 1
+        recordable = capture.recordable(compute.device) and distributed.world() == 1
         self.replay = None
         if recordable and not by_class:
             generators = [self.generators["rows"], *side.generators()]
-            self.replay = Replay(self._whole_step, self._state_tensors, generators)
+            self.replay = capture.Replay(self._whole_step, self._state_tensors, generators)
         # The networks' update alone, which takes most launches of a step, can be recorded with ``by_class`` too.
         self.update = update_of(side, self.decoded, record=recordable)
 
@@ -135,7 +134,7 @@ class ClassMatching(Condensation):
         return {"losses": losses, **norms}
 
     def _state_tensors(self) -> list[Tensor]:
-        return optimizer_tensors(self.optimizer.inner) + self.side.state_tensors()
+        return capture.optimizer_tensors(self.optimizer.inner) + self.side.state_tensors()
 
     def _match(self, classes: Tensor, choice: Choice) -> Tensor:
         """Add the mean or summed gradient of ``classes`` (k,) to the container; returns distances per layer, summed.

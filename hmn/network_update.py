@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from hmn.capture import optimizer_tensors
+from hmn import capture
 from hmn.compute import Compute, at_once, wide
 from hmn.data import augment
 from hmn.data.preprocess import Normalise
@@ -64,11 +64,6 @@ def training_step(network: nn.Module, compute: Compute) -> TrainingStep:
     return compute.maybe_compile(step)
 
 
-def _replayable(device: torch.device) -> bool:
-    """Whether an update may be captured as a CUDA graph; what changes between replays must then be in tensors."""
-    return device.type == "cuda"
-
-
 class NetworkUpdate:
     """SGD with momentum on augmented, mixed batches: the update of a network, wherever its images come from.
 
@@ -100,7 +95,7 @@ class NetworkUpdate:
         self.rule = rule
         self.cutmix = cutmix
         self.padding = not has_batch_norm(network)  # batch norm would count the padding of a short batch
-        self.fused = _replayable(generator.device)
+        self.fused = capture.recordable(generator.device)
         self.optimizer = torch.optim.SGD(
             network.parameters(),
             # A captured step reads the tensor at every replay. Only the fused SGD takes it without reading it back.
@@ -197,7 +192,7 @@ class NetworkUpdate:
 
     def tensors(self) -> list[Tensor]:
         """Tensors that an update changes in place; the generator's state is not among them."""
-        return [*optimizer_tensors(self.optimizer), *self.network.buffers()]
+        return [*capture.optimizer_tensors(self.optimizer), *self.network.buffers()]
 
     def state_dict(self) -> dict[str, Any]:
         return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hmn import capture
 from hmn.config.objectives import ObjectiveConfig
 from hmn.containers.base import Container
 
@@ -60,16 +61,18 @@ class ContainerOptimizer:
             groups.append({"params": members, "lr": lr, "initial_lr": lr})
         self.parameters = [parameter for tier in container.tiers().values() for parameter in tier]
         # A recorded step reads its rates from the device.
-        self.on_gpu = self.parameters[0].is_cuda
-        if self.on_gpu:
+        self.recordable = capture.recordable(self.parameters[0].device)
+        if self.recordable:
             for group in groups:
                 group["lr"] = torch.tensor(group["lr"], device=self.parameters[0].device)
         self.inner: torch.optim.Optimizer
         if config.optimizer == "adam":
-            self.inner = torch.optim.Adam(groups, betas=(config.beta1, config.beta2), eps=1e-8, capturable=self.on_gpu)
+            self.inner = torch.optim.Adam(
+                groups, betas=(config.beta1, config.beta2), eps=1e-8, capturable=self.recordable
+            )
         else:
             # Only the fused SGD accepts a rate on the device without reading it back.
-            self.inner = torch.optim.SGD(groups, momentum=config.momentum, fused=self.on_gpu)
+            self.inner = torch.optim.SGD(groups, momentum=config.momentum, fused=self.recordable)
             if config.momentum:  # from zeros: the fused form refuses a step where only some rows have moved before
                 for parameter in [member for group in self.inner.param_groups for member in group["params"]]:
                     self.inner.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -84,7 +87,7 @@ class ContainerOptimizer:
         decay = self.final + (1 - self.final) * (1 + math.cos(math.pi * done / self.total_steps)) / 2
         for group in self.inner.param_groups:
             rate = group["initial_lr"] * decay
-            if self.on_gpu:
+            if self.recordable:
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
@@ -117,7 +120,7 @@ class ContainerOptimizer:
             for group, before in zip(state["param_groups"], here, strict=True)
         ]
         self.inner.load_state_dict({**state, "param_groups": groups})
-        if self.on_gpu:
+        if self.recordable:
             for group, before in zip(self.inner.param_groups, here, strict=True):
                 group["lr"] = before["lr"].fill_(group["lr"])
 

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hmn import capture, network_update
 from hmn import training as trainer
 from hmn.capture import warm_up
 from hmn.checkpoint import Checkpoints
@@ -36,6 +35,7 @@ from tests.small_training import (
     training,
     with_batch_norm,
 )
+from tests.tape import record_on_a_cpu
 
 # One training
 
@@ -269,11 +269,9 @@ def test_what_is_loaded_goes_into_the_tensors_that_a_captured_update_uses(seeds:
 
 @pytest.mark.parametrize("build", [build, with_batch_norm])
 @pytest.mark.parametrize("seeds", [[0], [0, 1, 2]])
-def test_an_update_that_can_be_captured_is_the_same_and_reads_its_rate_from_a_tensor(monkeypatch, seeds, build):
+def test_a_recorded_update_is_the_same_and_reads_its_rate_from_a_tensor(monkeypatch, seeds, build):
     usual = training(seeds=seeds, build=build)
-    monkeypatch.setattr(network_update, "_replayable", lambda _: True)
-    monkeypatch.setattr(trainer.Replay, "_warm_up", lambda self, inputs: None)  # then recording fails on a CPU
-    monkeypatch.setattr(capture, "RECOVERS", "0")  # whichever PyTorch is installed
+    record_on_a_cpu(monkeypatch)
     captured = training(seeds=seeds, build=build)
     step, rate = captured.update.step, captured.update.optimizer.param_groups[0]["lr"]
 

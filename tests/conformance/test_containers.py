@@ -28,6 +28,7 @@ from hmn.networks.convnet import ConvNet
 from hmn.objectives.gradient import matching_step
 from hmn.realside import LiveSide
 from tests.real_images import RandomImages
+from tests.tape import record_on_a_cpu
 
 CLASSES, IMAGES, SIDE = 3, 4, 16  # for every container made here
 SURVIVORS = [1, 2, 4, 7, 8, 10]  # two images of each class
@@ -370,6 +371,18 @@ WAYS = {
     "adam": {},
     "sgd, a class at a time": {"optimizer": "sgd", "memory_lr": 1e-4, "weights_lr": 1e-4, "step_policy": "per_class"},
 }
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+def test_a_recorded_step_is_the_step(make, monkeypatch):
+    launched = condensation(make())
+    record_on_a_cpu(monkeypatch)
+    recorded = condensation(make())
+    assert recorded.replay
+    for _ in range(4):
+        torch.testing.assert_close(launched.run_step(), recorded.run_step())
+    for one, other in zip(launched.container.parameters(), recorded.container.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("way", WAYS)
