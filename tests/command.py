@@ -79,10 +79,10 @@ def planned(*overrides: str) -> Plan:
     return make_plan(configured(*overrides), typed=overrides)
 
 
-def session_of(plan: Plan, folder: Path) -> Session:
+def session_of(plan: Plan, folder: Path, device: torch.device | str = "cpu") -> Session:
     """The stages of the run of ``plan``, which keep everything in ``folder``."""
-    data = datasets.load(plan.config.dataset, Path("absent"), generator(0, "split"))
-    compute, checkpoints = Compute(torch.device("cpu")), Checkpoints(folder / "checkpoints", 60.0)
+    data = datasets.load(plan.config.dataset, Path("absent"), generator(0, "split")).to(torch.device(device))
+    compute, checkpoints = Compute(torch.device(device)), Checkpoints(folder / "checkpoints", 60.0)
     return Session(plan, data, compute, checkpoints, Tracker(folder), folder, {"code": "c"})
 
 

@@ -85,15 +85,15 @@ def make_real() -> RealData:
 REAL = make_real()
 
 
-def workshop(folder: Path, *overrides: str) -> Workshop:
+def workshop(folder: Path, *overrides: str, compute: Compute = CPU) -> Workshop:
     """The workshop of a run with these overrides, on these images and networks."""
     return Workshop(
         config=configured(*overrides),
-        data=REAL,
+        data=REAL.to(compute.device),
         build=build,
-        compute=CPU,
-        train_step=training_step(build(), CPU),
-        normalise=Normalise(MEAN, STD),
+        compute=compute,
+        train_step=training_step(build().to(compute.device), compute),
+        normalise=Normalise(MEAN, STD, compute.device),
         checkpoints=Checkpoints(folder, 60),
     )
 

@@ -13,9 +13,12 @@ from torch import Tensor
 from hmn import capture
 from hmn.artifacts import TENSORS
 from hmn.build import condensation
+from hmn.compute import Compute
 from hmn.condense import Condensation
+from hmn.config.containers import CORESET_METHODS
 from tests.command import TINY, planned, session_of
-from tests.small_matching import make_container, workshop
+from tests.other_device import other_device
+from tests.small_matching import CPU, make_container, workshop
 from tests.tape import record_on_a_cpu
 
 STEPS = 5  # of networks that live for two steps, and rates that fall
@@ -25,7 +28,7 @@ REAL = [*TRAINED, "network_samples=16"]
 OBJECTIVES = {
     "gradient_matching": REAL,
     "idc": REAL,
-    "dream": REAL,
+    "dream": [*REAL, "real_batch=1"],  # the two images of a cluster would be as near to its centre as each other
     "dc": TRAINED,
     "dsa": TRAINED,
     "distribution_matching": ["outer_steps=6"],
@@ -42,10 +45,11 @@ def assert_replayed(launched: Condensation, recorded: Condensation, steps: int =
         torch.testing.assert_close(one, other)
 
 
-def made(folder: Path, objective: str, *settings: str) -> Condensation:
+def made(folder: Path, objective: str, *settings: str, device: torch.device = CPU.device) -> Condensation:
     own = [f"objective.{setting}" for setting in [*ALIKE, *OBJECTIVES[objective], *settings]]
     given = [f"objective={objective}", "memory=ipc10", f"paths.cache_dir={folder}"]
-    return condensation(workshop(folder, *given, *own), make_container())
+    shop = workshop(folder, *given, *own, compute=Compute(device))
+    return condensation(shop, make_container().to(device))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -122,6 +126,47 @@ def test_a_whole_run_with_recorded_steps_and_trainings_is_the_run(tmp_path: Path
     assert set(recordings) == {WHOLE, "Training.run_batch"}
 
 
+# On a device of its own
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_step_of_every_objective_stays_on_its_device(objective: str, tmp_path: Path, monkeypatch):
+    here = made(tmp_path, objective, "step_policy=accumulate")
+    with other_device(monkeypatch) as device:
+        there = made(tmp_path, objective, "step_policy=accumulate", device=device)
+        for _ in range(2):
+            found, expected = there.run_step(), here.run_step()
+            assert {value.device for value in [found[0], *found[1].values()]} == {device}
+            torch.testing.assert_close(found[0].cpu(), expected[0])
+
+
+RUNS = {
+    "fit": ["container.init=fit_real", "container.fit_steps=3"],
+    "bank": ["objective.bank.networks=1", "pruning=none"],
+    "trajectories": ["debug=smoke_trajectory", "objective=trajectory_matching", "pruning=none"],
+    "unrolled": ["debug=smoke_bptt", "objective=bptt", "pruning=none"],
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_whole_run_stays_on_its_device(run: str, tmp_path: Path, monkeypatch):
+    plan = planned(*TINY, f"paths.cache_dir={tmp_path}", *RUNS[run])
+    with other_device(monkeypatch) as device:
+        found = session_of(plan, tmp_path, device).condense_and_evaluate()
+    assert found["accuracy"]["mean"] > 0
+
+
+@pytest.mark.parametrize("method", CORESET_METHODS)
+def test_the_choice_of_real_images_stays_on_its_device(method: str, tmp_path: Path, monkeypatch):
+    trained = [] if method == "random" else ["container.networks=1", "container.epochs=2"]
+    own = ["container=coreset", f"container.method={method}", "pruning=none", *trained]
+    plan = planned(*TINY, "debug=smoke_stages", f"paths.cache_dir={tmp_path}", *own)
+    here = session_of(plan, tmp_path / "here").choose_and_evaluate()
+    with other_device(monkeypatch) as device:
+        there = session_of(plan, tmp_path / "there", device).choose_and_evaluate()
+    assert here["accuracy"]["mean"] > 0 < there["accuracy"]["mean"]
+
+
 # The tape itself: it must notice what a graph could not hold
 
 
@@ -187,3 +232,39 @@ def test_a_step_that_waits_for_the_device_cannot_be_recorded(monkeypatch, change
 def test_a_generator_that_is_not_registered_cannot_be_recorded(monkeypatch):
     with pytest.raises(AssertionError, match="draws from a generator that is not registered"):
         replayed(monkeypatch, grow, registered=False)
+
+
+# The other device itself: it must notice what a GPU would
+
+
+def test_tensors_of_two_devices_do_not_mix(monkeypatch):
+    with other_device(monkeypatch) as device:
+        there, here = torch.ones(3, device=device), torch.arange(3)
+        assert (there + torch.tensor(1.0)).tolist() == [2.0, 2.0, 2.0]  # but for scalars,
+        assert there[here].device == device  # and indices
+        with pytest.raises(AssertionError, match=r"aten\.add\.Tensor of tensors on two devices"):
+            there + here
+
+
+def by_a_copy(step: Step) -> None:
+    step.weight.add_(torch.ones(3).to(step.weight.device))
+
+
+def by_an_index_of_the_host(step: Step) -> None:
+    step.weight[torch.arange(2)] += 1
+
+
+def by_what_is_on_the_host(step: Step) -> None:
+    step.weight.copy_(torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    "change", [by_what_it_read, by_a_mask, by_a_copy, by_an_index_of_the_host, by_what_is_on_the_host]
+)
+def test_nothing_passes_between_the_devices_in_a_step_that_is_replayed(monkeypatch, change):
+    with other_device(monkeypatch) as device:
+        step = Step(change)
+        step.weight = step.weight.to(device)
+        change(step)  # outside of such a step it does
+        with pytest.raises(AssertionError, match="within a step that is to be replayed"):
+            capture.Replay(step.run, lambda: [step.weight], [])({})

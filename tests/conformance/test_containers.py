@@ -27,6 +27,7 @@ from hmn.network_update import training_step
 from hmn.networks.convnet import ConvNet
 from hmn.objectives.gradient import matching_step
 from hmn.realside import LiveSide
+from tests.other_device import other_device
 from tests.real_images import RandomImages
 from tests.tape import record_on_a_cpu
 
@@ -339,9 +340,9 @@ def test_the_budget_is_never_exceeded_and_one_more_instance_would(
     assert over <= (1 + over_budget) * budget + 1e-6
 
 
-def condensation(container: Container, **values: object) -> ClassMatching:
+def condensation(container: Container, device: torch.device | str = "cpu", **values: object) -> ClassMatching:
     """A condensation on noise, with two networks of two steps each."""
-    channels, cpu = container.shape.channels, Compute(torch.device("cpu"))
+    channels, compute = container.shape.channels, Compute(torch.device(device))
     images = (RandomImages(CLASSES, channels, SIDE, seed=1).draw(8) * 255).to(torch.uint8)
     train = Split(images, torch.arange(CLASSES).repeat_interleave(8))
     data = RealData(
@@ -354,17 +355,19 @@ def condensation(container: Container, **values: object) -> ClassMatching:
         test=train,
         notes=(),
         fingerprint="f" * 64,
-    )
+    ).to(compute.device)
     steps = {"outer_steps": 2, "inner_steps": 2, "real_batch": 4, "network_samples": 8, "network_batch": 8}
     settings = GradientMatchingConfig(name="gradient_matching", **steps | {"synthetic_batch": 3} | values)
 
     def build() -> ConvNet:
         return ConvNet(channels, CLASSES, SIDE, width=4, depth=2)
 
-    side = LiveSide(data, settings, build=build, train=training_step(build(), cpu), compute=cpu, seed=3, flip=True)
-    match = matching_step(build(), settings.metric, cpu)
-    shared = {"normalise": side.normalise, "compute": cpu, "seed": 3}
-    return ClassMatching(container, side, settings, match=match, **shared)
+    network = build().to(compute.device)
+    train = training_step(network, compute)
+    side = LiveSide(data, settings, build=build, train=train, compute=compute, seed=3, flip=True)
+    match = matching_step(network, settings.metric, compute)
+    shared = {"normalise": side.normalise, "compute": compute, "seed": 3}
+    return ClassMatching(container.to(compute.device), side, settings, match=match, **shared)
 
 
 WAYS = {
@@ -383,6 +386,18 @@ def test_a_recorded_step_is_the_step(make, monkeypatch):
         torch.testing.assert_close(launched.run_step(), recorded.run_step())
     for one, other in zip(launched.container.parameters(), recorded.container.parameters(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+def test_a_step_stays_on_its_device(make, monkeypatch):
+    here = condensation(make())
+    with other_device(monkeypatch) as device:
+        there = condensation(make(), device)
+        for _ in range(2):
+            torch.testing.assert_close(there.run_step()[0].cpu(), here.run_step()[0], rtol=1e-3, atol=1e-3)
+        there.settle(there.container)
+        decoded = there.container.decode(torch.arange(CLASSES * IMAGES, device=device))
+        assert decoded.device == device
 
 
 @pytest.mark.parametrize("way", WAYS)
