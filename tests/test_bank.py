@@ -32,7 +32,6 @@ from hmn.stop import Stop
 from tests.command import configured
 from tests.small_matching import CLASSES, CPU, REAL, SEED, assert_same, config, make_container, workshop
 from tests.small_matching import build as build_network
-from tests.test_capture import HostReads
 
 SETTINGS = config(inner_steps=4, bank=BankConfig(networks=2, snapshots=2))
 
@@ -198,24 +197,6 @@ def test_of_some_classes_gradients_and_draws_are_read_in_the_order_they_are_aske
     for name, value in kept.items():
         expected = value if name.startswith("parameters/") else torch.stack([value[2], value[0]])
         assert torch.equal(choice[name], expected), name
-
-
-def test_a_whole_banked_step_reads_nothing_back_and_is_the_step_without_recording(tmp_path: Path, monkeypatch):
-    paths = make_bank(tmp_path)
-    plain, whole = make_run(paths), make_run(paths)
-    whole.replay = whole._whole_step
-    for _ in range(5):
-        (losses, norms), (other, others) = plain.run_step(), whole.run_step()
-        assert torch.equal(losses, other)
-        assert_same(norms, others)
-    for one, other in zip(plain._state_tensors(), whole._state_tensors(), strict=True):
-        assert torch.equal(one, other)
-    monkeypatch.setattr(plain.optimizer.inner, "step", lambda: None)  # on a CPU and only there, it reads its step count
-    plain.side.begin(plain.step)
-    choice = plain._chosen(torch.arange(CLASSES))
-    with HostReads() as reads:
-        plain._whole_step(choice)
-    assert reads.count == 0
 
 
 @pytest.mark.parametrize(("fitting", "read"), [(0, 12), (2, 8), (4, 4)])
