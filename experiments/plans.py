@@ -17,7 +17,7 @@ from hmn.files import write_text
 from hmn.plan import Plan, make_plan
 from hmn.sweeps.planning import compose
 
-DATASETS = ("svhn", "cifar10", "cifar100", "tiny_imagenet", "imagenet10", "digits")
+DATASETS = ("mnist", "fashion_mnist", "svhn", "cifar10", "cifar100", "tiny_imagenet", "imagenet10", "digits")
 MEMORIES = (1, 10, 50)
 
 

@@ -30,7 +30,8 @@ from hmn.errors import ArtifactError
 from hmn.plan_checks import check_networks, check_pairs, check_start
 
 # Training images per class before any are held out. The size of other datasets is unknown until they are read.
-TRAIN_IMAGES = {"svhn": 7326, "cifar100": 500, "tiny_imagenet": 500, "imagenet10": 1300, "digits": 144}
+TRAIN_IMAGES = {"mnist": 6000, "fashion_mnist": 6000, "svhn": 7326, "cifar100": 500}
+TRAIN_IMAGES |= {"tiny_imagenet": 500, "imagenet10": 1300, "digits": 144}
 OTHER_TRAIN_IMAGES = 5000  # CIFAR-10's
 
 

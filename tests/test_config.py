@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from hmn.config import NETWORK_NORMS, BankConfig, NetworkConfig, containers, objectives
+from hmn.config import DATASETS, NETWORK_NORMS, BankConfig, NetworkConfig, containers, objectives
 from hmn.errors import ConfigError
 from tests.command import changed, configured
 
@@ -23,7 +23,7 @@ def refused(line: str, **values: Any) -> None:
 RANGE_RULE = "null or [first, last) of at least 2 classes, counted from 0"
 REFUSED = {
     "dataset": {
-        "kind": {"mnist": "one of svhn, cifar10, cifar100, tiny_imagenet, imagenet10, folder, arrays, digits"},
+        "kind": {"usps": f"one of {', '.join(DATASETS)}"},
         "image_size": {3: "at least 4"},
         "channels": {0: "1 or 3", 2: "1 or 3", 4: "1 or 3"},
         "classes": {1: "at least 2"},

@@ -12,6 +12,7 @@ import pytest
 from hmn.config import BankConfig, Config, containers, objectives
 from hmn.config.checks import is_scientific
 from hmn.config.identity import digest, scientific
+from hmn.data import official
 from hmn.plan import Plan, make_plan
 from tests.command import changed, configured
 
@@ -207,7 +208,7 @@ def test_of_every_container_and_objective_only_these_stay_out_of_the_id():
     assert found == {"start", "segment"}
 
 
-@pytest.mark.parametrize("kind", ["svhn", "cifar10", "cifar100", "tiny_imagenet", "imagenet10"])
+@pytest.mark.parametrize("kind", sorted(official.CLASSES))
 def test_official_data_are_the_same_wherever_they_lie(kind):
     here, there = (configured(f"dataset={kind}", f"dataset.root={root}") for root in ("/here", "/there"))
     assert identity(here) == identity(there)

@@ -177,6 +177,8 @@ def test_expected_flops_are_those_of_condensing_and_of_training_the_judges():
 @pytest.mark.parametrize(
     ("dataset", "images"),
     [
+        ("mnist", 60_000),
+        ("fashion_mnist", 60_000),
         ("svhn", 73_257),
         ("cifar10", 50_000),
         ("cifar100", 50_000),

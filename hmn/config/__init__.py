@@ -61,7 +61,8 @@ NETWORK_NORMS = {  # the norms that each network can have
     "mlp": ("none",),
 }
 FIXED_WIDTHS = ("alexnet", "lenet")
-DATASETS = ("svhn", "cifar10", "cifar100", "tiny_imagenet", "imagenet10", "folder", "arrays", "digits")
+DATASETS = ("mnist", "fashion_mnist", "svhn", "cifar10", "cifar100", "tiny_imagenet", "imagenet10")
+DATASETS += ("folder", "arrays", "digits")
 
 
 @dataclass(kw_only=True)

@@ -142,6 +142,8 @@ def measure(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 _LOADERS: dict[str, Callable[[DatasetConfig, Path], Source]] = {
+    "mnist": official.mnist,
+    "fashion_mnist": official.fashion_mnist,
     "svhn": official.svhn,
     "cifar10": official.cifar10,
     "cifar100": official.cifar100,

@@ -1,9 +1,10 @@
-"""SVHN, CIFAR-10, CIFAR-100, Tiny-ImageNet and ImageNet-10 from their official archives or trees."""
+"""MNIST, Fashion-MNIST, SVHN, CIFAR-10, CIFAR-100, Tiny-ImageNet and ImageNet-10 from their official files."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import gzip
 import http.client
 import os
 import socket
@@ -11,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from hmn.config import DatasetConfig
@@ -21,7 +23,8 @@ from hmn.errors import DataError, Unreachable
 
 SILENT_SECONDS = 60.0  # without an answer from the server, before a download counts as failed
 
-CLASSES = {"svhn": 10, "cifar10": 10, "cifar100": 100, "tiny_imagenet": 200, "imagenet10": 10}
+CLASSES = {"mnist": 10, "fashion_mnist": 10, "svhn": 10}
+CLASSES |= {"cifar10": 10, "cifar100": 100, "tiny_imagenet": 200, "imagenet10": 10}
 TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 TINY_FOLDER = "tiny-imagenet-200"
@@ -37,6 +40,15 @@ IMAGENET10 = {  # the first ten of IDC's class list, in its label order; these a
     "n03062245": "cocktail shaker",
     "n01773797": "garden spider",
 }
+
+
+def mnist(config: DatasetConfig, root: Path) -> Source:
+    return _idx(vision.torchvision().datasets.MNIST, config, root, tuple(str(digit) for digit in range(10)))
+
+
+def fashion_mnist(config: DatasetConfig, root: Path) -> Source:
+    dataset = vision.torchvision().datasets.FashionMNIST
+    return _idx(dataset, config, root, tuple(dataset.classes))
 
 
 def svhn(config: DatasetConfig, root: Path) -> Source:
@@ -97,8 +109,7 @@ def check_imagenet10(root: Path) -> None:
 
 def fetch(root: Path, filename: str, url: str, md5: str, download: bool) -> Path:
     """The archive ``root/filename`` with a verified checksum, downloaded if it is missing and ``download`` is set."""
-    if root.exists() and not root.is_dir():
-        raise DataError(f"dataset.root={root}: is a file: give its folder instead")
+    _check_folder(root)
     utils = vision.torchvision().datasets.utils
     path = root / filename
     if path.is_file():
@@ -125,6 +136,11 @@ def fetch(root: Path, filename: str, url: str, md5: str, download: bool) -> Path
     return path
 
 
+def _check_folder(root: Path) -> None:
+    if root.exists() and not root.is_dir():
+        raise DataError(f"dataset.root={root}: is a file: give its folder instead")
+
+
 @contextlib.contextmanager
 def _answers_within(seconds: float) -> Iterator[None]:
     """Within the block, a server silent for this long raises ``OSError``: by itself torchvision would wait forever."""
@@ -146,6 +162,20 @@ def unpack(archive: Path, target: Path) -> None:
         except OSError:
             if not target.is_dir():
                 raise
+
+
+def _idx(dataset: type, config: DatasetConfig, root: Path, names: tuple[str, ...]) -> Source:
+    """The packed IDX files of MNIST and those made like it, where torchvision puts them."""
+    _check_folder(root)
+    folder, url = root / dataset.__name__ / "raw", dataset.mirrors[0]
+    paths = [fetch(folder, name, f"{url}{name}", md5, config.download) for name, md5 in dataset.resources]
+    images = [_bytes(path, header=16).reshape(-1, 28, 28, 1) for path in paths[::2]]
+    labels = [torch.from_numpy(_bytes(path, header=8)).long() for path in paths[1::2]]
+    return from_pixels(dict(zip(("train", "test"), zip(images, labels, strict=True), strict=True)), names, config)
+
+
+def _bytes(path: Path, header: int) -> np.ndarray:
+    return np.frombuffer(bytearray(gzip.decompress(path.read_bytes())), np.uint8, offset=header)
 
 
 def _cifar(dataset: type, config: DatasetConfig, root: Path) -> Source:

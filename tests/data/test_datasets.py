@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from hmn.config import DATASETS, DatasetConfig
-from hmn.data import datasets, vision
+from hmn.data import datasets, official, vision
 from hmn.data.datasets import Shape
 from hmn.data.splits import Split, by_class, split_off
 from hmn.errors import ConfigError, DataError
@@ -386,9 +386,7 @@ def test_digits_have_the_published_order_of_a_seed():
     assert load(digits(name="mine", class_range=[2, 6])).name == "mine"
 
 
-@pytest.mark.parametrize(
-    ("kind", "found"), [("digits", 10), ("svhn", 10), ("cifar100", 100), ("tiny_imagenet", 200), ("imagenet10", 10)]
-)
+@pytest.mark.parametrize(("kind", "found"), [("digits", 10), *official.CLASSES.items()])
 def test_positions_beyond_the_classes_are_refused_before_data_are_read(kind, found):
     config = DatasetConfig(kind=kind, image_size=8, test_fraction=0.2 if kind == "digits" else None)
     for count in (2, found):
@@ -417,7 +415,7 @@ def test_settings_that_would_be_ignored_are_refused(config, message):
             read(config)
 
 
-@pytest.mark.parametrize("kind", ["digits", "svhn", "cifar10", "cifar100", "tiny_imagenet"])
+@pytest.mark.parametrize("kind", ["digits", *(kind for kind in official.CLASSES if kind != "imagenet10")])
 def test_another_number_of_classes_than_the_data_set_has_is_refused(kind):
     share = 0.2 if kind == "digits" else None
     config = DatasetConfig(kind=kind, image_size=8, classes=7, test_fraction=share)
@@ -444,6 +442,8 @@ CIFAR = ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 OWN_ROOT = ("imagenet10", "folder", "arrays")  # dataset.root has no default
 COMPOSED = {
+    "mnist": (28, 1, 10, [0.1307], [0.3081], False, None),
+    "fashion_mnist": (28, 1, 10, [0.2861], [0.3530], True, None),
     "svhn": (32, 3, 10, [0.4377, 0.4438, 0.4728], [0.1980, 0.2010, 0.1970], False, None),
     "cifar10": (32, 3, 10, *CIFAR, True, None),
     "cifar100": (32, 3, 100, *CIFAR, True, None),

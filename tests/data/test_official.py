@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import gzip
 import hashlib
 import http.server
 import io
@@ -127,7 +128,7 @@ def test_a_step_of_cifar100_is_the_classes_of_its_order(tmp_path, monkeypatch):
         assert split.labels.tolist() == sorted(split.labels.tolist()) and set(split.labels.tolist()) == set(range(20))
 
 
-@pytest.mark.parametrize("kind", ["cifar10", "svhn", "tiny_imagenet"])
+@pytest.mark.parametrize("kind", ["mnist", "cifar10", "svhn", "tiny_imagenet"])
 def test_an_archive_in_the_place_of_its_folder_is_refused(tmp_path, kind):
     archive = tmp_path / "archive"
     archive.touch()
@@ -212,6 +213,56 @@ def test_the_held_out_share_comes_from_train(tmp_path, monkeypatch):
     both = torch.cat([data.train.images, data.held_out.images]).flatten(1).unique(dim=0)
     train = np.concatenate([images for name, (images, _) in written.items() if name != "test_batch"])
     assert torch.equal(both, torch.from_numpy(train).flatten(1).unique(dim=0))
+
+
+# MNIST and Fashion-MNIST
+
+
+@pytest.fixture(params=["mnist", "fashion_mnist"])
+def mnist(request, tmp_path, monkeypatch) -> tuple[str, Path, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """The kind, the folder of its four packed files, which is written, and the images and labels in them."""
+    name = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}[request.param]
+    dataset = getattr(vision.torchvision().datasets, name)
+    folder = tmp_path / request.param / name / "raw"
+    folder.mkdir(parents=True)
+    written, resources = {}, []
+    for seed, (part, count) in enumerate((("train", 23), ("t10k", 11))):
+        images, labels = noise(seed, count)[:, 0, :28, :28], (np.arange(count) * 3 % 10).astype(np.uint8)
+        written[part] = (images, labels)
+        files = {"images-idx3": ((2051, count, 28, 28), images), "labels-idx1": ((2049, count), labels)}
+        for kind, (header, array) in files.items():
+            path = folder / f"{part}-{kind}-ubyte.gz"
+            path.write_bytes(gzip.compress(np.array(header, ">i4").tobytes() + array.tobytes()))
+            resources.append((path.name, md5(path.read_bytes())))
+    monkeypatch.setattr(dataset, "resources", resources)
+    monkeypatch.setattr(dataset, "mirrors", ["http://absent.invalid/"])
+    return request.param, folder, written
+
+
+def test_mnist_is_read_from_its_packed_files(tmp_path, mnist):
+    kind, _, written = mnist
+    data = load(kind, tmp_path, image_size=28, channels=1, std=[1.0])
+    names = {"mnist": tuple("0123456789"), "fashion_mnist": ("T-shirt/top", "Trouser", "Pullover")}[kind]
+    assert data.class_names[: len(names)] == names and len(data.class_names) == 10
+    for split, (pixels, labels) in ((data.train, written["train"]), (data.test, written["t10k"])):
+        order = np.argsort(labels, kind="stable")
+        assert np.array_equal(split.labels, labels[order])
+        assert np.array_equal(split.images[:, 0], pixels[order])
+
+
+def test_damaged_or_missing_mnist_files_are_named_and_downloaded(tmp_path, mnist, monkeypatch, server):
+    kind, folder, _ = mnist
+    settings = {"image_size": 28, "channels": 1, "std": [1.0]}
+    path = folder / "t10k-labels-idx1-ubyte.gz"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    refused(rf"{path}: wrong checksum", kind, tmp_path, download=True, **settings)
+    path.unlink()
+    refused(rf"{path} does not exist", kind, tmp_path, **settings)
+    (tmp_path / "server" / path.name).write_bytes(content)
+    monkeypatch.setattr(getattr(vision.torchvision().datasets, folder.parent.name), "mirrors", [f"{server}/"])
+    assert len(load(kind, tmp_path, download=True, **settings).test) == 11
+    assert path.read_bytes() == content
 
 
 # SVHN
