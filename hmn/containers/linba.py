@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hmn.config import require
 from hmn.config.containers import LinbaConfig
 from hmn.containers.base import Container, PixelShape, PixelSpace, RealImages
-from hmn.containers.nearest import distance, first_paid
+from hmn.containers.nearest import distance, first_paid, made_smaller
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,10 @@ class Row:
     classes: int
     images_per_class: int
     bases: int
+    channels: int = 3  # of the data
 
+
+SMALLEST = 4  # number of bases that they may be halved to
 
 # For bases at half the image's side. The authors' only setting for a budget is 16 bases for CIFAR-10 at 1 image per
 # class, which leaves G = 115. The others are the powers of two that leave G nearest to that, but more bases for the
@@ -28,9 +31,9 @@ class Row:
 # fmt: off
 ROWS = (
     #    side classes  IPC  bases
-    Row(    8,     10,   1,     4),
-    Row(    8,     10,  10,    16),
-    Row(    8,     10,  50,    32),
+    Row(    8,     10,   1,     4, channels=1),
+    Row(    8,     10,  10,    16, channels=1),
+    Row(    8,     10,  50,    32, channels=1),
     Row(   32,     10,   1,    16),
     Row(   32,     10,  10,   128),
     Row(   32,     10,  50,  1024),
@@ -103,16 +106,24 @@ class LinearBases(Container):
 def fill(config: LinbaConfig, *, classes: int, channels: int, image_size: int, images_per_class: int) -> LinbaConfig:
     """Fill in ``bases`` from the nearest row that the budget pays for.
 
-    Raises ``ConfigError`` unless ``downsample`` divides the image's side.
+    They are halved, if need be, down to the share of the budget and the number of images that the row has where it was
+    made for. Raises ``ConfigError`` unless ``downsample`` divides the image's side.
     """
     divides = image_size % config.downsample == 0
     require("container.downsample", divides, config.downsample, f"a divisor of dataset.image_size={image_size}")
     if config.bases is not None:
         return config
 
-    def shape(row: Row) -> LinbaShape:
-        filled = replace(config, bases=row.bases)
+    def shape(filled: LinbaConfig) -> LinbaShape:
         return LinbaShape.of(filled, classes=classes, channels=channels, image_size=image_size)
 
+    def half(filled: LinbaConfig) -> LinbaConfig | None:
+        return replace(filled, bases=filled.bases // 2) if filled.bases >= 2 * SMALLEST else None
+
+    def fitted(row: Row) -> LinbaConfig:
+        filled = replace(config, bases=row.bases)
+        own = LinbaShape.of(filled, classes=row.classes, channels=row.channels, image_size=row.image_size)
+        return made_smaller(filled, shape, images_per_class, half, half, own, row.images_per_class)
+
     ranked = sorted(ROWS, key=lambda row: distance(row, image_size, classes, images_per_class))
-    return replace(config, bases=first_paid(ranked, shape, images_per_class).bases)
+    return first_paid([fitted(row) for row in ranked], shape, images_per_class)

@@ -51,17 +51,21 @@ def made_smaller(
     settings: T,
     shape_of: Callable[[T], ContainerShape],
     images_per_class: int,
-    *,
     share_less: Callable[[T], T | None],
     store_less: Callable[[T], T | None],
-    shared_at_most: float = SHARED_AT_MOST,
-    instances_at_least: float = INSTANCES_AT_LEAST,
+    own: ContainerShape | None = None,
+    own_images_per_class: int = 1,
 ) -> T:
-    """``settings`` with a smaller shared part while that takes more than ``shared_at_most`` of the budget, then with
-    smaller instances while fewer than ``instances_at_least`` fit for each of ``images_per_class``.
+    """``settings`` with a smaller shared part while it takes more than ``SHARED_AT_MOST`` of the budget, then with
+    smaller instances while fewer than ``INSTANCES_AT_LEAST`` fit for each of ``images_per_class``.
 
-    ``share_less`` and ``store_less`` return the next smaller settings, or None where there are none.
+    ``share_less`` and ``store_less`` return the next smaller settings, or None where there are none. Where ``own``, the
+    shape for the data and memory that the settings were made for, shares more or holds fewer, that is the limit.
     """
+    shared_at_most, instances_at_least = SHARED_AT_MOST, INSTANCES_AT_LEAST
+    if own is not None and fits(own, own_images_per_class):
+        shared_at_most = max(shared_at_most, shared_share(own, own_images_per_class))
+        instances_at_least = min(instances_at_least, instances_held(own, own_images_per_class) / own_images_per_class)
 
     def too_much_shared(settings: T) -> bool:
         return shared_share(shape_of(settings), images_per_class) > shared_at_most

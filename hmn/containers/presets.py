@@ -92,7 +92,7 @@ def fill(config: HmnConfig, *, classes: int, channels: int, image_size: int, ima
 
     def fitted(name: str) -> HmnConfig:
         filled = _filled(config, name, image_size)
-        return made_smaller(filled, shape, images_per_class, share_less=share_less, store_less=store_less)
+        return made_smaller(filled, shape, images_per_class, share_less, store_less)
 
     if config.preset == "auto":
         ranked = by_distance(image_size, classes, images_per_class)

@@ -12,15 +12,7 @@ from hmn.config import require
 from hmn.config.containers import SpeedConfig
 from hmn.containers import positions as packed
 from hmn.containers.base import Container, PixelShape, PixelSpace, RealImages, parameter_floats
-from hmn.containers.nearest import (
-    INSTANCES_AT_LEAST,
-    SHARED_AT_MOST,
-    distance,
-    first_paid,
-    instances_held,
-    made_smaller,
-    shared_share,
-)
+from hmn.containers.nearest import distance, first_paid, made_smaller
 
 NORM_EPS = 1e-6
 INIT_STD = 0.2  # of tokens and codes
@@ -255,17 +247,8 @@ def fill(config: SpeedConfig, *, classes: int, channels: int, image_size: int, i
         row = PRESETS[name]
         own_data = {"classes": row.classes, "channels": row.channels, "image_size": row.image_size}
         own = SpeedShape.of(_filled(config, name, row.image_size), **own_data)
-        return made_smaller(
-            _filled(config, name, image_size),
-            shape,
-            images_per_class,
-            share_less=share_less,
-            store_less=store_less,
-            shared_at_most=max(SHARED_AT_MOST, shared_share(own, row.images_per_class)),
-            instances_at_least=min(
-                INSTANCES_AT_LEAST, instances_held(own, row.images_per_class) / row.images_per_class
-            ),
-        )
+        filled = _filled(config, name, image_size)
+        return made_smaller(filled, shape, images_per_class, share_less, store_less, own, row.images_per_class)
 
     if config.preset == "auto":
         ranked = sorted(PRESETS, key=lambda row: distance(PRESETS[row], image_size, classes, images_per_class))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hmn.budget import budget_floats
 from hmn.config.containers import LinbaConfig
 from hmn.containers import KINDS, storage
-from hmn.containers.linba import LinbaShape, LinearBases, fill
+from hmn.containers.linba import ROWS, LinbaShape, LinearBases, fill
 from hmn.errors import ConfigError
 
 SMALL = LinbaShape(classes=2, channels=3, image_size=8, bases=5)
@@ -150,16 +150,27 @@ def test_floats_are_those_of_the_parameters(classes, channels, side, bases, down
         (TINY, {1: 128, 10: 1024, 50: 4096}),
         (IMAGENET10, {1: 32, 10: 256, 50: 1024}),
         (DIGITS, {1: 4, 10: 16, 50: 32}),
-        (dict(classes=10, channels=1, image_size=28), {1: 16, 10: 128}),
-        (dict(classes=2, channels=3, image_size=32), {1: 4}),  # the nearest row's 16 would take twice the budget
+        (dict(classes=10, channels=1, image_size=28), {1: 16, 10: 64, 50: 256}),  # of 1024, 18 images would fit in 50
+        (dict(classes=5, channels=3, image_size=32), {1: 8}),  # 16 would take 0.8 of the budget
+        (dict(classes=2, channels=3, image_size=32), {1: 4, 10: 32, 50: 128}),
     ],
 )
-def test_bases_are_those_of_the_nearest_row_that_the_budget_pays_for(data, bases):
+def test_bases_are_those_of_the_nearest_row_or_fewer_on_smaller_budgets(data, bases):
     assert {ipc: planned(data, ipc).bases for ipc in bases} == bases
     for ipc in bases:
         stored = storage(planned(data, ipc), ipc, 0.1)
         budget = budget_floats(ipc, **data)
         assert budget - data["classes"] * stored.instance_floats < stored.stored_floats(data["classes"]) <= budget
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_a_row_is_as_it_is_for_the_data_that_it_was_made_for(row):
+    data = {"classes": row.classes, "channels": row.channels, "image_size": row.image_size}
+    assert planned(data, row.images_per_class).bases == row.bases
+
+
+def test_bases_at_the_images_own_side_are_fewer():
+    assert planned(CIFAR10, 1, downsample=1).bases == 4  # 16 would not fit where they were made for, either
 
 
 def test_what_is_given_stays_and_too_many_bases_are_told_the_budget():
