@@ -239,6 +239,7 @@ def test_only_arrays_know_their_own_size():
     refused("dataset.channels=null: must be 1 or 3", dataset__channels=None)
     arrays = {"dataset__root": "x.npz", "dataset__kind": "arrays", "dataset__channels": 2}
     refused("dataset.channels=2: must be 1, 3 or null", **arrays)
+    refused("dataset.channels=2: must be 1, 3 or null", **arrays | {"dataset__kind": "folder"})
     assert changed(configured(), dataset__root="x.npz", dataset__kind="arrays", dataset__image_size=None)
 
 

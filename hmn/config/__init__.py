@@ -72,7 +72,7 @@ class DatasetConfig:
     # imagenet10 (not needed for its plan), folder: the directory; arrays: the .npz file; null: paths.data_dir/<kind>
     root: str | None = None
     image_size: int | None = None  # side in pixels; null (arrays only): the array's own
-    channels: int | None = 3  # 1 or 3; null (arrays only): the array's own
+    channels: int | None = 3  # 1 or 3; null (arrays, folder): the images' own
     classes: int | None = None  # in the whole dataset; null: counted from the class folders or the label array
     # Class-incremental learning. class_order: all C classes are put in the order of numpy's RandomState(class_order)
     # .permutation(C); null: their own order. class_range: of these, only positions [first, last) are used; null: all.
@@ -90,9 +90,10 @@ class DatasetConfig:
         one_of("dataset.kind", self.kind, DATASETS)
         require("dataset.image_size", self.image_size is None or self.image_size >= 4, self.image_size, "at least 4")
         require("dataset.image_size", self.image_size is not None or self.kind == "arrays", "null", "given")
-        known = self.channels in (1, 3) or self.channels is None and self.kind == "arrays"
+        users = self.kind in ("arrays", "folder")
+        known = self.channels in (1, 3) or self.channels is None and users
         value = "null" if self.channels is None else self.channels
-        require("dataset.channels", known, value, "1, 3 or null" if self.kind == "arrays" else "1 or 3")
+        require("dataset.channels", known, value, "1, 3 or null" if users else "1 or 3")
         require("dataset.classes", self.classes is None or self.classes >= 2, self.classes, "at least 2")
         order, span = self.class_order, self.class_range
         require("dataset.class_order", order is None or 0 <= order < 2**32, order, "null or a seed in [0, 2^32)")
@@ -106,8 +107,7 @@ class DatasetConfig:
         require("dataset.held_out_fraction", 0 <= self.held_out_fraction < 1, self.held_out_fraction, "in [0, 1)")
         share = self.test_fraction
         require("dataset.test_fraction", share is None or 0 < share < 1, share, "null or in (0, 1)")
-        needs_root = self.kind in ("folder", "arrays")
-        require("dataset.root", not needs_root or bool(self.root), "null", f"given for dataset={self.kind}")
+        require("dataset.root", not users or bool(self.root), "null", f"given for dataset={self.kind}")
 
     def identity(self) -> dict[str, Any]:
         """The settings that images and labels depend on, as plain values."""

@@ -58,7 +58,7 @@ class RealData:
 
 
 def peek(config: DatasetConfig, data_dir: Path) -> Shape:
-    """The dataset's shape from the configuration, folder names, or an array's labels and header: no pixel is read.
+    """The dataset's shape from the configuration, folder names and headers, or an array's labels: no pixel is read.
 
     Raises :class:`ConfigError` or :class:`DataError` if these already show that the dataset cannot be loaded.
     """
@@ -68,7 +68,8 @@ def peek(config: DatasetConfig, data_dir: Path) -> Shape:
     if config.kind == "arrays":
         classes, side, channels = arrays.peek_npz(config, root)
     elif config.kind == "folder":
-        classes = len(folder.find(root, config.test_fraction).class_names)
+        tree = folder.find(root, config.test_fraction)
+        classes, channels = len(tree.class_names), channels or folder.channels_of(tree)
     elif config.kind == "tiny_imagenet":
         classes = official.count_tiny_classes(root)
     else:

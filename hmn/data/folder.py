@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from hmn.config import DatasetConfig
-from hmn.data.images import conversions, stack_files
+from hmn.data.images import conversions, is_grey, stack_files
 from hmn.data.splits import Source, Split, listing
 from hmn.errors import DataError
 
@@ -75,9 +75,20 @@ def find(root: Path, test_fraction: float | None) -> Tree:
 def read(config: DatasetConfig, root: Path) -> Source:
     """Read the images of the tree in ``root``. Raises :class:`DataError` for an empty class or an unreadable image."""
     tree = find(root, config.test_fraction)
+    channels = config.channels or channels_of(tree)
     train = class_files(tree.train, tree.class_names)
     test = None if tree.test is None else class_files(tree.test, tree.class_names)
-    return read_files(train, test, tree.class_names, (config.image_size, config.channels), tree.notes)
+    return read_files(train, test, tree.class_names, (config.image_size, channels), tree.notes)
+
+
+def channels_of(tree: Tree) -> int:
+    """1 if the first training image of every class is grey, else 3."""
+    return 1 if all(_starts_grey(tree.train / name) for name in tree.class_names) else 3
+
+
+def _starts_grey(folder: Path) -> bool:
+    first = next((path for path in _walk(folder) if path.suffix.lower() in SUFFIXES), None)
+    return first is not None and is_grey(first)
 
 
 def read_files(
@@ -137,7 +148,12 @@ def _has_folders(folder: Path) -> bool:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Every file below ``folder`` that is neither hidden nor in a hidden folder, sorted by path.
+    """Every file below ``folder`` that is neither hidden nor in a hidden folder, sorted by path."""
+    return sorted(_walk(folder))
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """The same files, folder by folder.
 
     Links are followed, except to a folder above ``folder`` or to one that was already visited.
     """
@@ -145,7 +161,6 @@ def _files(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename} cannot be listed ({error.strerror})")
 
-    found: list[Path] = []
     top, seen = Path(os.path.realpath(folder)), set[Path]()
     for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = Path(os.path.realpath(where))
@@ -154,5 +169,4 @@ def _files(folder: Path) -> list[Path]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))  # only one of two links is followed
-        found += [Path(where, name) for name in names if not name.startswith(".")]
-    return sorted(found)
+        yield from (Path(where, name) for name in sorted(names) if not name.startswith("."))

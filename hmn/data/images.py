@@ -23,6 +23,7 @@ Item = TypeVar("Item")
 CHUNK = 128  # images per task of the thread pool
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # tried in this order; no other format is read
 TARGETS = {1: "L", 3: "RGB"}  # Pillow's mode for a number of channels
+GREY = ("1", "L", "LA")
 MODE_NAMES = {"1": "black-and-white", "L": "grey", "LA": "grey with alpha", "P": "palette"}
 
 
@@ -88,6 +89,15 @@ def fit(image: Image.Image, side: int, channels: int) -> np.ndarray:
     left, top = (round((n - side) / 2) for n in image.size)
     pixels = np.asarray(image)[top : top + side, left : left + side]
     return pixels.reshape(side, side, channels).transpose(2, 0, 1)
+
+
+def is_grey(path: Path) -> bool:
+    """Whether the file is a grey image, by its header; false for a file that cannot be read, which reading names."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.mode in GREY or image.mode.startswith("I;16")
+    except Exception:  # as in _decode_file
+        return False
 
 
 def conversions(modes: Sequence[str], channels: int, paths: Sequence[Path] | None = None) -> tuple[str, ...]:

@@ -449,7 +449,7 @@ COMPOSED = {
     "cifar100": (32, 3, 100, *CIFAR, True, None),
     "tiny_imagenet": (64, 3, 200, *IMAGENET, True, None),
     "imagenet10": (224, 3, 10, *IMAGENET, True, None),
-    "folder": (32, 3, None, None, None, True, None),
+    "folder": (32, None, None, None, None, True, None),
     "arrays": (None, None, None, None, None, True, None),
     "digits": (8, 1, 10, None, None, False, 0.2),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -71,6 +72,42 @@ def test_images_of_the_right_size_keep_their_pixels(tmp_path):
         assert split.labels.tolist() == [0, 0, 1, 1]
         assert torch.equal(split.images, torch.stack([chw(noise(first + i)) for i in range(4)]))
     assert peek(tmp_path) == Shape(classes=2, channels=3, image_size=SIDE)
+
+
+GREYS = [Image.fromarray(noise(0, channels=1)), Image.new("1", (SIDE, SIDE)), Image.new("LA", (SIDE, SIDE))]
+GREYS += [Image.fromarray(noise(0, channels=1).astype(np.uint16))]
+COLOURS = [Image.fromarray(noise(0)), Image.new("RGBA", (SIDE, SIDE)), Image.new("P", (SIDE, SIDE))]
+
+
+@pytest.mark.parametrize("image", [*GREYS, *COLOURS], ids=lambda image: image.mode)
+def test_images_have_their_own_channels_where_none_are_asked_for(tmp_path, image):
+    for name, class_name in itertools.product(("train", "test"), ("ant", "bee")):
+        save(tmp_path / name / class_name / "deeper" / "0.png", image)
+    channels = 1 if image in GREYS else 3
+    assert peek(tmp_path, channels=None) == Shape(classes=2, channels=channels, image_size=SIDE)
+    data = load(tmp_path, channels=None, std=[1.0] * channels)
+    assert data.train.images.shape == (2, channels, SIDE, SIDE)
+    assert peek(tmp_path, channels=4 - channels).channels == 4 - channels
+
+
+def test_one_class_in_colour_makes_all_colour_and_a_later_image_does_not(tmp_path):
+    grey, colour = noise(0, channels=1), noise(0)
+    for class_name, members in (("ant", [grey, colour]), ("bee", [grey, grey])):
+        for i, pixels in enumerate(members):
+            save(tmp_path / "train" / class_name / f"{i}.png", pixels)
+        save(tmp_path / "test" / class_name / "0.png", colour)
+    data = load(tmp_path, channels=None)
+    assert data.train.images.shape[1] == 1
+    assert data.notes == (f"converted 3 RGB images to grey: first {tmp_path / 'train' / 'ant' / '1.png'}",)
+    save(tmp_path / "train" / "bee" / "0.png", colour)
+    assert peek(tmp_path, channels=None).channels == 3
+
+
+def test_an_image_that_cannot_be_read_is_named_when_it_is(tmp_path):
+    root = tree(tmp_path)
+    (root / "train" / "ant" / "0.png").write_bytes(b"no image")
+    assert peek(root, channels=None).channels == 3
+    refused("0.png cannot be read", root, channels=None)
 
 
 def test_some_classes_of_a_tree_in_an_order_of_their_own(tmp_path):
