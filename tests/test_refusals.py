@@ -23,7 +23,7 @@ BAD_SETTINGS = {
     "container=linba container.base=3": ["container.base: unknown key", "did you mean container.bases?"],
     "container=haba memory=ipc10 pruning.over_budget=0.1": ["pruning.over_budget=0.1: must be 0 for container=haba"],
     "+network.foo=1": ["network.foo: unknown key", "width, depth"],
-    "dataset=mnist": ["dataset=mnist: must be one of arrays, cifar10,"],
+    "dataset=usps": ["dataset=usps: must be one of arrays, cifar10,"],
     "experiment=nope": ["experiment=nope: must be one of", "demo"],
     "experiment=main_table": ["experiment=main_table: this is a table of many runs; start it with python sweep.py"],
     "debug=nope": ["debug=nope: must be one of smoke, smoke_bptt, "],

@@ -120,8 +120,9 @@ def test_each_dataset_file_selects_its_kind_and_has_a_plan(name, roots):
     plan = planned("mode=plan", f"dataset={name}", *given)
     assert plan.config.dataset.kind == name
     assert plan.data.classes == {"cifar100": 100, "tiny_imagenet": 200}.get(name, 10)
-    assert plan.data.image_size == {"digits": 8, "tiny_imagenet": 64, "imagenet10": 224}.get(name, 32)
-    assert plan.data.channels == (1 if name == "digits" else 3)
+    sides = {"digits": 8, "mnist": 28, "fashion_mnist": 28, "tiny_imagenet": 64, "imagenet10": 224}
+    assert plan.data.image_size == sides.get(name, 32)
+    assert plan.data.channels == (1 if name in ("digits", "mnist", "fashion_mnist") else 3)
 
 
 def test_memory_files_are_named_by_their_images_per_class():

@@ -135,7 +135,7 @@ def test_all_that_cannot_be_composed_is_said_at_once():
     cells = [
         cell("right", "seed=1"),
         cell("wrong seed", "seed=-1"),
-        cell("wrong option", "dataset=mnist"),
+        cell("wrong option", "dataset=usps"),
         *(cell(f"wrong {share}", "pruning.over_budget=2", f"seed={share}") for share in range(7)),
         cell("unknown key", "memory.pages=3"),
     ]
@@ -144,7 +144,7 @@ def test_all_that_cannot_be_composed_is_said_at_once():
     lines = str(error.value).splitlines()
     assert len(lines) == 4
     assert lines[0] == "wrong seed: seed=-1: must be at least 0"
-    assert lines[1].startswith("wrong option: dataset=mnist: must be one of ")
+    assert lines[1].startswith("wrong option: dataset=usps: must be one of ")
     several = "; ".join(f"wrong {share}" for share in range(5))
     assert lines[2].startswith(f"{several} and 2 more: pruning.over_budget=2")
     assert lines[3].startswith("unknown key: memory.pages: unknown key; memory has images_per_class")
