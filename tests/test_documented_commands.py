@@ -25,8 +25,8 @@ def documented(text: str) -> list[str]:
     found = []
     for block, inline in CODE.findall(text):
         for line in [" ".join(inline.split())] if inline else block.replace("\\\n", "").splitlines():
-            for placeholder, value in FILLED.items():
-                line = line.replace(placeholder, value)
+            for blank, value in FILLED.items():
+                line = line.replace(blank, value)
             found += COMMAND.findall(re.sub(r"\s#.*", "", line))
     return [shlex.join(shlex.split(command)) for command in found]
 

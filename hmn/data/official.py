@@ -175,6 +175,7 @@ def _idx(dataset: type, config: DatasetConfig, root: Path, names: tuple[str, ...
 
 
 def _bytes(path: Path, header: int) -> np.ndarray:
+    """The unpacked bytes after the header, in memory of their own: torch wants to be able to write."""
     return np.frombuffer(bytearray(gzip.decompress(path.read_bytes())), np.uint8, offset=header)
 
 
