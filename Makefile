@@ -1,7 +1,8 @@
 PYTHON ?= python3
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
-# Pins that `make lock` must not raise by itself, as results are compared across runs of one torch.
-HELD := torch==2.13.0 torchvision==0.28.0
+# Pins that `make lock` must not raise by itself, as results are compared across runs of one torch. Its CUDA build pins
+# this triton.
+HELD := torch==2.13.0 torchvision==0.28.0 triton==3.7.1
 
 # Fails with one line instead of a resolver's page of "no matching distribution". Old Pythons must be able to run it.
 define CHECK_PYTHON
@@ -53,7 +54,8 @@ lock: ## rewrite requirements.lock from a fresh environment (with Python 3.11)
 	echo "# Every package of hmn[dev] and what they need, for Python >= 3.11. Neither the build of torch"; \
 	echo "# nor an index is named: pip takes the CPU build where that is offered, else the CUDA build with the CUDA"; \
 	echo "# packages that torch pins itself. No hashes, as wheels differ by platform."; \
-	sed -E -e 's/\+[A-Za-z0-9.]+$$//' -e '/^(nvidia-|cuda-|triton)/d' build/lock/frozen.txt; \
+	sed -E -e 's/\+[A-Za-z0-9.]+$$//' -e '/^(nvidia-|cuda-)/d' \
+		-e 's/^triton==.*/&; platform_system == "Linux"/' build/lock/frozen.txt; \
 	} > build/lock/requirements.lock
 	mv build/lock/requirements.lock requirements.lock
 	rm -rf build/lock

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,6 +16,7 @@ class Form:
     name: str
     precision: str = "fp32"
     matching: str = "loop"
+    blocks: str = "compiler"
     compiled: bool = False
     winograd: bool = False
     classes_per_call: int = 1
@@ -27,6 +28,7 @@ class Form:
             device,
             self.precision,
             matching=self.matching,
+            blocks=self.blocks,
             compiled=self.compiled,
             classes_per_call=self.classes_per_call,
             winograd=self.winograd,
@@ -40,6 +42,7 @@ class Form:
 # The class loop in benchmarks/reference.py. On a GPU its convolutions run in tf32, PyTorch's default.
 REFERENCE = Form(name="reference")
 ONE_CLASS = " one class per call"
+TRITON = " triton"
 STORED = "stored real gradients: another objective, to be read beside the accuracy it costs"
 
 
@@ -73,7 +76,13 @@ def matching(kind: str, classes: int) -> list[Form]:
             )
     if kind == "cpu":
         forms.append(other_convolutions())
-    if kind == "cuda":  # to see what batching classes is worth: it makes their convolutions grouped ones
+    if kind == "cuda":
+        forms += [
+            replace(form, name=form.name.replace("bf16", f"bf16{TRITON}"), blocks="triton")
+            for form in forms
+            if form.name in ("r_operator bf16", "r_operator bf16 stored")
+        ]
+        # To see what batching classes is worth: it makes their convolutions grouped ones
         alone = {"precision": "bf16", "compiled": True}
         forms += [Form(name=f"{name} bf16{ONE_CLASS}", matching=name, **alone) for name in ("compiled", "r_operator")]
     return forms
@@ -86,7 +95,7 @@ def outer_step(kind: str, classes: int) -> list[Form]:
         kept += (other_convolutions().name,)
     else:
         kept = ("reference", "compiled tf32", "compiled bf16", "r_operator tf32", "r_operator bf16")
-        kept += (f"compiled bf16{ONE_CLASS}",)
+        kept += (f"compiled bf16{ONE_CLASS}", f"r_operator bf16{TRITON}", f"r_operator bf16{TRITON} stored")
     kept += ("compiled bf16 stored", "r_operator bf16 stored")
     return [form for form in matching(kind, classes) if form.name in kept]
 

@@ -15,6 +15,7 @@ import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class Compute:
     device: torch.device
     precision: str = "fp32"
     matching: str = "loop"  # a key of hmn.objectives.gradient.FORMS
+    blocks: str = "compiler"  # triton: the R-operator has hmn.objectives.block_triton between convolutions
     compiled: bool = False  # all steps, both of matching and of training
     classes_per_call: int = 1  # of the matching step
     networks_together: int | None = None  # null: all on a GPU; one on a CPU, where several are no faster
@@ -208,6 +210,9 @@ def choose(config: ComputeConfig, expected_flops: float, classes: int) -> Comput
     lacking = _lacking(on_gpu)
     if config.matching in ("compiled", "r_operator"):
         require("compute.matching", lacking is None, config.matching, f"loop or auto: {lacking}")
+    if config.blocks == "triton":
+        require("compute.blocks", on_gpu, "triton", "compiler on a CPU")
+        require("compute.blocks", find_spec("triton") is not None, "triton", "compiler: Triton is not installed")
     # Compiling takes about two minutes; eager code does some 2e11 operations a second on two cores, 1e13 on a GPU.
     pays = expected_flops / (1e13 if on_gpu else 2e11) > 600
     matching = config.matching
@@ -228,6 +233,7 @@ def choose(config: ComputeConfig, expected_flops: float, classes: int) -> Comput
         device,
         precision,
         matching,
+        blocks=config.blocks,
         compiled=matching != "loop",
         classes_per_call=width,
         networks_together=config.networks_together,

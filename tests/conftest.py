@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import hypothesis
 import pytest
 import torch
+
+# Triton, which reads this when it is imported, then computes what kernels do on any machine.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A slow machine must not fail a test.
 hypothesis.settings.register_profile("hmn", deadline=None)

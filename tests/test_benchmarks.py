@@ -264,6 +264,7 @@ def test_rows_that_wait_for_a_gpu_are_named():
     names = everything.planned("cuda", options())
     assert len(names) == len(set(names))
     assert "matching: r_operator bf16 stored" in names
+    assert {"matching: r_operator bf16 triton", "outer_step: r_operator bf16 triton stored"} <= {*names}
     assert "memory: HMN 50 IPC, r_operator bf16" in names
 
 

@@ -269,12 +269,26 @@ def test_several_classes_per_call_of_a_loop_that_nobody_named_are_refused_with_w
         ({"matching": "compiled", "classes_per_call": 11}, "compute.classes_per_call=11: must be at most 10"),
         ({"precision": "tf32"}, "compute.precision=tf32: must be fp32 or bf16 on a CPU"),
         ({"matching": "loop", "convolutions": "winograd"}, WINOGRAD_REFUSED),
+        ({"matching": "r_operator", "blocks": "triton"}, "compute.blocks=triton: must be compiler on a CPU"),
     ],
 )
 def test_what_does_not_go_together_is_refused(compilers, settings, message):
     compilers("g++")
     with pytest.raises(ConfigError, match=re.escape(message)):
         choose(ComputeConfig(device="cpu", **settings), 0, 10)
+
+
+def test_a_gpu_has_kernels_of_its_own_where_triton_is(gpus, compilers, monkeypatch):
+    gpus(1)
+    compilers("gcc")
+    settings = ComputeConfig(device="cuda", matching="r_operator", blocks="triton")
+    monkeypatch.setattr(compute, "find_spec", lambda name: name)
+    assert choose(settings, 0, 10).blocks == "triton"
+    assert choose(replace(settings, blocks="compiler"), 0, 10).blocks == "compiler"
+    monkeypatch.setattr(compute, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="^compute.blocks=triton: must be compiler: Triton is not installed$"):
+        choose(settings, 0, 10)
+    assert choose(replace(settings, blocks="compiler"), 0, 10).blocks == "compiler"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])

@@ -110,6 +110,7 @@ REFUSED = {
         },
         "precision": {"fp16": "one of fp32, tf32, bf16"},
         "matching": {"fast": "one of auto, loop, compiled, r_operator"},
+        "blocks": {"cuda": "one of compiler, triton", "triton": "compiler unless compute.matching=r_operator"},
         "classes_per_call": {0: "null or at least 1"},
         "memory_limit": {0.0: "null or positive"},
         "threads": {0: "null or at least 1"},

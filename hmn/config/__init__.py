@@ -237,6 +237,8 @@ class ComputeConfig:
     # loop: autograd twice; compiled: nested derivatives; r_operator: written out, ConvNet only; auto: chosen by cost.
     # With all but loop, matching and the training of networks are compiled.
     matching: str = unscientific("auto")
+    # What computes norm, ReLU and pooling in r_operator: triton, on a GPU, has one kernel of its own per pass
+    blocks: str = unscientific("compiler")
     # winograd, which rounds more, is for compiled steps on a CPU in fp32; auto takes it there where it is faster
     convolutions: str = unscientific("auto")
     classes_per_call: int | None = unscientific(None)  # null: 1 on a CPU or for the loop, else at most 20
@@ -255,6 +257,9 @@ class ComputeConfig:
     def __post_init__(self) -> None:
         one_of("compute.precision", self.precision, ("fp32", "tf32", "bf16"))
         one_of("compute.matching", self.matching, ("auto", "loop", "compiled", "r_operator"))
+        one_of("compute.blocks", self.blocks, ("compiler", "triton"))
+        used = self.blocks == "compiler" or self.matching == "r_operator"
+        require("compute.blocks", used, self.blocks, "compiler unless compute.matching=r_operator")
         one_of("compute.convolutions", self.convolutions, ("auto", "direct", "winograd"))
         width, limit = self.classes_per_call, self.memory_limit
         require("compute.classes_per_call", width is None or width >= 1, width, "null or at least 1")

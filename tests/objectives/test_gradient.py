@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -18,6 +19,7 @@ from hmn.networks import initialise
 from hmn.networks.convnet import ConvNet
 from hmn.objectives.distance import METRICS, Parameters, all_weights, convolution_weights, squared, unbiased
 from hmn.objectives.gradient import FORMS, matching_step, real_gradients, stored_step
+from tests.interpreted import interpreted
 
 CPU = Compute(torch.device("cpu"))
 ANY_NETWORK = [form for form in FORMS if form != "r_operator"]  # which only supports ConvNet
@@ -296,6 +298,30 @@ def test_every_form_equals_the_loop_in_fp32_too(form, depth, size, metric):
     torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-4 * float(expected[1].abs().max()))
 
 
+@interpreted
+@pytest.mark.parametrize(("depth", "size"), [(3, 8), (2, 7), (3, 28)])
+@pytest.mark.parametrize("per_call", [1, 3])
+def test_a_step_with_a_gpu_s_kernels_equals_the_loop(per_call, depth, size):
+    network, parameters, real, synthetic, labels = classes(depth, size)
+    expected = matching_step(network, "mse", CPU)(parameters, real, synthetic, labels)
+    compute = Compute(torch.device("cpu"), matching="r_operator", blocks="triton", classes_per_call=per_call)
+    found = matching_step(network, "mse", compute)(parameters, real, synthetic, labels)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-9, atol=0)
+    torch.testing.assert_close(found[1], expected[1], rtol=0, atol=1e-9 * float(expected[1].abs().max()))
+
+
+@interpreted
+@pytest.mark.parametrize("per_call", [1, 2])
+def test_a_step_with_a_gpu_s_kernels_takes_bf16(per_call):
+    network, parameters, real, synthetic, labels = classes(2, 16, dtype=torch.float32)
+    low = Compute(torch.device("cpu"), "bf16", matching="r_operator", classes_per_call=per_call)
+    steps = [matching_step(network, "mse", replace(low, blocks=blocks)) for blocks in ("compiler", "triton")]
+    (expected, pixels), (found, pixels_found) = (step(parameters, real, synthetic, labels) for step in steps)
+    assert found.dtype == pixels_found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.04, atol=0)  # the interpreter cuts bf16 off
+    assert F.cosine_similarity(pixels_found.flatten(), pixels.flatten(), dim=0) > 0.98
+
+
 @pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize("per_call", [1, 2])
 @pytest.mark.parametrize("form", FORMS)
@@ -377,11 +403,15 @@ def test_the_written_out_form_is_refused_for_another_network():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler")
-@pytest.mark.parametrize(("form", "per_call"), [("compiled", 1), ("compiled", 2), ("r_operator", 1), ("r_operator", 2)])
-def test_a_compiled_step_equals_the_loop(form, per_call):
+@pytest.mark.parametrize("per_call", [1, 2])
+@pytest.mark.parametrize(
+    ("form", "blocks"),
+    [("compiled", "compiler"), ("r_operator", "compiler"), pytest.param("r_operator", "triton", marks=interpreted)],
+)
+def test_a_compiled_step_equals_the_loop(form, blocks, per_call):
     network, parameters, real, synthetic, labels = classes(1, 8, dtype=torch.float32, k=2)
     layers, gradient = matching_step(network, "mse", CPU)(parameters, real, synthetic, labels)
-    compute = Compute(torch.device("cpu"), matching=form, compiled=True, classes_per_call=per_call)
+    compute = Compute(torch.device("cpu"), matching=form, blocks=blocks, compiled=True, classes_per_call=per_call)
     found = matching_step(network, "mse", compute)(parameters, real, synthetic, labels)
     torch.testing.assert_close(found[0], layers, rtol=1e-4, atol=0)
     torch.testing.assert_close(found[1], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
