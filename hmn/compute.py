@@ -15,7 +15,7 @@ import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +212,7 @@ def choose(config: ComputeConfig, expected_flops: float, classes: int) -> Comput
         require("compute.matching", lacking is None, config.matching, f"loop or auto: {lacking}")
     if config.blocks == "triton":
         require("compute.blocks", on_gpu, "triton", "compiler on a CPU")
-        require("compute.blocks", find_spec("triton") is not None, "triton", "compiler: Triton is not installed")
+        require("compute.blocks", _has_triton(), "triton", "compiler: Triton 3.3 or newer was not found")
     # Compiling takes about two minutes; eager code does some 2e11 operations a second on two cores, 1e13 on a GPU.
     pays = expected_flops / (1e13 if on_gpu else 2e11) > 600
     matching = config.matching
@@ -262,6 +262,14 @@ def _lacking(on_gpu: bool) -> str | None:
         package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
         return f"Python.h was not found (Debian and Ubuntu have it in the package {package})"
     return None
+
+
+def _has_triton() -> bool:
+    """Whether Triton is there and lets a kernel have tuples as arguments; PyTorch has such a version since 2.7."""
+    try:
+        return tuple(map(int, metadata.version("triton").split(".")[:2])) >= (3, 3)
+    except metadata.PackageNotFoundError:
+        return False
 
 
 def keep_heap_pages() -> bool:

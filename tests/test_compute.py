@@ -278,17 +278,24 @@ def test_what_does_not_go_together_is_refused(compilers, settings, message):
         choose(ComputeConfig(device="cpu", **settings), 0, 10)
 
 
-def test_a_gpu_has_kernels_of_its_own_where_triton_is(gpus, compilers, monkeypatch):
+@pytest.mark.parametrize(("version", "fits"), [("3.10.0+git1", True), ("3.3.0", True), ("3.2.0", False), (None, False)])
+def test_a_gpu_has_kernels_of_its_own_where_triton_can_make_them(gpus, compilers, monkeypatch, version, fits):
+    def found(name):
+        if version is None:
+            raise compute.metadata.PackageNotFoundError(name)
+        return {"triton": version}[name]
+
     gpus(1)
     compilers("gcc")
+    monkeypatch.setattr(compute.metadata, "version", found)
     settings = ComputeConfig(device="cuda", matching="r_operator", blocks="triton")
-    monkeypatch.setattr(compute, "find_spec", lambda name: name)
-    assert choose(settings, 0, 10).blocks == "triton"
     assert choose(replace(settings, blocks="compiler"), 0, 10).blocks == "compiler"
-    monkeypatch.setattr(compute, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="^compute.blocks=triton: must be compiler: Triton is not installed$"):
-        choose(settings, 0, 10)
-    assert choose(replace(settings, blocks="compiler"), 0, 10).blocks == "compiler"
+    if fits:
+        assert choose(settings, 0, 10).blocks == "triton"
+    else:
+        refused = "compute.blocks=triton: must be compiler: Triton 3.3 or newer was not found"
+        with pytest.raises(ConfigError, match=f"^{re.escape(refused)}$"):
+            choose(settings, 0, 10)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
