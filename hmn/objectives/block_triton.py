@@ -219,11 +219,13 @@ def _launch(kernel: Any, y: Tensor, *arguments: Tensor | float) -> None:
     classes, images, channels, height, width = _with_classes(y).shape
     given: list[Any] = []
     for argument in arguments:
-        if isinstance(argument, Tensor) and argument.ndim >= 4:
+        if not isinstance(argument, Tensor):
+            given.append(argument)
+        elif argument.ndim < 4:  # one number per plane or channel
+            given.append(argument.contiguous())
+        else:
             argument = _with_classes(argument)
             given += [argument, _strides(argument)]
-        else:
-            given.append(argument)
     cells = triton.next_power_of_2(((height + 1) // 2) * ((width + 1) // 2))
     each = min(triton.next_power_of_2(channels), max(1, TILE // (4 * cells)))
     kernel[classes * images, triton.cdiv(channels, each)](
@@ -255,10 +257,13 @@ def _over_classes(operator: Any, info: Any, dims: Sequence[int | None], *argumen
     """The rule of ``torch.vmap``: classes become an axis of the maps and of the numbers per plane."""
 
     def with_classes(argument: Any, dim: int | None) -> Any:
-        shared = not isinstance(argument, Tensor) or argument.ndim == 1  # gamma, beta, epsilon
-        if dim is not None:
-            return argument.movedim(dim, 0)
-        return argument if shared else argument.expand(info.batch_size, *argument.shape)
+        if not isinstance(argument, Tensor):
+            return argument
+        if dim is None:
+            return argument if argument.ndim == 1 else argument.expand(info.batch_size, *argument.shape)
+        if argument.ndim == 2:
+            raise NotImplementedError("gamma and beta must be those of all classes")
+        return argument.movedim(dim, 0)
 
     results = operator(*map(with_classes, arguments, dims))
     return results, 0 if isinstance(results, Tensor) else (0,) * len(results)

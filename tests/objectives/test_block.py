@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import subprocess
@@ -140,21 +139,30 @@ def test_what_kernels_return_is_laid_out_as_y(kernels, layout):
 
 
 @interpreted
-@pytest.mark.parametrize("dims", [*itertools.product((0, 1, 2), (0, 1, None))])
-def test_classes_together_are_classes_one_by_one(kernels, dims):
-    """Whichever axis is the class's, and if not all classes have their own maps."""
-    axis, of_dot = dims
+@pytest.mark.parametrize("of_dot", [0, 1, None])
+@pytest.mark.parametrize("axis", [0, 1, 2, None])
+def test_classes_together_are_classes_one_by_one(kernels, axis, of_dot):
+    """Whichever axis is the class's, and if classes share some of the maps."""
     each = [draw(2, 3, 6, 4, seed) for seed in range(4)]
-    shared = {name: each[0][name] for name in ("gamma", "beta")}
-    if of_dot is None:
-        shared["y_dot"] = each[0]["y_dot"]
-    own = [name for name in each[0] if name not in shared]
-    axes = {name: of_dot if name == "y_dot" else axis for name in own}
-    stacked = {name: torch.stack([one[name] for one in each], axes[name]) for name in own}
-    found = torch.vmap(lambda maps: run(kernels.TRITON, maps | shared), in_dims=(axes,))(stacked)
+    axes = {"y": axis, "y_dot": of_dot, "d_p": axis, "d_p_dot": 0}
+    shared = {name: each[0][name] for name in each[0] if axes.get(name) is None}
+    axes = {name: where for name, where in axes.items() if where is not None}
+    stacked = {name: torch.stack([one[name] for one in each], where) for name, where in axes.items()}
+
+    def of_class(maps: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return run(kernels.TRITON, maps | shared)
+
+    found = torch.vmap(of_class, in_dims=(axes,))(stacked)
     for k, one in enumerate(each):
         for together, alone in zip(found, run(PLAIN, one | shared), strict=True):
             torch.testing.assert_close(together[k], alone, rtol=1e-12, atol=1e-12)
+
+
+@interpreted
+def test_every_class_with_a_norm_of_its_own_is_refused(kernels):
+    drawn = draw(2, 3, 6, 4)
+    with pytest.raises(NotImplementedError, match="gamma and beta must be those of all classes"):
+        torch.vmap(lambda gamma: run(kernels.TRITON, drawn | {"gamma": gamma}))(drawn["gamma"].expand(4, 3))
 
 
 @interpreted
