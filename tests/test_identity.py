@@ -149,6 +149,7 @@ CIRCUMSTANCE: dict[str, dict[str, Any]] = {
         "device": "cpu",
         "deterministic": False,
         "matching": "loop",
+        "blocks": ...,  # only with matching=r_operator
         "convolutions": "direct",
         "classes_per_call": 7,
         "memory_limit": 7.0,
@@ -199,6 +200,12 @@ def test_so_have_another_seed_mode_momentum_and_number_of_channels():
 def test_the_same_experiment_elsewhere_has_the_same_id(key, value):
     config = configured(*BASE)
     assert identity(changed(config, **{key: value})) == identity(config)
+
+
+def test_the_same_experiment_with_other_kernels_has_the_same_id():
+    config = configured(*BASE)
+    other = changed(config, compute__matching="r_operator", compute__blocks="triton")
+    assert identity(other) == identity(config)
 
 
 def test_of_every_container_and_objective_only_these_stay_out_of_the_id():
