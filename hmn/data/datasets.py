@@ -1,4 +1,4 @@
-"""The eight kinds of dataset, as uint8 tensors split into train, held out and test."""
+"""The kinds of dataset, as uint8 tensors split into train, held out and test."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def plan_cells(cells: Sequence[Cell], cache: Path | None = None, kept: Path | No
     """Plan every cell, in the order of ``cells``.
 
     Plans of earlier calls, with the same sources and ``conf/``, are read from the file ``cache``, as composing takes a
-    tenth of a second per cell. If a run's folder is gone, ``kept / RUN_ID`` may have its result and card, from which
+    third of a second per cell. If a run's folder is gone, ``kept / RUN_ID`` may have its result and card, from which
     cells that read its set are planned. Raises ``ConfigError`` that names all cells which cannot be composed, with one
     line per error.
     """
