@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hmn.compute import Compute, winograd_pays
+from hmn.compute import Compute
+from hmn.machine import winograd_pays
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,8 @@ from benchmarks.settings import SHAPES
 from benchmarks.timing import DEFAULT, Times, Variant
 from hmn import capture
 from hmn.files import write_text
-from hmn.results import cpu_name, provenance
+from hmn.machine import cpu_name
+from hmn.results import provenance
 
 SCHEMA_VERSION = 1
 COMPILE_CACHE = "HMN_BENCHMARK_COMPILE_CACHE"  # the variable in which `make bench` describes the cache of its parts

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from hmn import capture
-from hmn.compute import bf16_pays, keep_heap_pages
+from hmn.machine import bf16_pays, keep_heap_pages
 from hmn.seeding import set_deterministic
 
 

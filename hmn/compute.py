@@ -5,17 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
-import os
-import platform
 import re
 import resource
-import shutil
 import sys
-import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +19,7 @@ from torch import Tensor
 
 from hmn import capture, distributed, winograd
 from hmn.config import ComputeConfig, require
+from hmn.machine import bf16_pays, has_triton, lacking_to_compile, winograd_pays
 
 # Classes per call and chunk that fill a GPU. 200 classes of 128 images of side 64 take 50 GiB per feature map.
 GPU_CLASSES = 20
@@ -131,11 +127,6 @@ def forget_compiled() -> None:
     compile_seconds.clear()
 
 
-def keep_compiled(folder: Path) -> None:
-    """Cache what torch.compile produces in ``folder``, for later runs; call this before anything is compiled."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder.absolute()))
-
-
 def at_once(images_of_32: int, size: int) -> int:
     """How many images of side ``size`` take the memory of ``images_of_32`` of side 32: from 1 to ``images_of_32``."""
     return min(images_of_32, max(1, images_of_32 * 32 * 32 // size**2))
@@ -159,37 +150,6 @@ def device_of(config: ComputeConfig) -> torch.device:
     return device
 
 
-def bf16_pays(device: torch.device) -> bool:
-    """Whether ``device`` computes convolutions faster in bf16 than in fp32.
-
-    Devices without bf16 instructions emulate it. An Intel CPU that has them in AVX-512 but not in AMX is slower with
-    them than in fp32; an AMD CPU is twice as fast (benchmarks/README.md).
-    """
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return False
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return True
-    return torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and not _is_intel())
-
-
-def winograd_pays() -> bool:
-    """Whether :mod:`hmn.winograd` is faster on this CPU than direct convolutions.
-
-    It is not on Intel's with AVX-512: there a step takes as long with either, and compiling half a minute longer
-    (benchmarks/README.md).
-    """
-    return not (_is_intel() and torch.backends.cpu.get_cpu_capability() == "AVX512")
-
-
-def _is_intel() -> bool:
-    known = platform.processor()
-    with contextlib.suppress(OSError):  # not Linux
-        known += Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    return "GenuineIntel" in known
-
-
 def choose(config: ComputeConfig, expected_flops: float, classes: int) -> Compute:
     """Decide what ``config`` leaves open; the ``expected_flops`` of the whole run say whether compiling pays off.
 
@@ -207,12 +167,12 @@ def choose(config: ComputeConfig, expected_flops: float, classes: int) -> Comput
     # cuDNN's own default is tf32: without this, fp32 would not be fp32.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.precision == "tf32"
     precision = "fp32" if config.precision == "bf16" and not bf16_pays(device) else config.precision
-    lacking = _lacking(on_gpu)
+    lacking = lacking_to_compile(on_gpu)
     if config.matching in ("compiled", "r_operator"):
         require("compute.matching", lacking is None, config.matching, f"loop or auto: {lacking}")
     if config.blocks == "triton":
         require("compute.blocks", on_gpu, "triton", "compiler on a CPU")
-        require("compute.blocks", _has_triton(), "triton", "compiler: Triton 3.3 or newer was not found")
+        require("compute.blocks", has_triton(), "triton", "compiler: Triton 3.3 or newer was not found")
     # Compiling takes about two minutes; eager code does some 2e11 operations a second on two cores, 1e13 on a GPU.
     pays = expected_flops / (1e13 if on_gpu else 2e11) > 600
     matching = config.matching
@@ -245,43 +205,3 @@ def choose(config: ComputeConfig, expected_flops: float, classes: int) -> Comput
 def evenly(count: int, most: int) -> int:
     """Part size, at most ``most``, when ``count`` is divided evenly into as few parts as possible."""
     return math.ceil(count / math.ceil(count / most))
-
-
-def _lacking(on_gpu: bool) -> str | None:
-    """What ``torch.compile`` needs and this machine lacks; ``None`` if it lacks nothing."""
-    if on_gpu:  # Triton's launchers are C
-        language, names, paths = "C", [os.environ.get("CC"), "gcc", "clang", "cc"], "C_INCLUDE_PATH"
-    else:
-        language, names, paths = "C++", [os.environ.get("CXX"), "g++", "clang++", "c++"], "CPLUS_INCLUDE_PATH"
-    if not any(shutil.which(name) for name in names if name):
-        return f"no {language} compiler was found"
-    folders = [sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix")]
-    folders += [folder for name in ("CPATH", paths) for folder in os.environ.get(name, "").split(os.pathsep)]
-    # Only Linux distributions have packages of Python without its headers.
-    if sys.platform.startswith("linux") and not any(Path(folder, "Python.h").exists() for folder in folders):
-        package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
-        return f"Python.h was not found (Debian and Ubuntu have it in the package {package})"
-    return None
-
-
-def _has_triton() -> bool:
-    """Whether Triton is there and lets a kernel have tuples as arguments; PyTorch has such a version since 2.7."""
-    try:
-        return tuple(map(int, metadata.version("triton").split(".")[:2])) >= (3, 3)
-    except metadata.PackageNotFoundError:
-        return False
-
-
-def keep_heap_pages() -> bool:
-    """Keep freed pages in the process (Linux, glibc): mapping them again costs more than the arithmetic on them.
-
-    This affects the whole process, so entry points call it, before the first large allocation. Returns whether it took
-    effect.
-    """
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:
-        return False
-    mmap_max, trim_threshold, top_pad, arena_max = -4, -1, -2, -8  # malloc.h's names for mallopt
-    settings = ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 256 << 20), (arena_max, 1))
-    return all([libc.mallopt(parameter, value) for parameter, value in settings])

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from hmn import compute, distributed, networks, report, results, tracking
+from hmn import compute, distributed, machine, networks, report, results, tracking
 from hmn.checkpoint import Checkpoints, clear
 from hmn.config import Config
 from hmn.data import datasets
@@ -54,10 +54,10 @@ def _work(plan: Plan, folder: Path, stop: Stop) -> dict[str, Any]:
     chosen = compute.choose(config.compute, plan.expected_flops, plan.data.classes)
     set_deterministic(config.compute.deterministic)
     if config.compute.keep_heap:
-        compute.keep_heap_pages()
-    compute.keep_compiled(Path(config.paths.cache_dir) / "compiled")
+        machine.keep_heap_pages()
+    machine.keep_compiled(Path(config.paths.cache_dir) / "compiled")
     compute.forget_compiled()  # of an earlier run of the same multirun
-    print(f"{plan.run_id} on {results.device_name(chosen.device)}, {chosen.precision}, ", end="")
+    print(f"{plan.run_id} on {machine.device_name(chosen.device)}, {chosen.precision}, ", end="")
     print("compiled" if chosen.compiled else "not compiled", end="")
     print(" with Winograd's convolutions" if chosen.winograd else "", end="")
     print(f", {distributed.world()} processes" if distributed.world() > 1 else "")
@@ -99,7 +99,7 @@ def _work(plan: Plan, folder: Path, stop: Stop) -> dict[str, Any]:
             "data": {"name": data.name, "fingerprint": data.fingerprint, "notes": list(data.notes)},
             "network": networks.full_name(config.network, plan.data.image_size),
             "profile": "experts" if config.mode == "experts" else config.evaluation.profile,
-            "device": results.device_name(chosen.device),
+            "device": machine.device_name(chosen.device),
             "precision": chosen.precision,
             "compiled": chosen.compiled,
             "winograd": chosen.winograd,

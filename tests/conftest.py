@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 import hypothesis
 import pytest
@@ -11,6 +12,9 @@ import torch
 # Triton, which reads this when it is imported, then computes what kernels do on any machine.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# One cache for all tests: each run has a folder of its own, and would compile anew.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"hmn-tests-{os.getuid()}"))
 
 # A slow machine must not fail a test.
 hypothesis.settings.register_profile("hmn", deadline=None)

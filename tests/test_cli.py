@@ -33,7 +33,7 @@ from hmn import cli, experiment, results
 from hmn.cli import is_sweep
 from hmn.config import Config
 from hmn.explain import in_one_line
-from hmn.results import cpu_name
+from hmn.machine import cpu_name
 from tests.command import ROOT, TINY, Outcome, compose, planned, run, start
 from tests.wandb_reader import read_offline_run, without_login
 

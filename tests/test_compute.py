@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hmn import compute, winograd
+from hmn import compute, machine, winograd
 from hmn.compute import Compute, choose, device_of
 from hmn.config import ComputeConfig
 from hmn.errors import ConfigError
@@ -49,7 +49,7 @@ def headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     file = tmp_path / "include" / "Python.h"
     file.parent.mkdir()
     file.touch()
-    monkeypatch.setattr(compute.sysconfig, "get_path", lambda *_: str(file.parent))
+    monkeypatch.setattr(machine.sysconfig, "get_path", lambda *_: str(file.parent))
     for name in ("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH"):
         monkeypatch.delenv(name, raising=False)
     return file
@@ -60,7 +60,7 @@ def compilers(monkeypatch: pytest.MonkeyPatch, headers: Path):
     """Return a function that makes only the named programs findable."""
 
     def see(*names: str) -> None:
-        monkeypatch.setattr(compute.shutil, "which", lambda name: f"/bin/{name}" if name in names else None)
+        monkeypatch.setattr(machine.shutil, "which", lambda name: f"/bin/{name}" if name in names else None)
 
     return see
 
@@ -198,14 +198,6 @@ def test_the_first_call_of_a_compiled_function_is_timed_and_the_others_are_not(m
     assert len(seconds) == 1 and seconds[0] >= 0
 
 
-def test_compiled_functions_are_kept_where_asked_unless_the_environment_says_where(monkeypatch, tmp_path: Path):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that monkeypatch undoes what is set below
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    compute.keep_compiled(tmp_path / "here")
-    compute.keep_compiled(tmp_path / "there")
-    assert compute.os.environ.pop("TORCHINDUCTOR_CACHE_DIR") == str(tmp_path / "here")
-
-
 @pytest.mark.parametrize(("size", "images"), [(8, 500), (32, 500), (64, 125), (224, 10), (2048, 1)])
 def test_large_images_go_through_in_smaller_chunks(size: int, images: int):
     assert compute.at_once(500, size) == images
@@ -282,12 +274,12 @@ def test_what_does_not_go_together_is_refused(compilers, settings, message):
 def test_a_gpu_has_kernels_of_its_own_where_triton_can_make_them(gpus, compilers, monkeypatch, version, fits):
     def found(name):
         if version is None:
-            raise compute.metadata.PackageNotFoundError(name)
+            raise machine.metadata.PackageNotFoundError(name)
         return {"triton": version}[name]
 
     gpus(1)
     compilers("gcc")
-    monkeypatch.setattr(compute.metadata, "version", found)
+    monkeypatch.setattr(machine.metadata, "version", found)
     settings = ComputeConfig(device="cuda", matching="r_operator", blocks="triton")
     assert choose(replace(settings, blocks="compiler"), 0, 10).blocks == "compiler"
     if fits:
@@ -365,38 +357,22 @@ def test_bf16_is_fp32_on_an_x86_processor_that_is_no_faster_with_it(
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
-    monkeypatch.setattr(compute.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(compute.platform, "processor", lambda: "")
-    monkeypatch.setattr(compute.Path, "read_text", lambda self, encoding: cpuinfo)
+    monkeypatch.setattr(machine.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(machine.platform, "processor", lambda: "")
+    monkeypatch.setattr(machine.Path, "read_text", lambda self, encoding: cpuinfo)
     assert choose(ComputeConfig(device="cpu", precision="bf16"), 0, 10).precision == precision
 
 
 @pytest.mark.parametrize(
-    ("capability", "cpuinfo", "pays"),
-    [
-        ("AVX512", "vendor_id : GenuineIntel", False),
-        ("AVX512", "vendor_id : AuthenticAMD", True),
-        ("AVX2", "vendor_id : GenuineIntel", True),
-        ("DEFAULT", "CPU implementer : 0x41", True),
-    ],
-)
-def test_winograd_s_convolutions_are_not_taken_where_direct_ones_are_as_fast(monkeypatch, capability, cpuinfo, pays):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(compute.platform, "processor", lambda: "")
-    monkeypatch.setattr(compute.Path, "read_text", lambda self, encoding: cpuinfo)
-    assert compute.winograd_pays() == pays
-
-
-@pytest.mark.parametrize(
-    ("machine", "supported", "precision"),
+    ("kind", "supported", "precision"),
     [("arm64", True, "bf16"), ("arm64", False, "fp32"), ("x86_64", False, "fp32")],
 )
 def test_bf16_needs_onednn_which_is_enough_on_processors_that_are_not_x86(
-    monkeypatch, machine: str, supported: bool, precision: str
+    monkeypatch, kind: str, supported: bool, precision: str
 ):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
-    monkeypatch.setattr(compute.platform, "machine", lambda: machine)
+    monkeypatch.setattr(machine.platform, "machine", lambda: kind)
     assert choose(ComputeConfig(device="cpu", precision="bf16"), 0, 10).precision == precision
 
 
@@ -433,37 +409,6 @@ def test_where_a_sandbox_does_not_tell_the_peak_the_system_does(monkeypatch):
     assert Compute(CPU).peak_bytes() > 10**7
 
 
-# Prints the fewest page faults of several equal, large allocations that are freed; each has 16,385 otherwise.
-FAULTS = """
-import resource
-import torch
-from hmn.compute import keep_heap_pages
-assert keep_heap_pages()
-torch.set_num_threads(1)
-faults = []
-for _ in range(8):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(16 << 20).add_(1)
-    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(min(faults))
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
-def test_kept_heap_pages_are_used_again_without_a_page_fault():
-    """It runs in its own process, because the setting cannot be undone."""
-    done = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 10
-
-
-def test_a_system_without_glibc_is_told_so(monkeypatch: pytest.MonkeyPatch):
-    def absent(name: str) -> None:
-        raise OSError(name)
-
-    monkeypatch.setattr(compute.ctypes, "CDLL", absent)
-    assert compute.keep_heap_pages() is False
-
-
 @peaks_begin_anew
 def test_a_peak_begins_anew_and_the_highest_stays_known():
     compute = Compute(torch.device("cpu"))
@@ -477,7 +422,8 @@ def test_a_peak_begins_anew_and_the_highest_stays_known():
 
 KEPT = """
 import torch
-from hmn.compute import Compute, keep_heap_pages
+from hmn.compute import Compute
+from hmn.machine import keep_heap_pages
 assert keep_heap_pages()
 compute = Compute(torch.device("cpu"))
 large = torch.ones(32 << 20)

@@ -28,7 +28,7 @@ def test_a_machine_with_slow_bf16_says_so_and_keeps_what_it_computed_in(tmp_path
 @pytest.mark.parametrize(("flops", "count"), [(0.0, 0), (1e20, 1)])
 def test_a_long_run_that_cannot_compile_says_why(tmp_path, monkeypatch, capsys, flops, count):
     choose = compute.choose
-    monkeypatch.setattr(compute, "_lacking", lambda on_gpu: "no C++ compiler was found")
+    monkeypatch.setattr(compute, "lacking_to_compile", lambda on_gpu: "no C++ compiler was found")
     monkeypatch.setattr(compute, "choose", lambda config, _flops, classes: choose(config, flops, classes))
     own = (f"paths.runs_dir={tmp_path}/runs", f"paths.cache_dir={tmp_path}/cache")
     experiment.run(planned(*TINY, "mode=random_subset", "compute.matching=auto", *own), command="")

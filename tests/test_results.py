@@ -11,7 +11,6 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-import torch
 
 from hmn import results
 from hmn.errors import ArtifactError
@@ -152,10 +151,6 @@ def test_without_git_there_is_no_commit(checkout, monkeypatch):
     monkeypatch.setenv("PATH", str(checkout))
     found = results.provenance()
     assert (found["commit"], found["dirty"]) == (None, None)
-
-
-def test_a_cpu_is_named_with_its_threads():
-    assert results.device_name(torch.device("cpu")) == f"{results.cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def test_a_package_whose_version_nobody_knows_is_no_reason_not_to_run(monkeypatch):
