@@ -24,6 +24,7 @@ WAYS = {
     "matching": lambda result: result["config"]["compute"]["matching"],
     "bank": lambda result: _bank(result["config"]["objective"].get("bank", {"networks": 0})),
     "steps": lambda result: result["condense_steps"],
+    "device": lambda result: result["device"],
 }
 # Settings in which runs of a row may differ. Images are compared by fingerprint instead of by path.
 NOT_COMPARED = ("seed", "compute", "tracking", "paths", "dataset.root", "dataset.download")
@@ -56,7 +57,7 @@ def row(folders: list[Path], found: list[dict[str, Any]]) -> dict[str, Any]:
         "compile_seconds": [round(sum(result["compile_seconds"]), 1) for result in found],
         "peak_gib": max(result["peak_bytes"] for result in found) / 2**30,
         "commits": sorted({result["commit"] or "unknown" for result in found}),
-        "device": found[0]["device"],
+        "codes": sorted({results.code_of(result) for result in found}),
     }
 
 

@@ -193,20 +193,23 @@ def check_together(cards: Mapping[str, dict[str, Any]]) -> None:
                 raise ArtifactError(f"artifact={path}: its {key} is {found}, but {rule}")
 
 
-def tensors_file(path: str | Path) -> Path:
-    """``path`` itself, or the tensors file in the folder ``path``. Raises ``ArtifactError`` if there is none."""
-    path = Path(path)
+def tensors_file(path: str | Path, key: str = "artifact") -> Path:
+    """``path`` itself, or the tensors file in the folder ``path``; ``key`` is the setting that named it.
+
+    Raises ``ArtifactError`` if there is none.
+    """
+    path = Path(path).expanduser()
     found = path / TENSORS if path.is_dir() else path
     if not found.exists():
-        raise ArtifactError(f"artifact={path}: no {TENSORS} there; give a finished run's folder")
+        raise ArtifactError(f"{key}={path}: no {TENSORS} there; give a finished run's folder")
     if found.suffix != Path(TENSORS).suffix:
-        raise ArtifactError(f"artifact={path}: not a .safetensors file; give its folder, or {TENSORS} in it")
+        raise ArtifactError(f"{key}={path}: not a .safetensors file; give its folder, or {TENSORS} in it")
     return found
 
 
 def card_file(path: str | Path) -> Path:
     """The card of the folder or tensors file ``path``, whether or not it exists."""
-    path = Path(path)
+    path = Path(path).expanduser()
     return path / CARD if path.is_dir() else path.with_name(CARD)
 
 
@@ -216,7 +219,7 @@ def read_card(artifact: str | Path) -> dict[str, Any]:
     Raises ``ArtifactError`` if it is missing, incomplete or of another version.
     """
     path = card_file(artifact)
-    if path == Path(artifact):
+    if path == Path(artifact).expanduser():
         tensors_file(artifact)  # raises: a card is no artifact
     try:
         card = json.loads(path.read_text(encoding="utf-8"))

@@ -25,6 +25,8 @@ from hmn.config.overrides import key_of
 from hmn.errors import ConfigError, HmnError
 
 T = TypeVar("T")
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
+FULL = re.compile("No space left|quota exceeded")  # in the text of errors that libraries make of the system's
 
 
 def in_one_line(program: Callable[[], T]) -> T:
@@ -79,9 +81,9 @@ def explain(error: BaseException, overrides: Sequence[str] | None = None) -> tup
 def _lack(error: BaseException) -> str | None:
     """The line for an error of disk space, file access or memory; ``None`` for any other."""
     text = str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) or FULL.search(text):
         return "no space left on the disk: free some, and the same command resumes from the last checkpoint"
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if isinstance(error, OSError) and error.errno in UNUSABLE:
         places = "paths.runs_dir, paths.data_dir, paths.cache_dir or dataset.root"
         return f"{error.filename}: {error.strerror}: fix that, or choose another place with {places}"
     out = isinstance(error, MemoryError | torch.OutOfMemoryError)
@@ -102,6 +104,8 @@ def _one_line(error: Exception, overrides: Sequence[str]) -> str:
     if match := re.search(r"Could not find '([^']+)'", text):
         group, _, option = match[1].rpartition("/")
         return _unknown_option(group, option)
+    if match := re.search(r"Multiple values for (\w+)", text):
+        return f"{match[1]}: chosen twice: write {match[1]}=NAME without the +"
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
         return f"{match[1]}: a run takes one value: add -m to run each of them, or write [...] for a list"
     if isinstance(error, OverrideParseException):
@@ -148,6 +152,8 @@ def _unknown_key(key: str, overrides: Sequence[str]) -> str:
         path.append(parent)
     known = [str(name) for name in node] if isinstance(node, DictConfig) else []
     known += ["experiment", "debug"] if not path else []
+    if last in known:  # Hydra refuses to replace a mapping
+        return f"{key}: is a mapping: +{key}.NAME=VALUE adds to it"
     near = difflib.get_close_matches(last, known, n=1)
     hint = f"; did you mean {'.'.join([*path, near[0]])}?" if near else ""
     if not known:

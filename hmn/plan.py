@@ -252,7 +252,7 @@ def make_plan(config: Config, typed: Sequence[str] = (), *, here: bool = True) -
         stored = storage(kind.shape.of(filled, **shape), ipc, over_budget)
     start = None
     if config.condenses and config.container.start is not None:
-        start = read_card(tensors_file(config.container.start))
+        start = read_card(tensors_file(config.container.start, "container.start"))
         artifact = start["sha256"]
     plan = Plan(config, data, stored, artifact, sum(map(_images, cards.values())))
     _ = plan.build  # checks the network's depth against the image size
@@ -260,7 +260,8 @@ def make_plan(config: Config, typed: Sequence[str] = (), *, here: bool = True) -
     if config.condenses:
         with torch.device("meta"):
             container = plan.container(plan.storage.over_budget_instances)
-        condensed = Condensed(bool(container.tiers().keys() - container.memory_tiers()), container.matched_per_class)
+        networks = bool(container.tiers().keys() - container.memory_tiers())
+        condensed = Condensed(networks, container.matched_per_class, cut=plan.storage.cut_per_class)
         check_pairs(config, container)
         if start is not None:
             mean, std = (tuple(start["data"][name]) for name in ("mean", "std"))

@@ -69,7 +69,10 @@ def held_out_accuracy(result: dict[str, Any]) -> float | None:
 
 
 def summary(result: dict[str, Any]) -> dict[str, float | int | str | None]:
-    """The numbers by which runs are compared, each under one flat name; ``None`` for those this mode does not have."""
+    """What W&B shows of a run, under flat names: the numbers by which runs are compared, and where they come from.
+
+    ``None`` stands for those this mode does not have.
+    """
     accuracy, per_class = result["accuracy"], result["images_per_class"]
     return {
         "accuracy_mean": accuracy["mean"],
@@ -80,6 +83,8 @@ def summary(result: dict[str, Any]) -> dict[str, float | int | str | None]:
         "wall_seconds": sum(result["wall_seconds"].values()),
         **{key: result.get(key) for key in ("stored_floats", "budget_floats", "condense_steps", "condense_seconds")},
         "peak_bytes": result["peak_bytes"],
+        "code": code_of(result),
+        **{key: result.get(key) for key in ("commit", "device")},
     }
 
 
@@ -124,7 +129,8 @@ def code_version() -> str:
     found = hashlib.sha256()
     for path in sorted((ROOT / "hmn").rglob("*.py")):
         name = path.relative_to(ROOT).as_posix()
-        if not name.startswith("hmn/sweeps/"):
+        of_editor = "/." in name  # locks and copies of files that are being edited
+        if not name.startswith("hmn/sweeps/") and not of_editor:
             found.update(f"{name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return found.hexdigest()[:12]
 

@@ -91,7 +91,7 @@ class Session:
             self.tracker.rewind(step_key, -1)
         condensed = self._making().make(container)
         over_budget = Split(*decode_all(container))
-        cut = stored.over_budget_images_per_class - stored.images_per_class
+        cut = stored.cut_per_class
         pruning = {"over_budget": config.pruning.over_budget, "cut_per_class": cut}
         if cut:
             index, chosen = self._choose(over_budget)

@@ -443,6 +443,18 @@ NOT_READ = [
         [],
     ),
     (
+        ("container=image", "memory=ipc1", "pruning.over_budget=0.1", "pruning.beta=0.5", "pruning.score_epochs=9"),
+        [
+            f"pruning.{name} (pruning.over_budget=0.1, which makes room for no more images)"
+            for name in ("beta", "score_epochs")
+        ],
+    ),
+    (("container=image", "memory=ipc10", "pruning.over_budget=0.1", "pruning.beta=0.5"), []),
+    (
+        ("container=coreset", "pruning=none", "container.fit_steps=7"),
+        ["pruning (container=coreset, which condenses nothing)", "container.fit_steps (container.init=real)"],
+    ),
+    (
         (
             "container=coreset",
             "container.method=herding",

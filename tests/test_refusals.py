@@ -43,6 +43,9 @@ BAD_SETTINGS = {
     "mode=train": ["mode=train: must be one of run, plan, evaluate, full_data, random_subset, experts"],
     "mode=evaluate": ["artifact=null: must be given for mode=evaluate"],
     "mode=evaluate artifact=absent": ["artifact=absent: no condensed.safetensors there"],
+    "container.init=kept container.start=absent": ["container.start=absent: no condensed.safetensors there"],
+    "+pruning=none": ["pruning: chosen twice: write pruning=NAME without the +"],
+    "container.lr_scale={decoder:0.1}": ["container.lr_scale: is a mapping: +container.lr_scale.NAME=VALUE adds to it"],
     "memory=10": ["memory=10: must be one of ipc1, ipc10, ipc50", "did you mean ipc10?"],
     "debug=true": ["debug=true: must be one of smoke, "],
     "seed=1,2": ["seed=1,2: a run takes one value: add -m to run each of them"],
@@ -76,7 +79,7 @@ def test_bad_settings_get_one_line_and_leave_nothing(refusals, arguments):
         assert part in outcome.complaint
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR])
 def test_a_place_that_cannot_be_written_is_named(tmp_path, number):
     why = os.strerror(number)
     line, code = explain(OSError(number, why, str(tmp_path)))
@@ -88,6 +91,8 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, number):
 def test_a_disk_is_full_where_the_person_s_part_of_it_is(number):
     full = "no space left on the disk: free some, and the same command resumes from the last checkpoint"
     assert explain(OSError(number, os.strerror(number))) == (full, 1)
+    # safetensors makes an error of its own of the system's
+    assert explain(RuntimeError(f"I/O error: {os.strerror(number)} (os error {number})")) == (full, 1)
 
 
 def test_ctrl_c_ends_a_command_without_a_word(capsys):

@@ -79,11 +79,15 @@ def test_the_summary_has_the_numbers_that_compare_runs():
     measured = {"images_per_class": "78", "stored_floats": 30635, "budget_floats": 30720, "peak_bytes": 5}
     seconds = {"wall_seconds": {"condense": 1.5, "evaluate": 2.0}, "condense_seconds": 1.25, "condense_steps": 6}
     pruning = {"pruning": {"held_out_accuracy": 0.25}}
+    origin = {"codes": ["a", "b"], "code": "b", "commit": "c", "device": "a CPU"}
     accuracy = {"accuracy_mean": 0.5, "accuracy_std": None, "networks": 1, "held_out_accuracy": 0.25}
-    assert results.summary(RESULT | measured | seconds | pruning) == {
+    assert results.summary(RESULT | measured | seconds | pruning | origin) == {
         **(measured | seconds | accuracy),
         "images_per_class": 78,
         "wall_seconds": 3.5,
+        "code": "a+b",
+        "commit": "c",
+        "device": "a CPU",
     }
     reference = {"images_per_class": "17-20", "stored_floats": 64, "wall_seconds": {}, "peak_bytes": 5}
     found = results.summary(RESULT | reference)
@@ -143,6 +147,10 @@ def test_the_code_version_is_of_the_sources_of_a_run_alone(checkout):
     assert version() == before
     (checkout / "hmn" / "results.py").write_text("changed\n")
     changed = version()
+    (checkout / "hmn" / ".#results.py").symlink_to("somebody@somewhere.1234")  # Emacs's lock
+    (checkout / "hmn" / ".ipynb_checkpoints").mkdir()
+    (checkout / "hmn" / ".ipynb_checkpoints" / "results-checkpoint.py").write_text("older\n")
+    assert version() == changed
     (checkout / "hmn" / "results.py").rename(checkout / "hmn" / "other.py")
     assert len({before, changed, version()}) == 3
 

@@ -25,17 +25,20 @@ from hmn.config.overrides import key_of
 
 @dataclasses.dataclass(frozen=True)
 class Condensed:
-    """What :func:`unread` needs to know of the container that a run condenses."""
+    """What :func:`unread` needs to know of what a run condenses."""
 
     networks: bool  # whether it has networks beside its memories
     images_per_class: int  # from which a step takes its images
+    cut: int  # images per class that are pruned
 
 
 def unread(config: Config, condensed: Condensed | None) -> dict[str, str]:
     """Every section and field that this run does not read, with the setting that is the reason."""
     found = dict(_of_kind(config))
+    if config.kind in ("run", "coreset"):
+        found |= dict(_of_container(config))
     if condensed is not None:
-        found |= dict([*_of_container(config), *_of_objective(config, condensed), *_of_judging(config)])
+        found |= dict([*_of_objective(config, condensed), *_of_judging(config, condensed)])
     return found
 
 
@@ -117,11 +120,14 @@ def _of_objective(config: Config, condensed: Condensed) -> Iterator[tuple[str, s
             yield f"objective.{name}", "objective.student_lr_lr=0"
 
 
-def _of_judging(config: Config) -> Iterator[tuple[str, str]]:
+def _of_judging(config: Config, condensed: Condensed) -> Iterator[tuple[str, str]]:
     pruning = config.pruning
-    if not pruning.over_budget:
+    if not condensed.cut:
+        why = "pruning.over_budget=0"
+        if pruning.over_budget:
+            why = f"pruning.over_budget={pruning.over_budget:g}, which makes room for no more images"
         for name in ("beta", "score", "score_networks", "score_epochs", "search_epochs"):
-            yield f"pruning.{name}", "pruning.over_budget=0"
+            yield f"pruning.{name}", why
     else:
         if pruning.score == "random":
             yield from _named("pruning", pruning, "score_", "pruning.score=random")

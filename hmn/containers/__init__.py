@@ -62,6 +62,11 @@ class Storage:
         """Images per class that are condensed before pruning, G_o."""
         return self.over_budget_instances * self.images_per_instance
 
+    @property
+    def cut_per_class(self) -> int:
+        """Images per class that pruning cuts."""
+        return self.over_budget_images_per_class - self.images_per_class
+
     def stored_floats(self, classes: int) -> int:
         return self.shared_floats + classes * self.instances * self.instance_floats
 

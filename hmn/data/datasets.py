@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,7 @@ def _whole_name(config: DatasetConfig) -> str:
     if config.name is not None:
         return config.name
     if config.kind == "folder":
-        return _path(config.root).resolve().name
+        return Path(os.path.abspath(_path(config.root))).name  # of a link, as its target may differ by machine
     return _path(config.root).stem if config.kind == "arrays" else config.kind
 
 

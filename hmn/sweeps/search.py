@@ -81,6 +81,7 @@ def search(arguments: Sequence[str]) -> int:
     Raises ``ConfigError`` before anything runs if the settings cannot be searched or differ from those of the study.
     """
     given = asked(arguments)
+    given.sweep.check_device()
     with exclusive(given.folder, what="this study"):
         _same_as_before(given)
         study = _open(given.folder)
@@ -330,7 +331,7 @@ def _cell(given: Search, trial: FrozenTrial) -> Cell:
 
 
 def _plan(overrides: tuple[str, ...]) -> Plan:
-    plan = make_plan(compose(overrides), typed=overrides)
+    plan = make_plan(compose(overrides), typed=overrides, here=False)
     require("mode", plan.config.condenses, plan.config.mode, "run, with a container that is condensed")
     points = plan.config.evaluation.curve_points
     require("evaluation.curve_points", points >= 2, points, "at least 2: a search selects by held-out accuracy")

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from hmn import results
 from hmn.checkpoint import clear, codes_of
 from hmn.compute import device_of
-from hmn.config import CONF, LauncherConfig, SweepConfig, require, sections
+from hmn.config import CONF, ComputeConfig, LauncherConfig, SweepConfig, require, sections
 from hmn.config.identity import digest
 from hmn.config.overrides import key_of, section_of
 from hmn.config.sweeps import LocalConfig
@@ -54,6 +54,7 @@ class Sweep:
     cells: tuple[Cell, ...]
     settings: SweepConfig
     launcher: LauncherConfig
+    compute: ComputeConfig
     runs_dir: Path
     group: str | None  # W&B group, if it is not to be the sweep's name
     table: Table | None = None
@@ -72,6 +73,11 @@ class Sweep:
 
     def plan(self, kept: Path | None = None) -> list[Planned]:
         return plan_cells(self.cells, self.folder / PLANS, kept)
+
+    def check_device(self) -> None:
+        """Raise ``ConfigError`` if runs are to be made on this machine and it lacks their device."""
+        if isinstance(self.launcher, LocalConfig):  # other launchers leave this to the run
+            device_of(self.compute)
 
 
 def of_arguments(arguments: Sequence[str], command: str) -> Sweep:
@@ -112,13 +118,13 @@ def _sweep(
     if isinstance(launcher, LocalConfig):
         rule = "cuda, as every run gets a GPU of its own; CUDA_VISIBLE_DEVICES=1 chooses among them"
         require("compute.device", not device.startswith("cuda:"), device, rule)
-        device_of(common["compute"])  # other launchers leave this check to the run
         launcher = dataclasses.replace(launcher, gpus=0) if device == "cpu" else launcher
     return Sweep(
         name=f"{head}-{digest({'asked': sorted(asked)})}",
         cells=cells,
         settings=common["sweep"],
         launcher=launcher,
+        compute=common["compute"],
         runs_dir=Path(common["paths"].runs_dir),
         group=common["tracking"].group,
         table=table,
@@ -141,12 +147,13 @@ def launch(sweep: Sweep, *, announce: bool = False) -> Counter[str]:
 
     With ``announce``, a line says how many they are and which command shows their progress.
 
-    Raises ``ConfigError`` before anything runs if a cell cannot be composed, or if finished runs are from other code
-    versions; ``Busy`` if another process works on this sweep; and ``Interrupted`` on a stop signal such as Ctrl-C, once
-    all runs have saved their state.
+    Raises ``ConfigError`` before anything runs if a cell cannot be composed, if this machine lacks the device, or if
+    finished runs are from other code versions; ``Busy`` if another process works on this sweep; and ``Interrupted`` on
+    a stop signal such as Ctrl-C, once all runs have saved their state.
     """
     try:
         with _stoppable():
+            sweep.check_device()
             planned = sweep.plan()  # a sweep that cannot be composed leaves no folder
             with exclusive(sweep.folder, what="this sweep"):
                 return _launch(sweep, planned, announce)

@@ -147,8 +147,26 @@ def _read(path: Path) -> dict[str, Any]:
     for axis, labels in file.get("axes", {}).items():
         require(f"axes.{axis}", isinstance(labels, dict), labels, "a mapping of labels to lists of overrides")
         for label, overrides in labels.items():
-            require(f"axes.{axis}.{label}", isinstance(overrides, list), overrides, "a list of overrides")
+            _check_strings(f"axes.{axis}.{label}", overrides, "overrides")
+    _check_strings("base", file.get("base", []), "overrides")
+    for key in ("rows", "columns", "over", "shows"):
+        _check_strings(key, file.get(key, []), "names")
+    hours = file.get("expects", {}).get("hours", 0)
+    require("expects.hours", isinstance(hours, int | float), hours, "a number")
+    for key in ("skip", "adjust", "cells", "artifacts", "smoke"):
+        parts = {"skip": (), "cells": ("labels",), "artifacts": ("when", "from")}.get(key, ("when",))
+        for rule in file.get(key, ()):
+            require(key, isinstance(rule, dict), rule, "a list of mappings")
+            for part in parts:
+                require(f"{key}.{part}", isinstance(rule.get(part), dict), rule.get(part, "missing"), "a mapping")
+            if "set" in rule:
+                _check_strings(f"{key}.set", rule["set"], "overrides")
     return file
+
+
+def _check_strings(key: str, values: object, what: str) -> None:
+    right = isinstance(values, list) and all(isinstance(value, str) for value in values)
+    require(key, right, values, f"a list of {what}, each a string")
 
 
 def _check_added(file: Mapping[str, Any], overrides: Sequence[str]) -> None:
@@ -177,6 +195,9 @@ def _axes(file: Mapping[str, Any]) -> dict[str, dict[str, list[str]]]:
 def _cells(file: Mapping[str, Any], overrides: Sequence[str], only: Mapping[str, str], smoke: bool) -> Iterator[Cell]:
     axes = _axes(file)
     known = axes.keys() | {axis for one in file.get("cells", ()) for axis in one["labels"]}
+    for key in ("rows", "columns", "over"):
+        unknown = set(file.get(key, ())) - known
+        require(key, not unknown, ", ".join(sorted(unknown)), f"of {', '.join(sorted(known))}")
     rules = [*file.get("skip", ()), *(one["when"] for key in ("adjust", "smoke") for one in file.get(key, ()))]
     for rule in rules:
         require("skip, adjust, smoke", rule.keys() <= known, ", ".join(rule.keys() - known), f"of {', '.join(known)}")

@@ -438,6 +438,15 @@ def test_names_in_tables():
     assert datasets.display_name(DatasetConfig(kind="arrays", root="some/mine.npz")) == "mine"
 
 
+def test_a_linked_folder_has_the_name_of_its_link(tmp_path: Path, monkeypatch):
+    """What the link points to may have another name on another machine; a run's id must not."""
+    (tmp_path / "scratch-7").mkdir()
+    (tmp_path / "pets").symlink_to(tmp_path / "scratch-7")
+    monkeypatch.chdir(tmp_path)
+    for root in ("pets", "./pets/", str(tmp_path / "pets")):
+        assert datasets.display_name(DatasetConfig(kind="folder", root=root, image_size=8)) == "pets"
+
+
 CIFAR = ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 OWN_ROOT = ("imagenet10", "folder", "arrays")  # dataset.root has no default

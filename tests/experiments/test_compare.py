@@ -33,6 +33,13 @@ def test_seeds_of_one_experiment_are_a_row(tmp_path, monkeypatch, capsys):
     assert "| 51.00 ± 1.41 | 2 |" in row
 
 
+def test_runs_of_two_machines_are_two_rows(tmp_path, monkeypatch, capsys):
+    folders = [run_folder(tmp_path, seed, 0.5) for seed in range(2)]
+    results.write(Path(folders[1]), results.read(Path(folders[1])) | {"device": "another"})
+    compared(monkeypatch, *folders)
+    assert len(capsys.readouterr().out.splitlines()[2:]) == 2
+
+
 def test_accuracies_are_in_the_order_of_their_seeds(tmp_path):
     folders = [Path(run_folder(tmp_path, seed, mean)) for seed, mean in ((1, 0.52), (0, 0.5))]
     row = compare.row(folders, [results.read(folder) for folder in folders])
@@ -68,7 +75,7 @@ def test_a_row_tells_medians_of_times_and_the_most_memory(tmp_path):
     expected |= {"mean": 50.0, "std": 0.0, "networks": 3}
     assert {key: row[key] for key in expected} == expected
     shown = compare.table([row]).splitlines()[2]
-    assert shown == "| bf16 | compiled | 10 x 20 | 2000 | 50.00 ± 0.00 | 3 | 20 | 90 | 2 | 3.00 |"
+    assert shown == "| bf16 | compiled | 10 x 20 | 2000 | cpu, 2 threads | 50.00 ± 0.00 | 3 | 20 | 90 | 2 | 3.00 |"
 
 
 def test_settings_of_one_version_of_the_code_alone_are_no_difference(tmp_path, monkeypatch, capsys):

@@ -144,7 +144,8 @@ cells:
 
 
 def test_a_table_may_be_of_named_cells_alone(table):
-    text = FILE[: FILE.index("axes:")] + "cells: [{labels: {method: A}, set: [seed=0]}]\n"
+    head = FILE[: FILE.index("axes:")].replace("[dataset, ipc]", "[]").replace("[seed]", "[]")
+    text = head + "cells: [{labels: {method: A}, set: [seed=0]}]\n"
     assert named(table(text=text)) == {"A": ("evaluation=hmn_cosine", "network.width=64", "seed=0")}
 
 
@@ -280,7 +281,26 @@ ERRORS = {
     "no yaml": ("title: A\nrows: [", (), "line 2: expected the node content"),
     "a key that nothing reads": (FILE + "colums: [ipc]\n", (), "key=colums: must be one of title, "),
     "an axis that is none": (FILE + "skip: [{methods: DC}]\n", (), "skip, adjust, smoke=methods: must be of "),
-    "a rule without when": (FILE + "adjust: [{set: [seed=1]}]\n", (), "has no when"),
+    "a rule without when": (FILE + "adjust: [{set: [seed=1]}]\n", (), "adjust.when=missing: must be a mapping"),
+    "a rule that is none": (FILE + "adjust: [method]\n", (), "adjust=method: must be a list of mappings"),
+    "a rule of words": (FILE + "adjust: [{when: method, set: []}]\n", (), "adjust.when=method: must be a mapping"),
+    "a smoke rule of no strings": (
+        FILE + "smoke: [{when: {}, set: [{seed: 0}]}]\n",
+        (),
+        "smoke.set=[{'seed': 0}]: must be a list of overrides, each a string",
+    ),
+    "labels in a list": (FILE + "cells: [{labels: [a], set: []}]\n", (), "cells.labels=['a']: must be a mapping"),
+    "a kept set of nowhere": (FILE + "artifacts: [{when: {method: HMN}}]\n", (), "artifacts.from=missing: must be a"),
+    "a base of no strings": (
+        FILE.replace("network.width=64]", "seed: 0]"),
+        (),
+        "base=['evaluation=hmn_cosine', {'seed': 0}]: must be a list of overrides, each a string",
+    ),
+    "a label of numbers": (FILE.replace("[seed=1]", "[1]"), (), "axes.seed.1=[1]: must be a list of overrides, each"),
+    "a range of hours": (FILE.replace("hours: 1", "hours: 4-6"), (), "expects.hours=4-6: must be a number"),
+    "rows of no axis": (FILE.replace("[method]", "[methods]"), (), "rows=methods: must be of dataset, ipc, method, s"),
+    "columns of no axis": (FILE.replace("[dataset, ipc]", "[data]"), (), "columns=data: must be of dataset, ipc,"),
+    "over no axis": (FILE.replace("over: [seed]", "over: [seeds]"), (), "over=seeds: must be of dataset, ipc, method"),
     "a cell twice": (
         FILE + "cells: [{labels: {a: SVHN/1/HMN, b: 0}, set: []}]\n",
         (),
@@ -305,7 +325,7 @@ ERRORS = {
     "a label without settings": (
         FILE.replace("[dataset=svhn]", ""),
         (),
-        "axes.dataset.SVHN=None: must be a list of overrides",
+        "axes.dataset.SVHN=None: must be a list of overrides, each a string",
     ),
     "a setting of an axis": (
         FILE,

@@ -171,9 +171,10 @@ def test_a_run_that_ends_well_without_a_result_has_failed(sweep, here):
 
 def test_what_goes_wrong_with_the_slots_ends_the_sweep(sweep, here):
     """An error in the launcher itself must not make the sweep wait forever."""
-    (sweep.temporary / f"hmn-slots-{os.getuid()}").write_text("")
-    with pytest.raises(FileExistsError):
-        here(sweep)
+    slots = sweep.temporary / f"hmn-slots-{os.getuid()}"
+    slots.write_text("")
+    ended = here(sweep)
+    assert ended.code == 1 and ended.err.splitlines()[-1].startswith(f"{slots}: File exists: ")
     assert sweep.ledger() == []
 
 
@@ -255,7 +256,7 @@ reproduces: nothing
 kind: table
 expects: {hours: 0, device: one CPU, memory_gb: 1}
 rows: [network]
-columns: [seed]
+columns: [half]
 shows: [accuracy]
 base: [compute.device=cpu, tracking=disabled]
 axes:
@@ -407,6 +408,24 @@ def test_a_signal_while_runs_save_comes_after_them():
 # Slots
 
 
+def test_a_slurm_job_shares_its_slots_with_no_other(tmp_path, monkeypatch):
+    """Both jobs may have a GPU 0 on the same node, each its own."""
+    monkeypatch.setattr(local.tempfile, "tempdir", str(tmp_path))
+    slot, stop = local.Slot("gpu0-0", {}), threading.Event()
+    monkeypatch.setenv("SLURM_JOB_ID", "11")
+    with slot.taken(stop) as first:
+        assert first is not None
+        taken_again = threading.Thread(target=lambda: slot.taken(stop).__enter__())
+        taken_again.start()
+        taken_again.join(0.5)
+        assert taken_again.is_alive()  # another sweep of the same job waits
+        monkeypatch.setenv("SLURM_JOB_ID", "12")
+        with slot.taken(threading.Event()) as other:
+            assert other is not None
+        stop.set()
+        taken_again.join()
+
+
 def test_more_gpus_than_there_are_are_refused(monkeypatch):
     """Otherwise the sweep would use the GPUs that exist, and the CPU if the driver is broken."""
     monkeypatch.setattr(local, "_gpus", lambda: ["0"])
@@ -472,8 +491,11 @@ def test_a_gpu_is_only_asked_for_where_the_runs_are_to_be(tmp_path, monkeypatch)
     asked = ["compute.device=cuda", "seed=0,1"]
     sweep = of_arguments([*asked, "launcher=submitit", "launcher.gpus=1"], "")
     assert all(one.run_id for one in sweep.plan())
+    here = of_arguments(asked, "")
+    assert all(one.run_id for one in here.plan())  # what was made elsewhere is listed here
     with pytest.raises(ConfigError, match="^compute.device=cuda: must be cpu or auto: this machine has no such GPU"):
-        of_arguments(asked, "")
+        sweep_module.launch(here)
+    assert not list((tmp_path / "runs").rglob("sweep.json"))
 
 
 def test_an_axis_that_runs_do_not_read_is_told(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,7 @@
-"""Runs as processes on this machine, each alone in its device slot; all sweeps of a user share the slots."""
+"""Runs as processes on this machine, each alone in its device slot.
+
+All sweeps of a user share the slots; within a SLURM job, which has devices of its own, all sweeps of that job.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,8 @@ class Slot:
 
         Yields ``None`` if ``stop`` is set before the slot is free.
         """
-        folder = Path(tempfile.gettempdir()) / f"hmn-slots-{os.getuid()}"
+        owner = [str(os.getuid()), *filter(None, [os.environ.get("SLURM_JOB_ID")])]
+        folder = Path(tempfile.gettempdir()) / "-".join(["hmn-slots", *owner])
         folder.mkdir(exist_ok=True, mode=0o700)
         with (folder / self.name).open("a") as lock:
             begun, said = time.monotonic(), False
