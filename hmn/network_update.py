@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,33 @@ from hmn.data import augment
 from hmn.data.preprocess import Normalise
 from hmn.networks import has_batch_norm
 
-# (parameters, buffers, images, labels, partners' labels, own share, weights) -> loss, gradients by name, buffers
-TrainingStep = Callable[..., tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]]
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateRecipe:
+    """How a network is updated; names as in :class:`hmn.config.EvaluationConfig`."""
+
+    batch: int
+    lr: float
+    momentum: float
+    weight_decay: float
+    strategy: str
+    cutmix: float
+    rule: str = "idc"  # how the operators of ``strategy`` are composed, see hmn/data/augment.py
+
+
+class Batch(NamedTuple):
+    """What a network sees in one update; for m networks at once, all tensors have a leading axis m."""
+
+    inputs: Tensor  # (n, channels, H, W), normalised, augmented and mixed
+    labels: Tensor  # (n,)
+    partners: Tensor  # (n,), the labels of the images that were mixed in
+    share: Tensor  # (), the own label's share of the loss
+
+
+# (parameters, buffers, batch, weights (n,)) -> loss, gradients by name, new buffers
+TrainingStep = Callable[
+    [dict[str, Tensor], dict[str, Tensor], Batch, Tensor], tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]
+]
 
 
 def training_step(network: nn.Module, compute: Compute) -> TrainingStep:
@@ -31,34 +57,22 @@ def training_step(network: nn.Module, compute: Compute) -> TrainingStep:
     """
 
     def loss(
-        parameters: dict[str, Tensor],
-        buffers: dict[str, Tensor],
-        images: Tensor,
-        labels: Tensor,
-        partners: Tensor,
-        share: Tensor,
-        weights: Tensor,
+        parameters: dict[str, Tensor], buffers: dict[str, Tensor], batch: Batch, weights: Tensor
     ) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
         buffers = {name: value.clone() for name, value in buffers.items()}  # batch norm changes them in place
-        logits = wide(functional_call(network, (parameters, buffers), (images,)))
-        own = F.cross_entropy(logits, labels, reduction="none")
-        other = F.cross_entropy(logits, partners, reduction="none")
-        value = ((share * own + (1 - share) * other) * weights).sum() / weights.sum()
+        logits = wide(functional_call(network, (parameters, buffers), (batch.inputs,)))
+        own = F.cross_entropy(logits, batch.labels, reduction="none")
+        other = F.cross_entropy(logits, batch.partners, reduction="none")
+        value = ((batch.share * own + (1 - batch.share) * other) * weights).sum() / weights.sum()
         return value, (value, buffers)
 
     def step(
-        parameters: dict[str, Tensor],
-        buffers: dict[str, Tensor],
-        images: Tensor,
-        labels: Tensor,
-        partners: Tensor,
-        share: Tensor,
-        weights: Tensor,
+        parameters: dict[str, Tensor], buffers: dict[str, Tensor], batch: Batch, weights: Tensor
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         one = grad(loss, has_aux=True)
-        each = one if images.ndim == 4 else vmap(one, in_dims=(0, 0, 0, 0, 0, 0, None))
+        each = one if batch.inputs.ndim == 4 else vmap(one, in_dims=(0, 0, 0, None))
         with compute.autocast():
-            gradients, (value, moved) = each(parameters, buffers, images, labels, partners, share, weights)
+            gradients, (value, moved) = each(parameters, buffers, batch, weights)
         return value, gradients, moved
 
     return compute.maybe_compile(step)
@@ -77,34 +91,24 @@ class NetworkUpdate:
         step: TrainingStep,
         normalise: Normalise,
         generator: torch.Generator,
-        *,
-        batch: int,
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        strategy: str,
-        cutmix: float,
-        rule: str = "idc",
+        recipe: UpdateRecipe,
     ) -> None:
         self.network = network
         self.step = step
         self.normalise = normalise
         self.generator = generator
-        self.batch = batch
-        self.strategy = strategy
-        self.rule = rule
-        self.cutmix = cutmix
+        self.recipe = recipe
         self.padding = not has_batch_norm(network)  # batch norm would count the padding of a short batch
         self.fused = capture.recordable(generator.device)
         self.optimizer = torch.optim.SGD(
             network.parameters(),
             # A captured step reads the tensor at every replay. Only the fused SGD takes it without reading it back.
-            lr=torch.tensor(lr, device=generator.device) if self.fused else lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
+            lr=torch.tensor(recipe.lr, device=generator.device) if self.fused else recipe.lr,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
             fused=self.fused,
         )
-        if momentum:
+        if recipe.momentum:
             # Otherwise SGD makes the buffers at its first step, which a captured step must not be.
             for parameter in network.parameters():
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -117,12 +121,13 @@ class NetworkUpdate:
                 group["lr"] = lr
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One step on at most ``batch`` images (n, channels, H, W), uint8 or in [0, 1]; returns the loss on the device.
+        """One step on at most ``recipe.batch`` images (n, channels, H, W), uint8 or in [0, 1].
 
-        m networks together take images (m, n, channels, H, W) and labels (m, n), and return losses (m,).
+        Returns the loss on the device. m networks together take images (m, n, channels, H, W) and labels (m, n), and
+        return losses (m,).
         """
         n = labels.shape[-1]
-        missing = self.batch - n if self.padding else 0
+        missing = self.recipe.batch - n if self.padding else 0
         weights = torch.ones(n + missing, device=images.device)
         if missing:
             # Pad with copies of the first image: any valid image will do, as its weight is 0.
@@ -130,8 +135,7 @@ class NetworkUpdate:
             images = torch.cat([images, images.index_select(-4, fill)], -4)
             labels = torch.cat([labels, labels.index_select(-1, fill)], -1)
             weights[n:] = 0
-        inputs, partners, share = self._seen(images, labels, *self._draw(labels.shape, images.shape[-1], real=n))
-        return self._step(inputs, labels, partners, share, weights)
+        return self._step(self._seen(images, labels, *self._draw(labels.shape, images.shape[-1], real=n)), weights)
 
     def on_batches(self, images: Tensor, labels: Tensor, index: Tensor) -> None:
         """A step on each of the full batches ``index`` (b, n) of ``images`` (N, channels, H, W) and ``labels`` (N,).
@@ -148,38 +152,36 @@ class NetworkUpdate:
         """A step on each of the batches (b, n, channels, H, W), augmented and mixed at once."""
         drawn, mixing = zip(*(self._draw(batch.shape, images.shape[-1]) for batch in labels), strict=True)
         mix = None
-        if self.cutmix:
+        if self.recipe.cutmix:
             mix = augment.MixDraw(*(torch.stack(parts, -1) for parts in zip(*mixing, strict=True)))
             mix = mix._replace(partners=mix.partners.mT)
         weights = torch.ones(labels.shape[1], device=images.device)
-        seen = self._seen(images, labels, augment.joined(drawn), mix)
-        for batch in zip(seen[0], labels, *seen[1:], strict=True):
-            self._step(*batch, weights)
+        for parts in zip(*self._seen(images, labels, augment.joined(drawn), mix), strict=True):
+            self._step(Batch(*parts), weights)
 
     def _draw(
         self, shape: torch.Size, size: int, real: int | None = None
     ) -> tuple[augment.Draw, augment.MixDraw | None]:
         """Draw for labels of ``shape`` and images of side ``size``; only the first ``real`` of a batch are mixed."""
         batches, n = math.prod(shape[:-1]), math.prod(shape)
-        drawn = augment.draw(self.strategy, n, size, self.generator, rule=self.rule, batches=batches)
-        return drawn, augment.draw_mix(shape, size, self.generator, real=real) if self.cutmix else None
+        drawn = augment.draw(self.recipe.strategy, n, size, self.generator, rule=self.recipe.rule, batches=batches)
+        return drawn, augment.draw_mix(shape, size, self.generator, real=real) if self.recipe.cutmix else None
 
-    def _seen(
-        self, images: Tensor, labels: Tensor, drawn: augment.Draw, mix: augment.MixDraw | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Network inputs from ``images`` (..., n, channels, H, W), the partners' labels, and each batch's own share."""
+    def _seen(self, images: Tensor, labels: Tensor, drawn: augment.Draw, mix: augment.MixDraw | None) -> Batch:
+        """``images`` (..., n, channels, H, W) with ``labels`` (..., n), augmented by ``drawn`` and mixed by ``mix``."""
         inputs = augment.apply(self.normalise(images).flatten(0, -4), drawn).reshape(images.shape)
         if mix is None:
-            return inputs, labels, torch.ones(labels.shape[:-1], device=images.device)
-        return augment.cutmix(inputs, labels, self.cutmix, mix)
+            return Batch(inputs, labels, labels, torch.ones(labels.shape[:-1], device=images.device))
+        inputs, partners, share = augment.cutmix(inputs, labels, self.recipe.cutmix, mix)
+        return Batch(inputs, labels, partners, share)
 
-    def _step(self, inputs: Tensor, labels: Tensor, partners: Tensor, share: Tensor, weights: Tensor) -> Tensor:
-        """One step on a batch of inputs (n, channels, H, W), or (m, n, ...) for m networks; returns the loss."""
-        layout = torch.contiguous_format if inputs.ndim > 4 else torch.channels_last  # see Together
-        inputs = inputs.contiguous(memory_format=layout)
+    def _step(self, batch: Batch, weights: Tensor) -> Tensor:
+        """One step on a batch, or on those of m networks; returns the loss."""
+        layout = torch.contiguous_format if batch.inputs.ndim > 4 else torch.channels_last  # see Together
+        batch = batch._replace(inputs=batch.inputs.contiguous(memory_format=layout))
         parameters = {name: value.detach() for name, value in self.network.named_parameters()}
         buffers = dict(self.network.named_buffers())
-        loss, gradients, moved = self.step(parameters, buffers, inputs, labels, partners, share, weights)
+        loss, gradients, moved = self.step(parameters, buffers, batch, weights)
         for name, parameter in self.network.named_parameters():
             gradient = gradients[name]
             if self.fused and gradient.stride() != parameter.stride():  # the fused form pairs numbers by address

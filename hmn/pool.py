@@ -12,7 +12,7 @@ from hmn.config.objectives import DistributionMatchingConfig
 from hmn.data import augment
 from hmn.data.datasets import RealData
 from hmn.data.sampling import whole_split
-from hmn.network_update import NetworkUpdate, TrainingStep
+from hmn.network_update import NetworkUpdate, TrainingStep, UpdateRecipe
 from hmn.networks import Builder
 from hmn.objectives.distance import Parameters
 from hmn.objectives.distribution import CE_FACTOR, IMAGES
@@ -49,11 +49,7 @@ class PoolSide(ImageSide):
         updating = generator(seed, self.stream, "pool_batches", device=device)
         self.pool_batches = whole_split(len(self.labels), config.pool_batch, updating)
         self.choosing = generator(seed, self.stream, "pool")  # on the host: it decides which networks are used
-        self.updates = NetworkUpdate(
-            self.network,
-            train,
-            self.normalise,
-            self.networks,
+        recipe = UpdateRecipe(
             batch=self.pool_batches.batch,
             lr=config.pool_lr,
             momentum=config.pool_momentum,
@@ -61,6 +57,7 @@ class PoolSide(ImageSide):
             strategy="none",
             cutmix=0.0,
         )
+        self.updates = NetworkUpdate(self.network, train, self.normalise, self.networks, recipe)
         self.pool = {
             name: value.new_zeros(config.pool_networks, *value.shape) for name, value in self._worker().items()
         }

@@ -24,7 +24,7 @@ from hmn.data.datasets import RealData
 from hmn.data.kmeans import nearest_to_centres
 from hmn.data.preprocess import Normalise
 from hmn.data.sampling import per_class, permutations, whole_split
-from hmn.network_update import NetworkUpdate, TrainingStep
+from hmn.network_update import NetworkUpdate, TrainingStep, UpdateRecipe
 from hmn.networks import Builder, initialise
 from hmn.objectives.distance import Parameters
 from hmn.seeding import derived_seed, generator
@@ -217,11 +217,7 @@ class LiveSide(TrainedSide):
         updating = generator(seed, stream, "network", device=device)
         self.network_batches = whole_split(len(self.labels), config.network_batch, updating)
         self.batches = math.ceil(config.network_samples / self.network_batches.batch)
-        self.updates = NetworkUpdate(
-            self.network,
-            train,
-            self.normalise,
-            self.networks,
+        recipe = UpdateRecipe(
             batch=self.network_batches.batch,
             lr=config.network_lr,
             momentum=config.network_momentum,
@@ -229,6 +225,7 @@ class LiveSide(TrainedSide):
             strategy=augment.usable(config.network_strategy, flip),
             cutmix=config.network_cutmix,
         )
+        self.updates = NetworkUpdate(self.network, train, self.normalise, self.networks, recipe)
         self.clustering = generator(seed, stream, "clusters", device=device)
         self.nearest = torch.empty(0, dtype=torch.int64)  # (C, real_batch) indices of training images, on the device
 
@@ -293,19 +290,16 @@ class SyntheticSide(TrainedSide):
         super().__init__(real, config, build=build, compute=compute, seed=seed, flip=flip)
         self.count = count
         self.order = generator(seed, self.stream, "network", device=compute.device)
-        self.updates = NetworkUpdate(
-            self.network,
-            train,
-            self.normalise,
-            self.networks,
+        recipe = UpdateRecipe(
             batch=min(config.network_batch, count),
             lr=config.network_lr,
             momentum=0.0,
             weight_decay=0.0,
             strategy=self.strategy,
-            rule=config.augmentation_rule,
             cutmix=0.0,
+            rule=config.augmentation_rule,
         )
+        self.updates = NetworkUpdate(self.network, train, self.normalise, self.networks, recipe)
         self.last = False
 
     def begin(self, step: int) -> None:
@@ -322,7 +316,7 @@ class SyntheticSide(TrainedSide):
             return
         images, labels = synthetic()
         for epoch in choice["update"]:
-            for index in epoch.split(self.updates.batch):
+            for index in epoch.split(self.updates.recipe.batch):
                 self.updates(images[index], labels[index])
 
     def state_dict(self) -> dict[str, Any]:

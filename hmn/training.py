@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,24 +18,17 @@ from hmn.compute import at_once
 from hmn.data.preprocess import Normalise
 from hmn.data.sampling import permutations
 from hmn.errors import Diverged
-from hmn.network_update import NetworkUpdate, TrainingStep
+from hmn.network_update import NetworkUpdate, TrainingStep, UpdateRecipe
 from hmn.networks import Builder, initialise
 from hmn.networks.together import Together
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(UpdateRecipe):
     """How one network is trained from scratch; names as in :class:`hmn.config.EvaluationConfig`."""
 
     epochs: int
-    batch: int
-    lr: float
-    momentum: float
-    weight_decay: float
     schedule: str
-    strategy: str
-    cutmix: float
-    rule: str = "idc"  # how the operators of ``strategy`` are composed, see hmn/data/augment.py
     even_batches: bool = False
 
 
@@ -90,10 +83,8 @@ class Training:
         ]
         self.together = (len(networks),) if len(networks) > 1 else ()  # leading shape of per-network tensors
         self.network = Together(networks) if self.together else networks[0]
-        shared = ("batch", "lr", "momentum", "weight_decay", "strategy", "cutmix", "rule")
-        options = {name: getattr(recipe, name) for name in shared}
-        options["batch"] = min(recipe.batch, len(images))  # a set smaller than a batch needs no padding
-        self.update = NetworkUpdate(self.network, step, normalise, self.generator, **options)
+        padded = replace(recipe, batch=min(recipe.batch, len(images)))  # a set smaller than a batch needs no padding
+        self.update = NetworkUpdate(self.network, step, normalise, self.generator, padded)
         if self.update.fused:
             self.run_batch = Replay(self.run_batch, self.update.tensors, [self.generator])
         self.epoch = 0

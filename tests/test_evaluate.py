@@ -213,9 +213,9 @@ def test_a_quick_accuracy_is_one_short_networks(tmp_path: Path):
 def test_the_test_images_never_touch_the_training(tmp_path: Path):
     shown = []
 
-    def step(parameters, buffers, inputs, *rest):
-        shown.append(len(inputs))
-        return training_step(build(), Compute(torch.device("cpu")))(parameters, buffers, inputs, *rest)
+    def step(parameters, buffers, batch, weights):
+        shown.append(len(batch.inputs))
+        return training_step(build(), Compute(torch.device("cpu")))(parameters, buffers, batch, weights)
 
     watched = dataclasses.replace(judge(tmp_path), step=step)
     evaluate(watched, TRAIN, TEST, networks=1, points=4, stream="evaluate")

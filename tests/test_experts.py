@@ -88,7 +88,7 @@ def test_experts_are_trained_at_a_constant_rate_on_one_operator_per_batch_unmixe
     recipe = experts.recipe_of(ExpertsConfig(), "flip")
     assert (recipe.epochs, recipe.batch, recipe.lr, recipe.momentum, recipe.weight_decay) == (50, 256, 0.01, 0, 0)
     assert (recipe.schedule, recipe.strategy, recipe.cutmix, recipe.rule) == ("constant", "flip", 0, "vico")
-    assert train([0]).update.rule == "vico"
+    assert train([0]).update.recipe.rule == "vico"
 
 
 def test_experts_are_trained_as_configured():

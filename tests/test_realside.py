@@ -237,9 +237,10 @@ def test_dsa_augments_what_networks_train_on_by_the_same_rule_and_without_a_mirr
             seed=SEED,
             flip=flip,
         )
-        assert (side.strategy, side.updates.strategy, side.updates.rule) == (strategy, strategy, "vico")
+        recipe = side.updates.recipe
+        assert (side.strategy, recipe.strategy, recipe.rule) == (strategy, strategy, "vico")
         assert side.draw({}, 4).alternatives == tuple(strategy.split("_"))
-        assert side.updates.batch == 5 and side.updates.optimizer.param_groups[0]["momentum"] == 0
+        assert recipe.batch == 5 and side.updates.optimizer.param_groups[0]["momentum"] == 0
 
 
 @pytest.mark.parametrize(("images_per_class", "loops"), DC_LOOPS.items())

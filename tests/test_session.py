@@ -209,7 +209,7 @@ def test_nothing_is_mirrored_where_a_mirror_changes_the_class(tmp_path, monkeypa
     made = session_with(tmp_path, f"dataset.flip={flip}", *mirrors, "objective.network_strategy=flip_crop")
     used.append(made.judge.recipe.strategy)
     side = build.condensation(made.workshop, made.plan.container(1)).side
-    used += [side.strategy, side.updates.strategy]
+    used += [side.strategy, side.updates.recipe.strategy]
     monkeypatch.setattr(student.expert_training, "recipe_of", lambda _, strategy: used.append(strategy))
     monkeypatch.setattr(student.expert_training, "build", lambda *_, **__: [])
     mirrors = ["objective.experts.strategy=flip_crop", "objective.strategy=flip_crop"]

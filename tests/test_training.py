@@ -17,7 +17,7 @@ from hmn.capture import warm_up
 from hmn.checkpoint import Checkpoints
 from hmn.compute import Compute
 from hmn.data import augment
-from hmn.network_update import training_step
+from hmn.network_update import Batch, training_step
 from hmn.networks import Builder, initialise
 from hmn.networks.resnet import ResNet
 from hmn.training import Recipe, Training, accuracy, batches_of, learning_rate, logits_of
@@ -98,8 +98,8 @@ def test_a_training_with_even_batches_shows_them():
 
 
 def test_a_set_smaller_than_a_batch_is_one_batch_without_padding():
-    assert training(n=5).update.batch == 5
-    assert training(n=21).update.batch == 8
+    assert training(n=5).update.recipe.batch == 5
+    assert training(n=21).update.recipe.batch == 8
 
 
 def test_training_is_repeatable_and_learns_its_images():
@@ -275,9 +275,9 @@ def test_a_recorded_update_is_the_same_and_reads_its_rate_from_a_tensor(monkeypa
     captured = training(seeds=seeds, build=build)
     step, rate = captured.update.step, captured.update.optimizer.param_groups[0]["lr"]
 
-    def otherwise_laid_out(*batch: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    def otherwise_laid_out(*given: object) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Lay out gradients as a compiler may: columns, not rows, are contiguous in memory."""
-        loss, gradients, buffers = step(*batch)
+        loss, gradients, buffers = step(*given)
         return loss, {name: g.mT.contiguous().mT if g.ndim > 1 else g for name, g in gradients.items()}, buffers
 
     captured.update.step = otherwise_laid_out
@@ -358,7 +358,7 @@ def test_a_training_step_writes_to_nothing():
     buffers = dict(network.named_buffers())
     before = copy.deepcopy(network.state_dict())
     template = with_batch_norm()
-    given = (parameters, buffers, normalised(images), labels, labels, torch.ones(()), torch.ones(8))
+    given = (parameters, buffers, Batch(normalised(images), labels, labels, torch.ones(())), torch.ones(8))
     moved = training_step(template, CPU)(*given)[2]
     assert_equal_states(before, network.state_dict())
     assert all((value == 0).all() for name, value in template.named_buffers() if name.endswith("running_mean"))
@@ -391,7 +391,7 @@ def test_batch_norm_trains_in_bf16_with_fp32_statistics(seeds: list[int]):
 def test_a_compiler_can_trace_running_statistics_whole():
     network, (images, labels) = initialise(with_batch_norm(), generator()), images_and_labels(5)
     state = ({name: value.detach() for name, value in network.named_parameters()}, dict(network.named_buffers()))
-    given = (*state, normalised(images), labels, labels, torch.ones(()), torch.ones(5))
+    given = (*state, Batch(normalised(images), labels, labels, torch.ones(())), torch.ones(5))
     step = training_step(with_batch_norm(), CPU)
     for found, expected in zip(torch.compile(step, fullgraph=True, backend="eager")(*given), step(*given), strict=True):
         torch.testing.assert_close(found, expected)

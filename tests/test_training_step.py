@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 from hmn.compute import Compute
 from hmn.data import augment
 from hmn.data.preprocess import Normalise
-from hmn.network_update import NetworkUpdate, training_step
+from hmn.network_update import Batch, NetworkUpdate, UpdateRecipe, training_step
 from hmn.networks import initialise
 from hmn.training import learning_rate
 from tests.small_training import (
@@ -94,7 +94,8 @@ def update_of(
     network: nn.Module, batch: int, *, strategy: str = "none", cutmix: float = 0.0, rule: str = "idc", seed: int = 5
 ) -> NetworkUpdate:
     settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "strategy": strategy, "cutmix": cutmix, "rule": rule}
-    return NetworkUpdate(network, training_step(build(), CPU), NORMALISE, generator(seed), batch=batch, **settings)
+    recipe = UpdateRecipe(batch=batch, **settings)
+    return NetworkUpdate(network, training_step(build(), CPU), NORMALISE, generator(seed), recipe)
 
 
 def pair() -> tuple[nn.Module, nn.Module]:
@@ -184,9 +185,9 @@ def test_an_update_augments_by_its_own_rule():
 
 def test_updates_with_cutmix_are_those_of_plain_autograd_in_float64(double):
     network, reference = pair()
-    settings = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "strategy": "color_crop", "cutmix": 0.7}
     stream, optimizer, normalise = generator(5), sgd(reference), Normalise(MEAN, STD)
-    update = NetworkUpdate(network, training_step(build(), CPU), normalise, generator(5), batch=8, **settings)
+    update = update_of(network, 8, strategy="color_crop", cutmix=0.7)
+    update.normalise = normalise  # in float64
     shares = []
     for step in range(6):
         images, labels = torch.rand(8, 3, 8, 8, generator=generator(step)), torch.arange(8) % 3
@@ -212,10 +213,7 @@ def test_the_mixed_loss_and_its_gradients_by_hand():
     loss, gradients, _ = training_step(network, CPU)(
         {"1.weight": weights, "1.bias": bias},
         {},
-        torch.ones(1, 1, 2, 2),
-        torch.tensor([0]),
-        torch.tensor([2]),
-        torch.tensor(0.75),
+        Batch(torch.ones(1, 1, 2, 2), torch.tensor([0]), torch.tensor([2]), torch.tensor(0.75)),
         torch.ones(1),
     )
     torch.testing.assert_close(loss, torch.tensor(0.75 * math.log(8) + 0.25 * math.log(8 / 5)))
@@ -227,7 +225,8 @@ def test_a_batch_weighs_its_images_equally_and_its_padding_not_at_all():
     network, (images, labels) = initialise(build(), generator()), images_and_labels(8)
     parameters = {name: value.detach() for name, value in network.named_parameters()}
     inputs, weights = normalised(images), torch.tensor([1.0] * 5 + [0.0] * 3)
-    loss, gradients, _ = training_step(build(), CPU)(parameters, {}, inputs, labels, labels, torch.ones(()), weights)
+    batch = Batch(inputs, labels, labels, torch.ones(()))
+    loss, gradients, _ = training_step(build(), CPU)(parameters, {}, batch, weights)
     expected = F.cross_entropy(network(inputs[:5]), labels[:5])
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=0)
     found = torch.autograd.grad(expected, list(network.parameters()))
@@ -258,7 +257,7 @@ def test_the_network_of_a_training_step_gives_the_architecture_only():
     images, labels = images_and_labels(4)
     template = build()
     parameters = {name: value.detach().clone() for name, value in initialise(build(), generator()).named_parameters()}
-    batch = ({}, normalised(images), labels, labels, torch.ones(()), torch.ones(4))
+    batch = ({}, Batch(normalised(images), labels, labels, torch.ones(())), torch.ones(4))
     step = training_step(template, CPU)
     before = step(parameters, *batch)[0]
     with torch.no_grad():
@@ -270,7 +269,7 @@ def test_the_network_of_a_training_step_gives_the_architecture_only():
 def test_bf16_trains_with_fp32_parameters_and_loss():
     images, labels = images_and_labels(8)
     parameters = {name: value.detach() for name, value in initialise(build(), generator()).named_parameters()}
-    batch = ({}, normalised(images), labels, labels, torch.ones(()), torch.ones(8))
+    batch = ({}, Batch(normalised(images), labels, labels, torch.ones(())), torch.ones(8))
     exact = training_step(build(), CPU)(parameters, *batch)
     loss, gradients, _ = training_step(build(), Compute(torch.device("cpu"), precision="bf16"))(parameters, *batch)
     assert loss.dtype == torch.float32 and all(value.dtype == torch.float32 for value in gradients.values())

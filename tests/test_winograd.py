@@ -16,7 +16,7 @@ from torch.func import grad
 
 from hmn import winograd
 from hmn.compute import Compute
-from hmn.network_update import training_step
+from hmn.network_update import Batch, training_step
 from hmn.networks import initialise
 from hmn.networks.convnet import ConvNet
 
@@ -238,7 +238,7 @@ def test_a_compiled_training_step_uses_it_forward_and_backward(calls, monkeypatc
     own = initialise(ConvNet(3, 2, 16, width=32, depth=2), torch.Generator().manual_seed(1))
     parameters = {name: value.detach() for name, value in own.named_parameters()}
     labels = torch.tensor([0, 1, 1])
-    batch = {}, noise(3, 3, 16, 16, dtype=torch.float32), labels, labels, torch.ones(()), torch.ones(3)
+    batch = {}, Batch(noise(3, 3, 16, 16, dtype=torch.float32), labels, labels, torch.ones(())), torch.ones(3)
     _, expected, _ = training_step(own, CPU)(parameters, *batch)
     _, found, _ = training_step(own, Compute(CPU.device, compiled=True, winograd=True))(parameters, *batch)
     for name, value in expected.items():

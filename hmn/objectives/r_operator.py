@@ -163,14 +163,14 @@ def r_operator(
         return wide(d_p_dot)
 
     def match(parameters: Parameters, targets: Parameters, synthetic: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        found, passes = zip(*(first_pass(parameters, *p) for p in batches(synthetic, labels, share)), strict=True)
+        found, done = zip(*(first_pass(parameters, *part) for part in batches(synthetic, labels, share)), strict=True)
 
         def total(of_synthetic: list[Parameters]) -> tuple[Tensor, Tensor]:
             per_layer = distances(metric, of_synthetic, targets, share)
             return per_layer.sum(), per_layer
 
         directions, per_layer = grad(total, has_aux=True)(list(found))
-        moved = [second_pass(parameters, *each) for each in zip(passes, directions, strict=True)]
+        moved = [second_pass(parameters, *each) for each in zip(done, directions, strict=True)]
         return per_layer, torch.cat(moved)
 
     return Form(gradients, match)
