@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import chunks, condensation, evaluation, matching, memory, outer_step, reports, settings
-from hmn.files import write_text
+from hmn.files import write_json, write_text
 
 RESULTS = Path(__file__).parent / "results"
 PARTS = {
@@ -91,7 +91,7 @@ def main() -> int:
     found = merge(measured, failed, absent)
     found["header"]["command"] = reports.command()
     written = RESULTS / ("gpu" if kind == "cuda" else "cpu")
-    reports.write_json(written.with_suffix(".json"), found)
+    write_json(written.with_suffix(".json"), found)
     write_text(written.with_suffix(".md"), reports.text(found))
     print(reports.text(found))
     print(f"written: {written}.json, {written}.md")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import statistics
@@ -19,7 +18,7 @@ import torch
 from benchmarks.settings import SHAPES
 from benchmarks.timing import DEFAULT, Times, Variant
 from hmn import capture
-from hmn.files import write_text
+from hmn.files import write_json
 from hmn.machine import cpu_name
 from hmn.results import provenance
 
@@ -158,10 +157,6 @@ def finished(options: argparse.Namespace, head: dict[str, Any], measured: Iterab
 
 def _found(head: Mapping[str, Any], measured: Iterable[Row]) -> dict[str, Any]:
     return {"schema_version": SCHEMA_VERSION, "header": dict(head), "rows": [asdict(row) for row in measured]}
-
-
-def write_json(path: Path, found: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(found, indent=2) + "\n")
 
 
 COLUMNS = (

@@ -8,7 +8,6 @@ planned again, and tabulated.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -21,7 +20,7 @@ from typing import Any
 
 from hmn import results
 from hmn.config.sweeps import LocalConfig
-from hmn.files import write_text
+from hmn.files import write_json
 from hmn.sweeps.attempt import Task
 from hmn.sweeps.cells import Cell, grid
 from hmn.sweeps.cli import status_text
@@ -105,7 +104,7 @@ def main() -> None:
     rows = measure(given.rounds, given.runs)
     if given.json:
         made = {"command": "python -m benchmarks.sweeps", "cpus": os.cpu_count(), **results.provenance()}
-        write_text(given.json, json.dumps({"header": made, "rows": rows}, indent=2) + "\n")
+        write_json(given.json, {"header": made, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ of each run's mean over its networks; its condensing and evaluation times are me
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from hmn import results
 from hmn.explain import in_one_line
-from hmn.files import write_text
+from hmn.files import write_json
 from hmn.tracking import read_metrics
 
 # What separates rows: ways to compute one experiment. Runs of a row that differ in anything else are refused.
@@ -125,7 +124,7 @@ def main() -> None:
     rows = [row(*map(list, zip(*members, strict=True))) for members in groups.values()]
     print(table(rows))
     if arguments.json:
-        write_text(arguments.json, json.dumps(rows, indent=2) + "\n")
+        write_json(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ real images of every class, from a tree DIR/<class>/*, to compare with.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from hmn.data.folder import class_files, class_folders
 from hmn.data.images import stack_files
 from hmn.errors import ArtifactError, DataError
 from hmn.explain import in_one_line
-from hmn.files import write_text
+from hmn.files import write_json
 from hmn.tracking import read_metrics
 
 
@@ -120,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows.append(of_real(given.real, rows[0]["images_per_class"], data["image_size"], data["channels"]))
     print(text(rows))
     if given.json is not None:
-        write_text(given.json, json.dumps(rows, indent=2) + "\n")
+        write_json(given.json, rows)
 
 
 if __name__ == "__main__":

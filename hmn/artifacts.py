@@ -14,11 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hmn.compute import at_once
 from hmn.containers import rebuild
-from hmn.containers.base import Container
+from hmn.containers.base import Container, decode_all
 from hmn.errors import ArtifactError
-from hmn.files import write_tensors, write_text
+from hmn.files import write_json, write_tensors
 
 SCHEMA_VERSION = 1
 TENSORS, CARD = "condensed.safetensors", "card.json"
@@ -48,15 +47,6 @@ class CondensedSet(Dataset):
     def tensors(self) -> tuple[Tensor, Tensor]:
         """All images (N, channels, H, W) float32, ordered by class, and their labels (N,) int64."""
         return self._images, self._labels
-
-
-@torch.no_grad()
-def decode_all(container: Container) -> tuple[Tensor, Tensor]:
-    """All images (N, channels, H, W) of a container, 0 black and 1 white, and their labels (N,), on its device."""
-    device = next(container.parameters()).device
-    index = torch.arange(container.classes * container.images_per_class, device=device)
-    images = torch.cat([container.decode(part) for part in index.split(at_once(1024, container.shape.image_size))])
-    return images, index // container.images_per_class
 
 
 def sha256(path: Path) -> str:
@@ -94,7 +84,7 @@ def save(folder: Path, container: Container, card: dict[str, Any], number: str =
         "stored_bytes": _bytes_of(container, number),
         **card,
     }
-    write_text(folder / CARD, json.dumps(card, indent=2) + "\n")
+    write_json(folder / CARD, card)
     return card
 
 

@@ -1,9 +1,5 @@
 """Errors that a user can fix: each is one line that tells what to do."""
 
-import signal
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
 
 class HmnError(Exception):
     """An error printed as one line, without a traceback; the process ends with ``exit_code``."""

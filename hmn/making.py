@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from hmn import build, condense, distributed, pictures, shared_condensed
-from hmn.artifacts import decode_all
 from hmn.build import Workshop
-from hmn.containers.base import Container
+from hmn.containers.base import Container, decode_all
 from hmn.data.splits import Split
 from hmn.files import exclusive
 from hmn.plan import Plan

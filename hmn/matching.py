@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from hmn import capture, distributed
-from hmn.artifacts import decode_all
 from hmn.compute import Compute
 from hmn.condense import SLOT, Condensation
 from hmn.config.objectives import ClassMatchingConfig
-from hmn.containers.base import Container
+from hmn.containers.base import Container, decode_all
 from hmn.data import augment
 from hmn.data.preprocess import Normalise
 from hmn.objectives.distance import convolution_weights

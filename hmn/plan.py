@@ -202,6 +202,7 @@ class Plan:
         }
 
     def text(self, style: str) -> str:
+        """The summary as ``text``, a line per figure, or as ``json``."""
         summary = self.summary()
         if style == "json":
             return json.dumps(summary, indent=2)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hmn.errors import ArtifactError, Damaged
-from hmn.files import write_text
+from hmn.files import write_json
 
 SCHEMA_VERSION = 1
 FILE = "result.json"
@@ -33,7 +33,7 @@ PACKAGES = (
 
 def write(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     result = {"schema_version": SCHEMA_VERSION, **result}
-    write_text(folder / FILE, json.dumps(result, indent=2) + "\n")
+    write_json(folder / FILE, result)
     return result
 
 

@@ -21,10 +21,9 @@ from hmn import (
     prune,
     tracking,
 )
-from hmn.artifacts import decode_all
 from hmn.checkpoint import Checkpoints
 from hmn.config.identity import digest
-from hmn.containers.base import Container
+from hmn.containers.base import Container, decode_all
 from hmn.data import datasets
 from hmn.data.preprocess import Normalise, unit_range
 from hmn.data.sampling import random_subset

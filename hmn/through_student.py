@@ -15,7 +15,7 @@ from hmn.config.objectives import UnrolledConfig
 from hmn.containers.base import Container
 from hmn.data import augment
 from hmn.data.preprocess import Normalise
-from hmn.data.sampling import GroupSampler
+from hmn.data.sampling import GroupSampler, permutations
 from hmn.experts import Trajectories
 from hmn.networks import initialise
 from hmn.objectives.distance import Parameters
@@ -115,9 +115,8 @@ def of_every_class(classes: int, images_per_class: int, count: int) -> Batches:
     """LinBa's batches: ``count`` random images of every class, or all if there are fewer, drawn anew for each step."""
 
     def draw(steps: int, stream: torch.Generator) -> list[Tensor]:
-        keys = torch.rand(steps, classes, images_per_class, generator=stream, dtype=torch.float64)
-        rows = keys.argsort(-1)[..., :count] + torch.arange(classes)[:, None] * images_per_class
-        return list(rows.flatten(1))
+        rows = permutations((steps, classes), images_per_class, stream)[..., :count]
+        return list((rows + torch.arange(classes)[:, None] * images_per_class).flatten(1))
 
     return draw
 

@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader
 
 import hmn
 from hmn import artifacts
-from hmn.artifacts import CARD, TENSORS, decode_all, load_condensed, sha256
+from hmn.artifacts import CARD, TENSORS, load_condensed, sha256
 from hmn.config import HmnConfig
+from hmn.containers.base import decode_all
 from hmn.containers.fred import FredShape, FrequencyMemory
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
 from hmn.containers.image import RawImages, RawShape
@@ -102,7 +103,7 @@ def test_it_is_a_data_set_for_a_loader(tmp_path):
 def test_the_order_of_images_does_not_depend_on_how_many_are_decoded_at_once(monkeypatch):
     made = container()
     whole, labels = decode_all(made)
-    monkeypatch.setattr("hmn.artifacts.at_once", lambda *_: 5)
+    monkeypatch.setattr("hmn.containers.base.at_once", lambda *_: 5)
     parts, part_labels = decode_all(made)
     torch.testing.assert_close(parts, whole)
     assert torch.equal(labels, part_labels)

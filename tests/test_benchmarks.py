@@ -31,6 +31,7 @@ from benchmarks.timing import Times, Variant
 from hmn import capture
 from hmn.compute import Compute
 from hmn.data import augment
+from hmn.files import write_json
 from hmn.networks import initialise
 from hmn.networks.convnet import ConvNet
 from hmn.objectives.gradient import matching_step
@@ -246,7 +247,7 @@ def test_all_benchmarks_run_one_after_another_and_what_failed_is_named(tmp_path,
         if name == "matching":
             return subprocess.CompletedProcess(command, 1)
         caches.add(env["TORCHINDUCTOR_CACHE_DIR"])
-        reports.write_json(given.json, {"header": {"commit": "abc"}, "rows": [vars(Row(part=name, name="ours"))]})
+        write_json(given.json, {"header": {"commit": "abc"}, "rows": [vars(Row(part=name, name="ours"))]})
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(everything.subprocess, "run", run)

@@ -16,8 +16,8 @@ import torch
 
 from hmn import checkpoint
 from hmn.checkpoint import Checkpoints, clear, codes_of
-from hmn.errors import STOP_SIGNALS, ArtifactError, ConfigError, DataError, Interrupted
-from hmn.stop import Stop
+from hmn.errors import ArtifactError, ConfigError, DataError, Interrupted
+from hmn.stop import STOP_SIGNALS, Stop
 
 ROOT = Path(__file__).parents[1]
 

@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hmn import bank, compute, distributed
-from hmn.artifacts import decode_all
 from hmn.checkpoint import Checkpoints
 from hmn.compute import Compute
 from hmn.condense import condense
 from hmn.config import BankConfig, ComputeConfig, GradientMatchingConfig, HmnConfig
 from hmn.config.objectives import SyntheticGradientConfig
+from hmn.containers.base import decode_all
 from hmn.containers.hierarchical import HierarchicalMemory, HmnShape
 from hmn.data.datasets import RealData
 from hmn.data.preprocess import Normalise

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from hmn import build, condense, making
-from hmn.artifacts import decode_all
 from hmn.condense import Condensation, Report
 from hmn.containers import fit
+from hmn.containers.base import decode_all
 from hmn.errors import ArtifactError
 from hmn.tracking import METRICS_FILE, read_metrics
 from tests.command import TINY, planned, session_of

@@ -16,7 +16,7 @@ from PIL import Image
 from experiments import redundancy
 from hmn import artifacts, session
 from hmn.config.containers import HabaConfig
-from hmn.containers.base import Container
+from hmn.containers.base import Container, decode_all
 from hmn.containers.haba import Haba, HabaShape
 from hmn.containers.image import RawImages, RawShape
 from hmn.errors import ArtifactError
@@ -112,7 +112,7 @@ def test_a_set_is_measured_share_by_share(tmp_path, toy, make, counts):
 
 def test_the_easiest_images_of_every_class_are_dropped(tmp_path, toy, monkeypatch):
     container = raw()
-    images, _ = artifacts.decode_all(container)
+    images, _ = decode_all(container)
     scores = torch.tensor([[5.0, 1, 4, 2, 3], [1, 2, 3, 4, 5], [-1, -2, -3, -5, -4]])
     monkeypatch.setattr(session.prune, "area_under_margin", lambda *_: scores.flatten())
     seen = []

@@ -31,4 +31,5 @@ MAKERS: dict[type[ObjectiveConfig], Callable[[Workshop, Container], Condensation
 
 
 def condensation(shop: Workshop, container: Container) -> Condensation:
+    """The condensation of ``container`` by the configured objective, before its first step."""
     return MAKERS[type(shop.config.objective)](shop, container)

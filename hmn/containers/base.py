@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from hmn.compute import at_once
 from hmn.config.containers import ContainerConfig
 
 
@@ -185,6 +186,15 @@ class Container(nn.Module, ABC):
         """Plain values from which :func:`hmn.containers.rebuild` makes an empty container of the same shape."""
         shape = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.shape).items()}
         return {"name": self.NAME, "images_per_class": self.images_per_class, **shape}
+
+
+@torch.no_grad()
+def decode_all(container: Container) -> tuple[Tensor, Tensor]:
+    """All images (N, channels, H, W) of a container, 0 black and 1 white, and their labels (N,), on its device."""
+    device = next(container.parameters()).device
+    index = torch.arange(container.classes * container.images_per_class, device=device)
+    images = torch.cat([container.decode(part) for part in index.split(at_once(1024, container.shape.image_size))])
+    return images, index // container.images_per_class
 
 
 class PixelSpace(nn.Module):

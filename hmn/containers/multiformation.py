@@ -217,6 +217,7 @@ def mix_slices(image_size: int, factor: int) -> list[slice]:
 
 
 def fill(config: MultiformationConfig, **_data: int) -> MultiformationConfig:
+    """Fill in ``bound``, which only ``decode=bound`` reads."""
     if config.decode == "bound" and config.bound is None:
         return dataclasses.replace(config, bound=BOUND)
     return config

@@ -54,6 +54,7 @@ class TangentForward(NamedTuple):
 
 
 def forward(y: Tensor, gamma: Tensor, beta: Tensor, epsilon: float) -> tuple[Tensor, Forward]:
+    """p (n, c, H // 2, W // 2) of y (n, c, H, W), gamma and beta (c,)."""
     centred = _centred(wide(y))
     scale = (_mean(centred.square()) + epsilon).rsqrt()
     h = centred * scale
@@ -62,6 +63,7 @@ def forward(y: Tensor, gamma: Tensor, beta: Tensor, epsilon: float) -> tuple[Ten
 
 
 def backward(d_p: Tensor, block: Forward) -> tuple[Tensor, Backward]:
+    """d_y, shaped as y, of d_p, shaped as p."""
     d_h = _unpool(wide(d_p), block.h) * block.slope
     along = _mean(d_h * block.h)
     d_y = block.scale * (_centred(d_h) - block.h * along)
@@ -69,6 +71,7 @@ def backward(d_p: Tensor, block: Forward) -> tuple[Tensor, Backward]:
 
 
 def tangent_forward(y_dot: Tensor, block: Forward) -> tuple[Tensor, TangentForward]:
+    """p_dot of y_dot: how the forward pass moves."""
     y_dot = wide(y_dot)
     along = _mean(y_dot * block.h)
     h_dot = block.scale * (_centred(y_dot) - block.h * along)
@@ -76,6 +79,7 @@ def tangent_forward(y_dot: Tensor, block: Forward) -> tuple[Tensor, TangentForwa
 
 
 def tangent_backward(d_p_dot: Tensor, block: Forward, back: Backward, moved: TangentForward) -> Tensor:
+    """d_y_dot of d_p_dot: how the backward pass moves."""
     d_h_dot = _unpool(wide(d_p_dot), block.h) * block.slope
     along_dot = _mean(d_h_dot * block.h + back.d_h * moved.h_dot)
     inner = _centred(d_h_dot) - block.h * along_dot - moved.h_dot * back.along

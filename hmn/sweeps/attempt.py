@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -15,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hmn.errors import STOP_SIGNALS, Busy, ConfigError
+from hmn.errors import Busy, ConfigError
+from hmn.stop import STOP_SIGNALS
 
 # Ray and SLURM use a process per run that only waits for the run. To spare it the time and memory of importing torch,
 # modules that need torch are imported where they are used.
@@ -46,6 +46,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
+    """What became of a task."""
+
     run_id: str
     status: str  # done, failed, stopped
     attempts: int
@@ -146,7 +148,7 @@ def lost(task: Task, error: str) -> Outcome:
 
 
 def _failed(task: Task, folder: Path, attempts: int, error: str, code: int | None) -> Outcome:
-    from hmn.files import write_text
+    from hmn.files import write_json
     from hmn.results import code_version
 
     kept = {
@@ -158,7 +160,7 @@ def _failed(task: Task, folder: Path, attempts: int, error: str, code: int | Non
         "code": code_version(),
     }
     try:
-        write_text(folder / FAILURE, json.dumps(kept, indent=2) + "\n")
+        write_json(folder / FAILURE, kept)
     except OSError as unkept:  # most often the disk is full, which the run itself may not have been able to report
         return Outcome(task.run_id, "failed", attempts, f"{error} ({FAILURE} could not be written: {unkept.strerror})")
     return Outcome(task.run_id, "failed", attempts, error)

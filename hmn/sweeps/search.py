@@ -37,7 +37,7 @@ from hmn.config import require
 from hmn.config.overrides import section_of
 from hmn.errors import ArtifactError, ConfigError, HmnError
 from hmn.explain import explain
-from hmn.files import exclusive, write_text
+from hmn.files import exclusive, write_json
 from hmn.plan import Plan, make_plan
 from hmn.report import text_table
 from hmn.sweeps import state
@@ -186,7 +186,7 @@ def _same_as_before(given: Search) -> None:
     fixed = {key: line.partition("=")[2] for key, line in given.fixed.items()}
     now = fixed | {key: json.loads(distribution_to_json(one)) for key, one in given.space.items()}
     if not path.exists():
-        write_text(path, json.dumps(now, indent=2) + "\n")
+        write_json(path, now)
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     for key in [*before, *now]:

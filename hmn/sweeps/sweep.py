@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import json
 import os
 import re
 import shlex
@@ -32,9 +31,10 @@ from hmn.config import CONF, ComputeConfig, LauncherConfig, SweepConfig, require
 from hmn.config.identity import digest
 from hmn.config.overrides import key_of, section_of
 from hmn.config.sweeps import LocalConfig
-from hmn.errors import STOP_SIGNALS, Busy, ConfigError, Interrupted
-from hmn.files import exclusive, write_text
+from hmn.errors import Busy, ConfigError, Interrupted
+from hmn.files import exclusive, write_json
 from hmn.report import percent
+from hmn.stop import handled_by
 from hmn.sweeps import launchers, state
 from hmn.sweeps.attempt import Outcome, Task
 from hmn.sweeps.cells import Cell, grid
@@ -178,7 +178,7 @@ def _launch(sweep: Sweep, planned: Sequence[Planned], announce: bool) -> Counter
         print(f"runs left: {count} of {so_far.total()}; their progress: {status_command(sweep)}", flush=True)
     tried: set[str] = set()
     while True:
-        write_text(sweep.folder / FILE, json.dumps(description(sweep, planned), indent=2) + "\n")
+        write_json(sweep.folder / FILE, description(sweep, planned))
         left = [one for run_id, one in by_run(planned).items() if run_id not in tried and not _done(one)]
         if not left or not _run(sweep, left, counts(planned)):
             return counts(planned)
@@ -322,15 +322,12 @@ def _stoppable() -> Iterator[None]:
             asked = True
             raise _Asked(signum)
 
-    previous = {signum: signal.signal(signum, interrupt) for signum in STOP_SIGNALS}
-    try:
-        yield
-    except _Asked as stop:
-        (signum,) = stop.args
-        raise Interrupted(f"stopped by {signal.Signals(signum).name}", signum) from None
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+    with handled_by(interrupt):
+        try:
+            yield
+        except _Asked as stop:
+            (signum,) = stop.args
+            raise Interrupted(f"stopped by {signal.Signals(signum).name}", signum) from None
 
 
 def counts(planned: Sequence[Planned]) -> Counter[str]:

@@ -20,8 +20,9 @@ from hmn.checkpoint import Checkpoints
 from hmn.config import sections
 from hmn.config.sweeps import LocalConfig
 from hmn.data import datasets
-from hmn.errors import STOP_SIGNALS, ConfigError, Interrupted
+from hmn.errors import ConfigError, Interrupted
 from hmn.files import exclusive, write_text
+from hmn.stop import STOP_SIGNALS
 from hmn.sweeps import cli, planning
 from hmn.sweeps import sweep as sweep_module
 from hmn.sweeps.cells import Cell

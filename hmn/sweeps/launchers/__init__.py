@@ -12,7 +12,7 @@ import signal
 from collections.abc import Generator, Iterator, Sequence
 
 from hmn.config import LauncherConfig
-from hmn.errors import STOP_SIGNALS
+from hmn.stop import handled_by
 from hmn.sweeps.attempt import Outcome, Task
 
 Launched = Generator[Outcome, None, None]
@@ -31,11 +31,7 @@ def uninterrupted() -> Iterator[None]:
     and its handler runs in this thread.
     """
     came: list[int] = []
-    handlers = {one: signal.signal(one, lambda signum, _frame: came.append(signum)) for one in STOP_SIGNALS}
-    try:
+    with handled_by(lambda signum, _frame: came.append(signum)):
         yield
-    finally:
-        for one, handler in handlers.items():
-            signal.signal(one, handler)
     for signum in came[:1]:
         signal.raise_signal(signum)

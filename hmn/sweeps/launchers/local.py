@@ -80,6 +80,7 @@ def _gpus() -> list[str]:
 
 
 def launch(tasks: Sequence[Task], settings: LocalConfig) -> Launched:
+    """One thread per slot takes the tasks in order. Raises ``ConfigError`` for GPUs that this machine lacks."""
     has = len(_gpus())
     require("launcher.gpus", (settings.gpus or 0) <= has, settings.gpus, f"at most {has}, what this machine has")
     stop, outcomes, waiting = threading.Event(), queue.SimpleQueue(), deque(tasks)

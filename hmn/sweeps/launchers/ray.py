@@ -72,6 +72,7 @@ def _run(task: Task, environment: dict[str, str], gate: ray.actor.ActorHandle) -
 
 
 def launch(tasks: Sequence[Task], settings: RayConfig) -> Launched:
+    """One Ray task per run; the cluster decides when each begins."""
     with contextlib.ExitStack() as stack:
         # Ray's own calls swallow exceptions that a signal handler raises.
         with uninterrupted():

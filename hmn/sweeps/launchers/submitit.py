@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from hmn.config.sweeps import FINISH_TIMEOUT, SubmititConfig
-from hmn.errors import STOP_SIGNALS, ConfigError
+from hmn.errors import ConfigError
+from hmn.stop import STOP_SIGNALS
 from hmn.sweeps.attempt import Outcome, Task, attempt, lost
 from hmn.sweeps.launchers import Launched, uninterrupted
 
@@ -78,6 +79,7 @@ def _watching(asked: Callable[[], object]) -> Iterator[threading.Event]:
 
 
 def launch(tasks: Sequence[Task], settings: SubmititConfig) -> Launched:
+    """One SLURM job per run, in arrays; a process each if ``launcher.cluster`` is local."""
     if not tasks:
         return
     runs_dir = Path(tasks[0].directory, tasks[0].folder).parent
