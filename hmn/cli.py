@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,8 +38,14 @@ def _run(raw: DictConfig) -> float | None:
             print(plan.text(raw.plan.format))
             return None
         (plan.folder / FAILURE).unlink(missing_ok=True)  # written by a sweep: what failed there is tried again here
-        result = experiment.run(plan, command=experiment.typed_command())
+        result = experiment.run(plan, command=_typed_command())
         return results.held_out_accuracy(result)
+
+
+def _typed_command() -> str:
+    """The command of this process without its mode, so that another mode can be appended."""
+    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("mode=")]
+    return shlex.join(["python", Path(sys.argv[0]).name, *arguments])
 
 
 def _register_resolvers() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,6 +83,10 @@ class Accuracies:
     def best_mean(self) -> float:
         """Mean over networks of the best test point: chosen on the test split, so an extra and never the result."""
         return sum(max(points) for points in self.by_network) / len(self.by_network)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as a result and a card keep them."""
+        return {"mean": self.mean, "std": self.std, "best_mean": self.best_mean, **asdict(self)}
 
 
 def recipe_of(config: EvaluationConfig, *, flip: bool) -> Recipe:

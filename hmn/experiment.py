@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -170,9 +168,3 @@ def _print_result(plan: Plan, result: dict[str, Any], command: str) -> None:
     print(f"run folder: {plan.folder}")
     if (picture := plan.folder / "condensed.png").exists():
         print(f"images:     {picture}")
-
-
-def typed_command() -> str:
-    """The command of this process without its mode, so that another mode can be appended."""
-    arguments = [argument for argument in sys.argv[1:] if not argument.startswith("mode=")]
-    return shlex.join(["python", Path(sys.argv[0]).name, *arguments])

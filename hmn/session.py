@@ -166,7 +166,7 @@ class Session:
         files = [self.folder / name for name in (artifacts.TENSORS, artifacts.CARD, "condensed.png")]
         self.tracker.log_artifact(self.plan.run_id, files, card)
         return {
-            "accuracy": _plain(accuracies),
+            "accuracy": accuracies.as_dict(),
             "images_per_class": str(container.images_per_class),
             "budget_floats": self.plan.storage.budget_floats,
             "stored_floats": container.storage_floats(),
@@ -208,7 +208,7 @@ class Session:
         kept, cards = self._kept_images()
         self._keep_picture(kept.images, kept.labels)
         return {
-            "accuracy": _plain(self._evaluate(kept)),
+            "accuracy": self._evaluate(kept).as_dict(),
             "images_per_class": _per_class(kept.labels),
             "stored_floats": sum(card["stored_floats"] for card in cards),
             "stored_bytes": sum(map(artifacts.stored_bytes, cards)),
@@ -236,7 +236,7 @@ class Session:
             rows.append({"dropped": share, "images_per_class": count, **measured})
             accuracies.append(found)
         return {
-            "accuracy": _plain(accuracies[0]),
+            "accuracy": accuracies[0].as_dict(),
             "rows": rows,
             "images_per_class": str(rows[0]["images_per_class"]),
             "stored_floats": card["stored_floats"],
@@ -271,11 +271,11 @@ class Session:
             last.append([float(accuracy(network, test.images, test.labels, self.judge.normalise))])
         seeds = [derived_seed(settings.seed, "experts", number) for number in range(settings.count)]
         found = Accuracies(by_network=last, test_epochs=[settings.epochs], seeds=seeds)
-        return {"accuracy": _plain(found), **self._all_images()}
+        return {"accuracy": found.as_dict(), **self._all_images()}
 
     def full_data(self) -> dict[str, Any]:
         """Train on all training images except those held out, which are the images that sets are condensed from."""
-        return {"accuracy": _plain(self._evaluate(self.data.train)), **self._all_images()}
+        return {"accuracy": self._evaluate(self.data.train).as_dict(), **self._all_images()}
 
     def _all_images(self) -> dict[str, Any]:
         train = self.data.train
@@ -289,7 +289,7 @@ class Session:
         kept = self.data.train.select(index)
         self._keep_picture(unit_range(kept.images), kept.labels)
         return {
-            "accuracy": _plain(self._evaluate(kept)),
+            "accuracy": self._evaluate(kept).as_dict(),
             "images_per_class": str(count),
             "stored_floats": kept.images.numel(),
         }
@@ -331,7 +331,7 @@ class Session:
             "evaluation": {
                 "network": networks.full_name(config.network, self.plan.data.image_size),
                 **dataclasses.asdict(config.evaluation),
-                "accuracy": _plain(accuracies),
+                "accuracy": accuracies.as_dict(),
             },
             "provenance": self.provenance,
         }
@@ -356,8 +356,3 @@ def _per_class(labels: Tensor) -> str:
     """Number of images per class, or the smallest and the largest number if classes differ."""
     counts = torch.bincount(labels).unique().tolist()
     return str(counts[0]) if len(counts) == 1 else f"{min(counts)}-{max(counts)}"
-
-
-def _plain(accuracies: Accuracies) -> dict[str, Any]:
-    measured = {"mean": accuracies.mean, "std": accuracies.std, "best_mean": accuracies.best_mean}
-    return measured | dataclasses.asdict(accuracies)
