@@ -203,7 +203,7 @@ def test_new_tensors_beside_an_old_card_are_refused(tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(artifacts, "write_text", killed)
+    monkeypatch.setattr(artifacts, "write_json", killed)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, container(1))
     refused(tmp_path, "SHA-256")
