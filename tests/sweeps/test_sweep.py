@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -412,19 +413,17 @@ def test_a_signal_while_runs_save_comes_after_them():
 def test_a_slurm_job_shares_its_slots_with_no_other(tmp_path, monkeypatch):
     """Both jobs may have a GPU 0 on the same node, each its own."""
     monkeypatch.setattr(local.tempfile, "tempdir", str(tmp_path))
-    slot, stop = local.Slot("gpu0-0", {}), threading.Event()
-    monkeypatch.setenv("SLURM_JOB_ID", "11")
-    with slot.taken(stop) as first:
-        assert first is not None
-        taken_again = threading.Thread(target=lambda: slot.taken(stop).__enter__())
-        taken_again.start()
-        taken_again.join(0.5)
-        assert taken_again.is_alive()  # another sweep of the same job waits
-        monkeypatch.setenv("SLURM_JOB_ID", "12")
-        with slot.taken(threading.Event()) as other:
-            assert other is not None
-        stop.set()
-        taken_again.join()
+    slot = local.Slot("gpu0-0", {})
+
+    def taken(job: str) -> contextlib.AbstractContextManager[int | None]:
+        """The slot, or ``None`` if it is not free within half a second."""
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        stop = threading.Event()
+        threading.Timer(0.5, stop.set).start()
+        return slot.taken(stop)
+
+    with taken("11") as first, taken("11") as again, taken("12") as other:
+        assert first is not None and again is None and other is not None
 
 
 def test_more_gpus_than_there_are_are_refused(monkeypatch):
