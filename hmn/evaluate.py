@@ -38,24 +38,23 @@ class Judge:
         generators = [generator(self.seed, stream, index, device=train.images.device) for index in networks]
         return Training(self.build, train.images, train.labels, recipe, self.normalise, self.step, *generators)
 
+    def train(
+        self,
+        count: int,
+        images: Split,
+        recipe: Recipe,
+        stream: str,
+        observe: Callable[[range, Training, dict[str, Tensor]], None],
+        memo: dict[str, Tensor],
+        slot: str | None = None,
+    ) -> dict[str, Tensor]:
+        """Train ``count`` fresh networks on ``images``; returns ``memo``, as :func:`hmn.training.train_networks` does.
 
-def train_judges(
-    judge: Judge,
-    count: int,
-    images: Split,
-    recipe: Recipe,
-    stream: str,
-    observe: Callable[[range, Training, dict[str, Tensor]], None],
-    memo: dict[str, Tensor],
-    slot: str | None = None,
-) -> dict[str, Tensor]:
-    """Train ``count`` fresh networks on ``images``; returns ``memo``, as :func:`hmn.training.train_networks` does.
-
-    ``stream`` names their random streams. ``slot`` names their checkpoint, progress bar and errors, by default
-    ``stream``.
-    """
-    make = functools.partial(judge.training, images, recipe, stream)
-    return train_networks(count, make, observe, memo, judge.checkpoints, slot or stream, judge.together)
+        ``stream`` names their random streams. ``slot`` names their checkpoint, progress bar and errors, by default
+        ``stream``.
+        """
+        make = functools.partial(self.training, images, recipe, stream)
+        return train_networks(count, make, observe, memo, self.checkpoints, slot or stream, self.together)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +122,7 @@ def evaluate(
 ) -> Accuracies:
     """Train ``networks`` fresh networks on ``train`` by the judge's recipe and test each at ``points`` epochs.
 
-    ``stream`` and ``slot`` as in :func:`train_judges`.
+    ``stream`` and ``slot`` as in :meth:`Judge.train`.
     """
     tested = tested_epochs(judge.recipe.epochs, points)
 
@@ -133,7 +132,7 @@ def evaluate(
             memo["accuracy"][group.start : group.stop, tested.index(training.epoch)] = values
 
     memo = {"accuracy": torch.zeros(networks, len(tested), dtype=torch.float64)}
-    train_judges(judge, networks, train, judge.recipe, stream, observe, memo, slot)
+    judge.train(networks, train, judge.recipe, stream, observe, memo, slot)
     seeds = [derived_seed(judge.seed, stream, index) for index in range(networks)]
     return Accuracies(by_network=memo["accuracy"].tolist(), test_epochs=tested, seeds=seeds)
 

@@ -7,13 +7,13 @@ share them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from hmn.checkpoint import Checkpoints
 from hmn.config.objectives import ExpertsConfig
@@ -22,7 +22,7 @@ from hmn.files import exclusive, write_tensors
 from hmn.objectives.distance import Parameters
 from hmn.precomputed import check_images, read_part
 from hmn.stop import Stop
-from hmn.training import Recipe, Training
+from hmn.training import Recipe, Training, run_epochs
 
 TOGETHER = 10  # most experts trained at once
 CHECKPOINT_BYTES = 2 << 30  # most that a checkpoint may take: it holds all snapshots so far of the experts in training
@@ -101,6 +101,14 @@ def _record(
             for expert, own in zip(kept, copied if training.together else [copied], strict=True):
                 expert[f"{training.epoch}/{name}"] = own.contiguous()
 
+    def after_epoch(losses: list[float]) -> None:
+        if not math.isfinite(total := sum(losses)):
+            raise Diverged(
+                f"experts: the training loss is {total} after epoch {training.epoch}: lower objective.experts.lr"
+            )
+        snapshot()
+        checkpoints.tick(slot, lambda: {"numbers": [*numbers], "training": training.state_dict(), "kept": kept})
+
     if begun is None:
         snapshot()
     else:
@@ -108,18 +116,7 @@ def _record(
             training.load_state_dict(begun["training"])
             kept = begun["kept"]
     title = f"experts {numbers[0] + 1}-{numbers[-1] + 1}" if len(numbers) > 1 else f"expert {numbers[0] + 1}"
-    epochs = training.recipe.epochs
-    with tqdm(total=epochs, initial=training.epoch, desc=title, unit="epoch", leave=False) as bar:
-        while not training.finished:
-            losses = torch.tensor(training.run_epoch())
-            if not losses.isfinite().all():
-                raise Diverged(
-                    f"experts: the training loss is {float(losses.sum())} after epoch {training.epoch}: "
-                    "lower objective.experts.lr"
-                )
-            snapshot()
-            bar.update()
-            checkpoints.tick(slot, lambda: {"numbers": [*numbers], "training": training.state_dict(), "kept": kept})
+    run_epochs(training, title, after_epoch)
     return kept
 
 

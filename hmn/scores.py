@@ -15,7 +15,7 @@ from hmn import distributed
 from hmn.data.preprocess import Normalise
 from hmn.data.splits import Split
 from hmn.errors import ArtifactError
-from hmn.evaluate import Judge, train_judges
+from hmn.evaluate import Judge
 from hmn.files import exclusive, write_tensors
 from hmn.networks import Builder
 from hmn.stop import Stop
@@ -64,7 +64,7 @@ def difficulty(judge: Judge, train: Split, networks: int, epochs: int, stream: s
 
     summed = {name: torch.zeros(n, device=device) for name in ("logit_margin", "softmax_margin")}
     by_network = {name: torch.zeros(networks, n, device=device) for name in ("right", "learned", "forgotten")}
-    memo = train_judges(judge, networks, train, recipe, stream, observe, summed | by_network)
+    memo = judge.train(networks, train, recipe, stream, observe, summed | by_network)
     return {
         "logit_margin": memo["logit_margin"] / (networks * epochs),
         "softmax_margin": memo["softmax_margin"] / networks,
@@ -86,7 +86,7 @@ def weights(judge: Judge, train: Split, networks: int, epochs: int) -> dict[str,
                 memo[name][group.start : group.stop] = value.view(len(group), *memo[name].shape[1:])
 
     memo = {name: value.new_zeros(networks, *value.shape) for name, value in empty.items()}
-    return train_judges(judge, networks, train, replace(judge.recipe, epochs=epochs), SLOT, observe, memo)
+    return judge.train(networks, train, replace(judge.recipe, epochs=epochs), SLOT, observe, memo)
 
 
 def networks_of(build: Builder, stacked: dict[str, Tensor]) -> list[nn.Module]:

@@ -121,6 +121,17 @@ class Training:
         self.generator.set_state(state["generator"])
 
 
+def run_epochs(training: Training, title: str, after_epoch: Callable[[list[float]], None]) -> None:
+    """Train to the last epoch under a progress bar; ``after_epoch`` receives each network's mean loss."""
+    count, hidden = training.recipe.epochs, not distributed.first()
+    with tqdm(total=count, initial=training.epoch, desc=title, unit="epoch", leave=False, disable=hidden) as bar:
+        while not training.finished:
+            losses = training.run_epoch()
+            after_epoch(losses)
+            bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}", refresh=False)
+            bar.update()
+
+
 def train_networks(
     count: int,
     make: Callable[[range], Training],
@@ -161,25 +172,19 @@ def train_networks(
                 training.load_state_dict(resumed)
             resumed = None
 
-        def state_now(networks: range = networks, training: Training = training) -> dict[str, Any]:
+        def after_epoch(losses: list[float], networks: range = networks, training: Training = training) -> None:
+            for index, loss in zip(networks, losses, strict=True):
+                if not math.isfinite(loss):
+                    raise Diverged(
+                        f"{slot} {index + 1}/{count}: the training loss of this network is {loss} after epoch "
+                        f"{training.epoch}: lower its learning rate"
+                    )
+            observe(networks, training, memo)
             group = {"index": networks.start, "stop": networks.stop, "together": together}
-            return {**group, "training": training.state_dict(), "memo": memo}
+            checkpoints.tick(slot, lambda: {**group, "training": training.state_dict(), "memo": memo}, own=True)
 
         numbers = f"{first + 1}-{networks.stop}" if len(networks) > 1 else f"{first + 1}"
-        title, epochs, hidden = f"{slot} {numbers}/{count}", training.recipe.epochs, not distributed.first()
-        with tqdm(total=epochs, initial=training.epoch, desc=title, unit="epoch", leave=False, disable=hidden) as bar:
-            while not training.finished:
-                losses = training.run_epoch()
-                for index, loss in zip(networks, losses, strict=True):
-                    if not math.isfinite(loss):
-                        raise Diverged(
-                            f"{slot} {index + 1}/{count}: the training loss of this network is {loss} after epoch "
-                            f"{training.epoch}: lower its learning rate"
-                        )
-                observe(networks, training, memo)
-                bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}")
-                bar.update()
-                checkpoints.tick(slot, state_now, own=True)
+        run_epochs(training, f"{slot} {numbers}/{count}", after_epoch)
         first = networks.stop + (world - 1) * together
     # A finished stage is kept too: a later interruption must not repeat it.
     finished = {"index": count, "stop": count, "together": together, "training": None, "memo": memo}
