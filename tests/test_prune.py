@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,7 +131,7 @@ def scripted(folder: Path) -> SimpleNamespace:
         asked.append((recipe, stream, networks))
         return ScriptedTraining(SCRIPTS[networks.start], recipe)
 
-    return SimpleNamespace(
+    judge = SimpleNamespace(
         recipe=RECIPE,
         normalise=lambda x: x,
         checkpoints=Checkpoints(folder, 1e9),
@@ -139,6 +140,8 @@ def scripted(folder: Path) -> SimpleNamespace:
         seed=0,
         together=1,
     )
+    judge.train = partial(Judge.train, judge)
+    return judge
 
 
 DECODED = Split(torch.zeros(4, 1, 2, 2), LABELS)

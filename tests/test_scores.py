@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import signal
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -132,7 +133,7 @@ def scripted(folder: Path, together: int) -> SimpleNamespace:
         by_epoch = torch.cat([own, torch.zeros_like(own)], -1)
         return ScriptedTraining(by_epoch if len(networks) > 1 else by_epoch[:, 0], recipe, len(networks))
 
-    return SimpleNamespace(
+    judge = SimpleNamespace(
         recipe=RECIPE,
         normalise=lambda x: x,
         checkpoints=Checkpoints(folder, 1e9),
@@ -140,6 +141,8 @@ def scripted(folder: Path, together: int) -> SimpleNamespace:
         together=together,
         asked=asked,
     )
+    judge.train = partial(Judge.train, judge)
+    return judge
 
 
 @pytest.mark.parametrize(("together", "groups"), [(1, [range(0, 1), range(1, 2)]), (2, [range(0, 2)])])
