@@ -16,7 +16,7 @@ from hmn.data.kmeans import nearest_to_centres
 from hmn.data.sampling import class_sizes, random_subset
 from hmn.data.splits import Split
 from hmn.evaluate import Judge
-from hmn.scores import difficulty, features, networks_of, remembered, weights
+from hmn.scores import cached, difficulty, features, networks_of, trained_weights
 from hmn.seeding import generator
 
 
@@ -38,7 +38,7 @@ def choose(
     stream = generator(judge.seed, "coreset", device=device)
     if method in ("herding", "k_center", "k_means"):
         path = cache / "weights.safetensors"
-        stacked = remembered(path, lambda: weights(judge, train, config.networks, config.epochs), device, stop)
+        stacked = cached(path, lambda: trained_weights(judge, train, config.networks, config.epochs), device, stop)
         networks = networks_of(judge.build, stacked)
         chosen, start = [], 0
         for size in sizes:
@@ -47,7 +47,7 @@ def choose(
             start += size
         return torch.cat(chosen)
     path = cache / "difficulty.safetensors"
-    scores = remembered(path, lambda: difficulty(judge, train, config.networks, config.epochs), device, stop)
+    scores = cached(path, lambda: difficulty(judge, train, config.networks, config.epochs), device, stop)
     if method == "forgetting":
         return highest(scores["forgetting"], labels, count, stream)
     if method == "aum":

@@ -72,7 +72,7 @@ def difficulty(judge: Judge, train: Split, networks: int, epochs: int, stream: s
     }
 
 
-def weights(judge: Judge, train: Split, networks: int, epochs: int) -> dict[str, Tensor]:
+def trained_weights(judge: Judge, train: Split, networks: int, epochs: int) -> dict[str, Tensor]:
     """Weights of ``networks`` networks trained on ``train`` by the judge's recipe, stacked: (networks, ...) by name.
 
     The recipe's CutMix stays on, as in IDC's training of the network whose features herding takes. Weights are kept
@@ -99,9 +99,7 @@ def networks_of(build: Builder, stacked: dict[str, Tensor]) -> list[nn.Module]:
     return made
 
 
-def remembered(
-    path: Path, make: Callable[[], dict[str, Tensor]], device: torch.device, stop: Stop
-) -> dict[str, Tensor]:
+def cached(path: Path, make: Callable[[], dict[str, Tensor]], device: torch.device, stop: Stop) -> dict[str, Tensor]:
     """The tensors that ``make`` returns: read from ``path`` if it exists, otherwise made and written there.
 
     Coresets of other methods and sizes need the same tensors, and their cost is this training on all images. While one

@@ -28,7 +28,7 @@ from hmn.network_update import training_step
 from hmn.networks import Builder
 from hmn.networks.convnet import ConvNet
 from hmn.networks.resnet import ResNet
-from hmn.scores import SLOT, difficulty, features, networks_of, remembered, weights
+from hmn.scores import SLOT, cached, difficulty, features, networks_of, trained_weights
 from hmn.seeding import generator
 from hmn.stop import Stop
 from hmn.training import Recipe, logits_of
@@ -166,7 +166,7 @@ def test_margins_and_forgetting_events_by_hand(tmp_path, together, groups):
 @pytest.mark.parametrize(("build", "side", "width"), [(convnet, 8, 64), (resnet, 9, 16)])
 def test_features_are_what_the_classifier_of_each_trained_network_sees(tmp_path, together, build, side, width):
     train = images(side=side)
-    networks = networks_of(build, weights(judge(tmp_path, together=together, build=build), train, 2, epochs=2))
+    networks = networks_of(build, trained_weights(judge(tmp_path, together=together, build=build), train, 2, epochs=2))
     joined = features(networks, train.images, NORMALISE)
     assert joined.shape == (12, 2 * width)
     for network, own in zip(networks, joined.split(width, 1), strict=True):
@@ -178,7 +178,7 @@ def test_features_are_what_the_classifier_of_each_trained_network_sees(tmp_path,
 def test_networks_whose_features_are_taken_have_been_trained_by_the_recipe_with_cutmix(tmp_path, build, side):
     """This includes the running statistics of batch norm."""
     train, work = images(side=side), judge(tmp_path, build=build)
-    (network,) = networks_of(build, weights(work, train, networks=1, epochs=2))
+    (network,) = networks_of(build, trained_weights(work, train, networks=1, epochs=2))
     training = work.training(train, dataclasses.replace(RECIPE, epochs=2), SLOT, range(1))
     while not training.finished:
         training.run_epoch()
@@ -226,7 +226,7 @@ def test_what_was_made_once_is_read_the_next_time(tmp_path):
         return made
 
     for _ in range(2):
-        found = remembered(path, make, torch.device("cpu"), Stop())
+        found = cached(path, make, torch.device("cpu"), Stop())
         assert found.keys() == made.keys()
         assert all(torch.equal(found[name], made[name]) for name in made)
     assert calls == [True]
@@ -235,7 +235,7 @@ def test_what_was_made_once_is_read_the_next_time(tmp_path):
 def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "made.safetensors").write_bytes(b"nothing of the kind")
     with pytest.raises(ArtifactError, match="made.safetensors: not a safetensors file .*; remove it"):
-        remembered(tmp_path / "made.safetensors", dict, torch.device("cpu"), Stop())
+        cached(tmp_path / "made.safetensors", dict, torch.device("cpu"), Stop())
 
 
 # Choosing
@@ -279,7 +279,7 @@ def test_each_method_that_looks_at_features_makes_its_own_choice(tmp_path, monke
 
     Herding takes 10 and then 2, the nearest to 13 - 10; k-center takes 10 and then 0, the farthest from it.
     """
-    monkeypatch.setattr("hmn.coresets.remembered", lambda *_: {})
+    monkeypatch.setattr("hmn.coresets.cached", lambda *_: {})
     monkeypatch.setattr("hmn.coresets.features", lambda _networks, images, _normalise: images.flatten(1))
     own = torch.tensor([0.0, 1.0, 2.0, 10.0, 11.0, 15.0])
     train = Split(torch.cat([own, own + 100]).view(-1, 1, 1, 1), torch.arange(2).repeat_interleave(6))
@@ -300,7 +300,7 @@ def test_the_hardest_images_are_kept_but_ccs_cuts_them_by_another_score(tmp_path
     assert choose(judge(tmp_path), train, ("a", "b"), 1, coreset(method), tmp_path).tolist() == expected
 
 
-@pytest.mark.parametrize(("method", "learn"), [("herding", "weights"), ("aum", "difficulty")])
+@pytest.mark.parametrize(("method", "learn"), [("herding", "trained_weights"), ("aum", "difficulty")])
 def test_as_many_networks_learn_for_as_long_as_was_asked_for(tmp_path, monkeypatch, method, learn):
     real, asked = getattr(coresets, learn), []
     monkeypatch.setattr(coresets, learn, lambda *given: asked.append(given[2:4]) or real(*given))
@@ -311,7 +311,7 @@ def test_as_many_networks_learn_for_as_long_as_was_asked_for(tmp_path, monkeypat
 
 def test_ccs_cuts_and_bins_as_configured(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(coresets, "remembered", lambda *_: {"softmax_margin": torch.zeros(12)})
+    monkeypatch.setattr(coresets, "cached", lambda *_: {"softmax_margin": torch.zeros(12)})
     monkeypatch.setattr(coresets, "ccs", lambda *_, hard_cut, bins, generator: seen.append((hard_cut, bins)))
     choose(judge(tmp_path), images(), NAMES, 2, dataclasses.replace(coreset("ccs"), hard_cut=0.4, bins=7), tmp_path)
     assert seen == [(0.4, 7)]

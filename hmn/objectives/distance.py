@@ -69,14 +69,14 @@ def all_weights(parameters: Parameters) -> Parameters:
     return {name: value for name, value in parameters.items() if value.ndim >= 2}
 
 
-def batches(images: Tensor, labels: Tensor, share: float) -> Iterator[tuple[Tensor, Tensor]]:
+def parts(images: Tensor, labels: Tensor, share: float) -> Iterator[tuple[Tensor, Tensor]]:
     """The whole batch or, if ``share`` is below one, the two halves that :func:`distances` needs."""
-    parts = 1 if share == 1 else 2
-    return zip(images.chunk(parts), labels.chunk(parts), strict=True)
+    count = 1 if share == 1 else 2
+    return zip(images.chunk(count), labels.chunk(count), strict=True)
 
 
 def distances(metric: str, synthetic: Sequence[Parameters], real: Parameters, share: float = 1.0) -> Tensor:
-    """The distance of every matched layer, (layers,); ``synthetic``: mean gradients of each part of :func:`batches`."""
+    """The distance of every matched layer, (layers,); ``synthetic``: mean gradients of each of the :func:`parts`."""
     if share == 1:
         (whole,) = synthetic
         return torch.stack([METRICS[metric](whole[name], real[name]) for name in whole])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 from hmn.compute import Compute, wide
-from hmn.objectives.distance import Form, Matched, Parameters, batches, convolution_weights, distances
+from hmn.objectives.distance import Form, Matched, Parameters, convolution_weights, distances, parts
 from hmn.objectives.r_operator import r_operator
 
 # (parameters, real side (k, ...), synthetic (k, n, channels, H, W), labels (k,)) -> distance per layer, summed over the
@@ -44,7 +44,7 @@ def loop(
     def match(parameters: Parameters, targets: Parameters, synthetic: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         with compute.autocast():
             pixels = synthetic.detach().requires_grad_()
-            found = [derivatives(parameters, *part, create_graph=True) for part in batches(pixels, labels, share)]
+            found = [derivatives(parameters, *part, create_graph=True) for part in parts(pixels, labels, share)]
             per_layer = distances(metric, found, targets, share)
             (pixel_gradient,) = torch.autograd.grad(per_layer.sum(), pixels)
         return per_layer.detach(), pixel_gradient
@@ -71,7 +71,7 @@ def nested(
 
     def match(parameters: Parameters, targets: Parameters, synthetic: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         def matching(pixels: Tensor) -> tuple[Tensor, Tensor]:
-            found = [derivatives(parameters, *part) for part in batches(pixels, labels, share)]
+            found = [derivatives(parameters, *part) for part in parts(pixels, labels, share)]
             per_layer = distances(metric, found, targets, share)
             return per_layer.sum(), per_layer
 

@@ -25,7 +25,7 @@ from hmn.compute import Compute, wide
 from hmn.config import require
 from hmn.networks.convnet import ConvNet
 from hmn.objectives import block
-from hmn.objectives.distance import Form, Matched, Parameters, batches, convolution_weights, distances
+from hmn.objectives.distance import Form, Matched, Parameters, convolution_weights, distances, parts
 
 
 class _Block(NamedTuple):
@@ -163,7 +163,7 @@ def r_operator(
         return wide(d_p_dot)
 
     def match(parameters: Parameters, targets: Parameters, synthetic: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        found, done = zip(*(first_pass(parameters, *part) for part in batches(synthetic, labels, share)), strict=True)
+        found, done = zip(*(first_pass(parameters, *part) for part in parts(synthetic, labels, share)), strict=True)
 
         def total(of_synthetic: list[Parameters]) -> tuple[Tensor, Tensor]:
             per_layer = distances(metric, of_synthetic, targets, share)
