@@ -208,18 +208,18 @@ def test_dc_has_the_loops_of_its_paper(images, steps, epochs):
 
 
 @pytest.mark.parametrize(
-    ("name", "table", "differing"),
+    ("name", "table", "row", "differing"),
     [
         # Its published runs were fitted with one rate for all parameters
-        ("tuned_ipc1", "q75_gradients", {"fit_learning_rate": (0.2, 0.02), "fit_weights_lr": (0.005, None)}),
-        ("tuned_ipc10", "q75_main_ipc10", {}),
+        ("tuned_ipc1", "q75_metric", "l1", {"fit_learning_rate": (0.2, 0.02), "fit_weights_lr": (0.005, None)}),
+        ("tuned_ipc10", "q75_main_ipc10", "HMN", {}),
     ],
 )
-def test_tuned_settings_are_those_of_the_published_runs_of_hmn(name, table, differing):
+def test_tuned_settings_are_those_of_the_published_runs_of_hmn(name, table, row, differing):
     tuned = configured(f"experiment={name}")
     rows = OmegaConf.to_container(OmegaConf.load(CONF.parent / "experiments" / "tables" / f"{table}.yaml"))
     steps = rows["axes"].get("steps", {}).get("2000", [])
-    published = configured(*rows["base"], *steps, *rows["axes"]["method"]["HMN"])
+    published = configured(*rows["base"], *steps, *rows["axes"][rows["rows"][0]][row])
     for section in ("memory", "objective", "network"):
         assert getattr(tuned, section) == getattr(published, section)
     assert tuned.pruning.over_budget == published.pruning.over_budget
