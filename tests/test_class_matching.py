@@ -21,6 +21,7 @@ from hmn.data import augment
 from hmn.data.sampling import per_class
 from hmn.errors import DataError
 from hmn.matching import ClassMatching
+from hmn.network_update import UpdateRecipe
 from hmn.objectives.gradient import matching_step
 from hmn.seeding import derived_seed, generator
 from tests.small_matching import (
@@ -277,8 +278,8 @@ class Updates:
     shown: list[tuple[Tensor, Tensor]]
     optimizer = SimpleNamespace(state={})
 
-    def __init__(self, network: nn.Module, *_: Any, batch: int, **settings: Any) -> None:
-        self.batch, self.settings = batch, settings
+    def __init__(self, network: nn.Module, *others: Any) -> None:
+        self.recipe = others[-1]
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         self.shown.append((images, labels))
@@ -329,8 +330,10 @@ def test_the_updates_follow_the_configuration_and_the_mirror_only_where_it_keeps
     run = make_run(settings, flip=flip)
     assert run.side.strategy == ("flip_cutout" if flip else "cutout")
     strategy = "color_flip" if flip else "color"
-    expected = {"lr": 0.3, "momentum": 0.9, "weight_decay": 5e-4, "strategy": strategy, "cutmix": 0.25}
-    assert run.side.updates.settings == expected
+    rates = {"lr": 0.3, "momentum": 0.9, "weight_decay": 5e-4}
+    assert run.side.updates.recipe == UpdateRecipe(
+        batch=settings.network_batch, **rates, strategy=strategy, cutmix=0.25
+    )
 
 
 def test_a_class_with_fewer_images_than_a_real_batch_is_named():
